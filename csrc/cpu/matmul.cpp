@@ -1,0 +1,162 @@
+// out (+)= a @ b with bfloat16 operands and float32 everything else. torch's CPU products round their result to the
+// operands' dtype, which costs the KL its signal; here the accumulators come out as they are, through torch's batch-
+// reduce kernels where the processor multiplies bfloat16, and through float32 copies of small blocks elsewhere.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <torch/library.h>
+
+namespace tdpo {
+namespace {
+
+using at::BFloat16;
+constexpr int64_t kTileRows = 128, kBlockColumns = 384, kBlockDepth = 512;
+
+struct Matrix {
+  const BFloat16* data;
+  int64_t rows, columns, row_stride, column_stride;
+
+  explicit Matrix(const at::Tensor& t)
+      : data(t.const_data_ptr<BFloat16>()), rows(t.size(0)), columns(t.size(1)), row_stride(t.stride(0)),
+        column_stride(t.stride(1)) {}
+  const BFloat16* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+};
+
+bool has_bfloat16_kernels() {
+  static const bool works = [] {
+    std::vector<BFloat16> a(32 * 32), b(32 * 32);
+    std::vector<float> c(32 * 32);
+    try {
+      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, a.data(), b.data(), c.data(), true);
+      at::native::cpublas::brgemm_release(true);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return works;
+}
+
+// Copies b[k0:k0+depth, n0:n0+columns] with pairs of rows interleaved, as the dot-product instructions read them;
+// `padded` (even) rows are written.
+void pack_pairs(const Matrix& b, int64_t k0, int64_t depth, int64_t padded, int64_t n0, int64_t columns,
+                BFloat16* packed) {
+  for (int64_t k = 0; k < padded; k += 2) {
+    BFloat16* row = packed + k * columns;
+    const BFloat16 *first = b.at(k0 + k, n0), *second = b.at(k0 + k + 1, n0);
+    const bool both = k + 1 < depth;
+    const int64_t step = b.column_stride;
+    if (step == 1 && both) {
+      for (int64_t n = 0; n < columns; ++n) row[2 * n] = first[n], row[2 * n + 1] = second[n];
+    } else {
+      for (int64_t n = 0; n < columns; ++n) {
+        row[2 * n] = first[n * step];
+        row[2 * n + 1] = both ? second[n * step] : BFloat16(0);
+      }
+    }
+  }
+}
+
+// The same for a transposed operand (a weight), whose pairs lie side by side: blocks keep both sides in the cache.
+void pack_pairs_transposed(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, BFloat16* packed) {
+  for (int64_t n = 0; n < columns; ++n) {
+    const BFloat16* column = b.at(k0, n0 + n);
+    for (int64_t k = 0; k < depth; k += 2) std::memcpy(packed + k * columns + 2 * n, column + k, 2 * sizeof(BFloat16));
+  }
+}
+
+// Copies a[m0:m0+rows, k0:k0+depth] to rows of `padded` entries.
+void pack_rows(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t padded, BFloat16* packed) {
+  constexpr int64_t kSquare = 32;
+  if (padded > depth)
+    for (int64_t m = 0; m < rows; ++m) packed[m * padded + depth] = BFloat16(0);
+  for (int64_t k = 0; k < depth; k += kSquare)
+    for (int64_t m = 0; m < rows; m += kSquare)
+      for (int64_t i = m; i < std::min(rows, m + kSquare); ++i)
+        for (int64_t j = k; j < std::min(depth, k + kSquare); ++j)
+          packed[i * padded + j] = *a.at(m0 + i, k0 + j);
+}
+
+void multiply_block(const Matrix& a, const Matrix& b, bool accumulate, float* out, int64_t out_stride, int64_t m_begin,
+                    int64_t m_end, int64_t n0, int64_t columns, std::vector<BFloat16>& a_pack,
+                    std::vector<BFloat16>& b_pack) {
+  for (int64_t k0 = 0; k0 < a.columns; k0 += kBlockDepth) {
+    const int64_t depth = std::min(kBlockDepth, a.columns - k0), padded = depth + depth % 2;
+    b_pack.resize(padded * columns);
+    if (b.row_stride == 1 && padded == depth)
+      pack_pairs_transposed(b, k0, depth, n0, columns, b_pack.data());
+    else
+      pack_pairs(b, k0, depth, padded, n0, columns, b_pack.data());
+    for (int64_t m = m_begin; m < m_end; m += kTileRows) {
+      const int64_t rows = std::min(kTileRows, m_end - m);
+      const bool direct = a.column_stride == 1 && padded == depth;
+      if (!direct) {
+        a_pack.resize(rows * padded);
+        pack_rows(a, m, rows, k0, depth, padded, a_pack.data());
+      }
+      at::native::cpublas::brgemm(rows, columns, padded, direct ? a.row_stride : padded, columns, out_stride,
+                                  accumulate || k0 > 0, direct ? a.at(m, k0) : a_pack.data(), b_pack.data(),
+                                  out + m * out_stride + n0, true);
+    }
+  }
+}
+
+void multiply_bfloat16(const at::Tensor& a_tensor, const at::Tensor& b_tensor, bool accumulate, const at::Tensor& out) {
+  const Matrix a(a_tensor), b(b_tensor);
+  // Columns are shared among threads, and rows too where there are few columns.
+  const int64_t threads = at::get_num_threads();
+  const int64_t columns = std::min(kBlockColumns, (b.columns + threads - 1) / threads);
+  const int64_t blocks = (b.columns + columns - 1) / columns;
+  const int64_t bands = blocks >= threads ? 1 : std::min((threads + blocks - 1) / blocks, (a.rows + 63) / 64);
+  const int64_t band = (a.rows + bands - 1) / bands;
+  float* const result = out.data_ptr<float>();
+  at::parallel_for(0, blocks * bands, 1, [&](int64_t first, int64_t last) {
+    std::vector<BFloat16> a_pack, b_pack;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t n0 = task % blocks * columns, m0 = task / blocks * band;
+      multiply_block(a, b, accumulate, result, out.stride(0), m0, std::min(a.rows, m0 + band), n0,
+                     std::min(columns, b.columns - n0), a_pack, b_pack);
+    }
+    at::native::cpublas::brgemm_release(true);
+  });
+}
+
+// Float32 copies of one block at a time, multiplied by torch.
+void multiply_copies(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
+  constexpr int64_t kCopied = 2048;
+  const auto block = [](const at::Tensor& t, int64_t row, int64_t column) {
+    return t.narrow(0, row, std::min(kCopied, t.size(0) - row))
+        .narrow(1, column, std::min(kCopied, t.size(1) - column));
+  };
+  if (!accumulate) out.zero_();
+  for (int64_t m = 0; m < a.size(0); m += kCopied)
+    for (int64_t k = 0; k < a.size(1); k += kCopied) {
+      const auto left = block(a, m, k).to(at::kFloat);
+      for (int64_t n = 0; n < b.size(1); n += kCopied)
+        block(out, m, n).addmm_(left, block(b, k, n).to(at::kFloat));
+    }
+}
+
+void matmul_float32(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "a ", a.sizes(), " and b ", b.sizes(),
+                    " are not matrices that multiply");
+  TORCH_CHECK_TYPE(a.scalar_type() == b.scalar_type() && at::isReducedFloatingType(a.scalar_type()), "a has dtype ",
+                   a.scalar_type(), " and b ", b.scalar_type(), "; both must be bfloat16 or both float16");
+  TORCH_CHECK_VALUE(out.dim() == 2 && out.size(0) == a.size(0) && out.size(1) == b.size(1) && out.stride(1) == 1,
+                    "out has shape ", out.sizes(), " and strides ", out.strides());
+  TORCH_CHECK_TYPE(out.scalar_type() == at::kFloat, "out has dtype ", out.scalar_type(), "; it must be float32");
+  if (out.numel() == 0) return;
+  if (a.size(1) == 0) {
+    if (!accumulate) out.zero_();
+  } else if (a.scalar_type() == at::kBFloat16 && has_bfloat16_kernels()) {
+    multiply_bfloat16(a, b, accumulate, out);
+  } else {
+    multiply_copies(a, b, accumulate, out);
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) { m.impl("matmul_float32", &matmul_float32); }
+
+}  // namespace tdpo

@@ -1,0 +1,118 @@
+"""Drives CMake (CMakeLists.txt) to build the extension `tdpo_ext._C` for the torch that is installed.
+
+Environment:
+    TDPO_CUDA        auto (default: CUDA kernels when torch is a CUDA build and nvcc is found), 0 or 1
+    TDPO_CUDA_ARCHS  CUDA architectures, such as "90" or "80;90;100" (default: those)
+    CUDA_HOME        the CUDA toolkit (default: the one whose nvcc is on the PATH)
+    CMAKE_ARGS       further arguments to CMake
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def program(name: str) -> str:
+    """Path of a build program, from the PATH or from the Python package that brings it."""
+    found = shutil.which(name)
+    if found is None and find_spec(name) is not None:
+        bundled = Path(getattr(__import__(name), f"{name.upper()}_BIN_DIR", None) or __import__(name).BIN_DIR) / name
+        found = str(bundled) if bundled.exists() else None
+    if found is None:
+        raise SystemExit(f"tdpo_ext: {name} is needed to build; run `pip install {name}`")
+    return found
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = Path(home, "bin", "nvcc")
+        return str(nvcc) if nvcc.exists() else None
+    return shutil.which("nvcc")
+
+
+def cuda_decision(torch_cuda: str | None) -> tuple[list[str], str]:
+    """CMake arguments for the CUDA kernels, and the reason to be printed."""
+    wish, nvcc = os.environ.get("TDPO_CUDA", "auto"), find_nvcc()
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"tdpo_ext: TDPO_CUDA is {wish!r}; allowed are auto, 0 and 1")
+    missing = [
+        reason
+        for absent, reason in ((torch_cuda is None, "torch is a CPU build"), (nvcc is None, "nvcc was not found"))
+        if absent
+    ]
+    if wish == "1" and missing:
+        raise SystemExit(f"tdpo_ext: TDPO_CUDA=1, but {' and '.join(missing)}")
+    if wish == "0" or missing:
+        return [], "CPU only: " + ("TDPO_CUDA=0" if wish == "0" else " and ".join(missing))
+    archs = os.environ.get("TDPO_CUDA_ARCHS", "80;90;100")
+    return (
+        [f"-DTDPO_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={nvcc}"],
+        f"CPU and CUDA {torch_cuda} ({archs}) with {nvcc}",
+    )
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+        import torch
+
+        torch_root = Path(torch.__file__).parent
+        include = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
+        cuda_arguments, cuda_reason = cuda_decision(torch.version.cuda)
+        print(f"tdpo_ext: building for torch {torch.__version__}, {cuda_reason}", file=sys.stderr, flush=True)
+        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        build.mkdir(parents=True, exist_ok=True)
+        cmake = program("cmake")
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DPYBIND11_FINDPYTHON=ON",
+            f"-DTDPO_VERSION={self.distribution.get_version()}",
+            f"-DTDPO_TORCH_VERSION={torch.__version__}",
+            f"-DTDPO_TORCH_INCLUDE={';'.join(map(str, include))}",
+            f"-DTDPO_TORCH_LIB={torch_root / 'lib'}",
+            f"-DTDPO_TORCH_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+            f"-DCMAKE_INSTALL_PREFIX={destination}",
+            *cuda_arguments,
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        for command in (configure, [cmake, "--build", str(build)], [cmake, "--install", str(build)]):
+            subprocess.run(command, check=True)
+        if self.editable_mode:  # setuptools copies the module itself into the source tree, and nothing else
+            shutil.copy(destination / "_built_with.py", ROOT / "tdpo_ext")
+
+
+def torch_requirement() -> list[str]:
+    """The compiled module loads in the torch release (X.Y) it was built with and in no other."""
+    if find_spec("torch") is None:
+        return ["torch>=2.11"]  # only metadata is being made, for a source distribution
+    from importlib.metadata import version
+
+    major, minor = version("torch").split("+")[0].split(".")[:2]
+    return [f"torch=={major}.{minor}.*"]
+
+
+setup(
+    ext_modules=[Extension("tdpo_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    install_requires=torch_requirement(),
+)

@@ -1,0 +1,20 @@
+"""What is installed, for bug reports."""
+
+import sys
+
+import torch
+
+from . import ops
+
+
+def build_info() -> dict[str, str]:
+    """Versions and capabilities of this build and of the torch it runs in.
+
+    Keys: version, torch, torch_built_with, python, compiler, cpu_capability (the kernels chosen at run time; obeys
+    ATEN_CPU_CAPABILITY) and cuda_archs (of the CUDA kernels; empty where there are none).
+    """
+    return {
+        **ops.compiled.build_info(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }

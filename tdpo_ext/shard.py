@@ -1,0 +1,15 @@
+"""The slice of the vocabulary that one rank of a process group holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rows start to stop of a vocabulary sharded over `group`; accepted by the public signatures, not yet by the ops."""
+
+    start: int
+    stop: int
+    group: Any

@@ -1,0 +1,130 @@
+"""The streaming plan: slices of the vocabulary whose row states are merged, logits recomputed in backward.
+
+Pass 1 merges the states of every slice. Backward forms each slice's logits again, then dz, writes that slice's rows of
+dW once and adds into a float32 dhidden. Rows without a gradient are dropped; rows whose KL has none (TDPO2's chosen
+responses) skip the reference's product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .heads import Heads, Options, logits_into
+from .matmul import product
+from .plan import Plan
+from .rows import Rows
+
+
+def streamed_divergence(heads: Heads, rows: Rows, options: Options, plan: Plan) -> tuple[Tensor, ...]:
+    """(logps, ref_logps, kl, entropy), each (N,) over all rows of the flat `heads`, 0 at rows left out."""
+    return _Streaming.apply(heads.hidden, heads.weight, heads.bias, heads, rows, options, plan)
+
+
+class _Streaming(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, heads, rows, options, plan):
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = _states(heads, rows.index, options, plan)
+            labels = heads.labels[rows.index]
+            kept = ops.finalize_row_states(states, labels, options.ignore_index, options.temperature)
+        ctx.save_for_backward(hidden, weight, bias, rows.index, states)
+        ctx.heads, ctx.options, ctx.plan = heads, options, plan
+        values = []
+        for value in kept:
+            values.append(value.new_zeros(len(heads.labels)).index_copy_(0, rows.index, value))
+        ctx.mark_non_differentiable(values[1], values[3])
+        return tuple(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, logp_grad, _ref_logp_grad, kl_grad, _entropy_grad):
+        *_, index, states = ctx.saved_tensors  # unpacking them finds inputs modified in place
+        a, k = logp_grad[index], kl_grad[index]
+        # Rows with a KL gradient come first; rows with no gradient at all are left out.
+        order = torch.cat([(k != 0).nonzero()[:, 0], ((k == 0) & (a != 0)).nonzero()[:, 0]])
+        with_reference = int((k != 0).sum())
+        rows = (index[order], states[order], a[order].to(states.dtype), k[order].to(states.dtype))
+        with torch.autocast(index.device.type, enabled=False):
+            gradients = _gradients(ctx.heads, *rows, with_reference, ctx.options, ctx.plan, ctx.needs_input_grad[:3])
+        return (*gradients, None, None, None, None)
+
+
+def _slices(total: int, size: int) -> list[tuple[int, int]]:
+    return [(first, min(total, first + size)) for first in range(0, total, max(1, size))]
+
+
+def _states(heads: Heads, index: Tensor, options: Options, plan: Plan) -> Tensor:
+    """Merged row states of the rows at `index`: (rows, state size)."""
+    device, dtype = heads.hidden.device, heads.logit_dtype
+    merged = torch.empty(len(index), ops.STATE_SIZE, dtype=dtype, device=device)
+    z_buffer, r_buffer = (torch.empty(plan.rows * plan.columns, dtype=dtype, device=device) for _ in range(2))
+    for begin, end in _slices(len(index), plan.rows):
+        block = index[begin:end]
+        hidden, ref_hidden, labels = heads.hidden[block], heads.ref_hidden[block], heads.labels[block]
+        total = None
+        for first, stop in _slices(heads.vocab, plan.columns):
+            shape = (end - begin, stop - first)
+            z = logits_into(_view(z_buffer, shape), hidden, heads.weight, heads.bias, first)
+            r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
+            state = ops.row_states(
+                z, r, labels, first, heads.vocab, options.ignore_index, options.temperature, options.softcap
+            )
+            total = state if total is None else ops.merge_row_states(torch.stack([total, state]))
+        merged[begin:end] = total
+    return merged
+
+
+def _view(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
+    return buffer[: shape[0] * shape[1]].view(shape)
+
+
+def _gradients(heads, index, states, logp_grad, kl_grad, with_reference, options, plan, wanted):
+    """dhidden, dW, dbias. The first `with_reference` of the rows at `index` have a KL gradient."""
+    weight, dtype = heads.weight, heads.logit_dtype
+    device, low = weight.device, weight.dtype != dtype
+    hidden_grad = torch.zeros(len(index), heads.hidden.shape[1], dtype=dtype, device=device) if wanted[0] else None
+    weight_grad = torch.zeros_like(weight) if wanted[1] else None
+    bias_grad = torch.zeros(heads.vocab, dtype=dtype, device=device) if wanted[2] else None
+    z_buffer, r_buffer = (torch.empty(plan.rows * plan.columns, dtype=dtype, device=device) for _ in range(2))
+    dz_buffer = torch.empty_like(z_buffer, dtype=weight.dtype) if low else z_buffer
+
+    # Blocks do not straddle the rows with and without a KL gradient.
+    blocks = _slices(with_reference, plan.rows)
+    blocks += [(with_reference + a, with_reference + b) for a, b in _slices(len(index) - with_reference, plan.rows)]
+    slices = _slices(heads.vocab, plan.columns)
+    for first, stop in slices if any(wanted) else []:
+        slice_sum = None
+        for begin, end in blocks:
+            block, shape = index[begin:end], (end - begin, stop - first)
+            hidden = heads.hidden[block]
+            z = logits_into(_view(z_buffer, shape), hidden, weight, heads.bias, first)
+            r = z  # not read where the KL has no gradient
+            if begin < with_reference:
+                ref_hidden = heads.ref_hidden[block]
+                r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
+            dz = _view(dz_buffer, shape)
+            ops.logit_gradient_out(
+                *(z, r, heads.labels[block], states[begin:end], logp_grad[begin:end], kl_grad[begin:end]),
+                *(first, heads.vocab, options.ignore_index, options.temperature, options.softcap, dz),
+            )
+            if hidden_grad is not None:
+                product(dz, weight[first:stop], hidden_grad[begin:end], accumulate=True)
+            if weight_grad is not None:
+                # One block is rounded once by the product itself, several are summed in float32 first.
+                if len(blocks) == 1:
+                    torch.mm(dz.t(), hidden, out=weight_grad[first:stop])
+                elif slice_sum is None:
+                    slice_sum = product(dz.t(), hidden, weight_grad.new_empty((shape[1], hidden.shape[1]), dtype=dtype))
+                else:
+                    product(dz.t(), hidden, slice_sum, accumulate=True)
+            if bias_grad is not None:
+                bias_grad[first:stop] += dz.sum(0, dtype=dtype)
+        if slice_sum is not None and weight_grad is not None:
+            weight_grad[first:stop] = slice_sum
+
+    if hidden_grad is not None:
+        spread = torch.zeros_like(heads.hidden)
+        hidden_grad = spread.index_copy_(0, index, hidden_grad.to(spread.dtype))
+    return hidden_grad, weight_grad, None if bias_grad is None else bias_grad.to(weight.dtype)
