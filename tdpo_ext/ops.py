@@ -3,6 +3,8 @@
 Everything here is internal; the public functions are in `divergence`, `linear` and `losses`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,14 @@ logit_gradient = _ops.logit_gradient
 logit_gradient_out = _ops.logit_gradient_out
 token_divergence = _ops.token_divergence
 matmul_float32 = _ops.matmul_float32
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty` for tensors as large as logits or weights."""
+    fresh = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        _ops.prefer_huge_pages(fresh)
+    return fresh
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,6 +64,11 @@ def _(*_):
 
 @torch.library.register_fake("tdpo_ext::matmul_float32")
 def _(a, b, accumulate, out):
+    return None
+
+
+@torch.library.register_fake("tdpo_ext::prefer_huge_pages")
+def _(fresh):
     return None
 
 

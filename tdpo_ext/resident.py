@@ -66,7 +66,7 @@ class _Gradients:
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
         # Several chunks are summed in float32; a single one is written once, in the dtype of the weight.
         sum_dtype = weight.dtype if chunks == 1 else heads.logit_dtype
-        self.weight = torch.empty(weight.shape, dtype=sum_dtype, device=weight.device) if wanted[1] else None
+        self.weight = ops.empty(weight.shape, sum_dtype, weight.device) if wanted[1] else None
         self.bias = torch.zeros(heads.vocab, dtype=heads.logit_dtype, device=weight.device) if wanted[2] else None
         self.empty = True
 
@@ -82,18 +82,21 @@ class _Gradients:
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.weight is not None and self.empty:
             self.weight.zero_()
+        return self.hidden, *(self._as_weight(grad) for grad in (self.weight, self.bias))
+
+    def _as_weight(self, grad: Tensor | None) -> Tensor | None:
         dtype = self.heads.weight.dtype
-        return self.hidden, *(None if grad is None else grad.to(dtype) for grad in (self.weight, self.bias))
+        if grad is None or grad.dtype == dtype:
+            return grad
+        return ops.empty(grad.shape, dtype, grad.device).copy_(grad)
 
 
 def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, wanted: list[bool]):
     gradients = _Gradients(heads, wanted, len(plan.pairs))
     device, dtype = heads.hidden.device, heads.logit_dtype
-    z_buffer, r_buffer = (torch.empty(plan.rows, heads.vocab, dtype=dtype, device=device) for _ in range(2))
+    z_buffer, r_buffer = (ops.empty((plan.rows, heads.vocab), dtype, device) for _ in range(2))
     in_place = heads.weight.dtype == dtype
-    dz_buffer = (
-        z_buffer if in_place or not any(wanted) else torch.empty_like(z_buffer, dtype=heads.weight.dtype)
-    )
+    dz_buffer = z_buffer if in_place or not any(wanted) else ops.empty(z_buffer.shape, heads.weight.dtype, device)
 
     losses, sums = [], []
     for first, stop in plan.pairs:

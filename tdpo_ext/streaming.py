@@ -59,7 +59,7 @@ def _states(heads: Heads, index: Tensor, options: Options, plan: Plan) -> Tensor
     """Merged row states of the rows at `index`: (rows, state size)."""
     device, dtype = heads.hidden.device, heads.logit_dtype
     merged = torch.empty(len(index), ops.STATE_SIZE, dtype=dtype, device=device)
-    z_buffer, r_buffer = (torch.empty(plan.rows * plan.columns, dtype=dtype, device=device) for _ in range(2))
+    z_buffer, r_buffer = (ops.empty((plan.rows * plan.columns,), dtype, device) for _ in range(2))
     for begin, end in _slices(len(index), plan.rows):
         block = index[begin:end]
         hidden, ref_hidden, labels = heads.hidden[block], heads.ref_hidden[block], heads.labels[block]
@@ -85,10 +85,10 @@ def _gradients(heads, index, states, logp_grad, kl_grad, with_reference, options
     weight, dtype = heads.weight, heads.logit_dtype
     device, low = weight.device, weight.dtype != dtype
     hidden_grad = torch.zeros(len(index), heads.hidden.shape[1], dtype=dtype, device=device) if wanted[0] else None
-    weight_grad = torch.zeros_like(weight) if wanted[1] else None
+    weight_grad = ops.empty(weight.shape, weight.dtype, device).zero_() if wanted[1] else None
     bias_grad = torch.zeros(heads.vocab, dtype=dtype, device=device) if wanted[2] else None
-    z_buffer, r_buffer = (torch.empty(plan.rows * plan.columns, dtype=dtype, device=device) for _ in range(2))
-    dz_buffer = torch.empty_like(z_buffer, dtype=weight.dtype) if low else z_buffer
+    z_buffer, r_buffer = (ops.empty((plan.rows * plan.columns,), dtype, device) for _ in range(2))
+    dz_buffer = ops.empty(z_buffer.shape, weight.dtype, device) if low else z_buffer
 
     # Blocks do not straddle the rows with and without a KL gradient.
     blocks = _slices(with_reference, plan.rows)

@@ -11,6 +11,9 @@ namespace {
 
 using at::BFloat16;
 constexpr int64_t kTileRows = 128, kBlockColumns = 384, kBlockDepth = 512;
+// Where `a` must be copied too, wider blocks copy it less often.
+constexpr int64_t kWideColumns = 768, kWideDepth = 256;
+constexpr int64_t kCopied = 2048;  // side of the blocks that multiply_copies takes
 
 struct Matrix {
   const BFloat16* data;
@@ -37,6 +40,35 @@ bool has_bfloat16_kernels() {
   return works;
 }
 
+// out[i][j] = in[j][i] for a square of one register's lanes, by interleaving: after log2(lanes) rounds of pairing row r
+// with row r + lanes / 2, entry by entry, rows have become columns.
+template <typename T>
+struct Square {
+  static constexpr int lanes = 16 / sizeof(T);
+  typedef T Register __attribute__((vector_size(16)));
+  typedef std::conditional_t<sizeof(T) == 2, int16_t, int32_t> Index;
+  typedef Index Indices __attribute__((vector_size(16)));
+
+  // `in_stride` in bytes, `out_stride` in entries.
+  static void transpose(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
+    Indices low, high;
+    for (int i = 0; i < lanes; ++i) {
+      low[i] = i / 2 + i % 2 * lanes;
+      high[i] = low[i] + lanes / 2;
+    }
+    Register rows[lanes], mixed[lanes];
+    for (int r = 0; r < lanes; ++r) std::memcpy(&rows[r], static_cast<const char*>(in) + r * in_stride, 16);
+    for (int round = lanes; round > 1; round /= 2) {
+      for (int r = 0; r < lanes / 2; ++r) {
+        mixed[2 * r] = __builtin_shuffle(rows[r], rows[r + lanes / 2], low);
+        mixed[2 * r + 1] = __builtin_shuffle(rows[r], rows[r + lanes / 2], high);
+      }
+      for (int r = 0; r < lanes; ++r) rows[r] = mixed[r];
+    }
+    for (int r = 0; r < lanes; ++r) std::memcpy(static_cast<T*>(out) + r * out_stride, &rows[r], 16);
+  }
+};
+
 // Copies b[k0:k0+depth, n0:n0+columns] with pairs of rows interleaved, as the dot-product instructions read them;
 // `padded` (even) rows are written.
 void pack_pairs(const Matrix& b, int64_t k0, int64_t depth, int64_t padded, int64_t n0, int64_t columns,
@@ -57,31 +89,50 @@ void pack_pairs(const Matrix& b, int64_t k0, int64_t depth, int64_t padded, int6
   }
 }
 
-// The same for a transposed operand (a weight), whose pairs lie side by side: blocks keep both sides in the cache.
+// The same for a transposed operand (a weight), whose pairs lie side by side and move as one word.
 void pack_pairs_transposed(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, BFloat16* packed) {
-  for (int64_t n = 0; n < columns; ++n) {
-    const BFloat16* column = b.at(k0, n0 + n);
-    for (int64_t k = 0; k < depth; k += 2) std::memcpy(packed + k * columns + 2 * n, column + k, 2 * sizeof(BFloat16));
+  using Words = Square<uint32_t>;
+  const auto* source = reinterpret_cast<const char*>(b.at(k0, n0));
+  const int64_t stride = b.column_stride, pairs = depth / 2;
+  auto* const out = reinterpret_cast<uint32_t*>(packed);
+  int64_t n = 0;
+  for (; n + Words::lanes <= columns; n += Words::lanes) {
+    int64_t k = 0;
+    for (; k + Words::lanes <= pairs; k += Words::lanes)
+      Words::transpose(source + (n * stride + 2 * k) * sizeof(BFloat16), stride * sizeof(BFloat16), out + k * columns + n,
+                       columns);
+    for (; k < pairs; ++k)
+      for (int64_t i = n; i < n + Words::lanes; ++i)
+        std::memcpy(out + k * columns + i, source + (i * stride + 2 * k) * sizeof(BFloat16), sizeof(uint32_t));
   }
+  for (; n < columns; ++n)
+    for (int64_t k = 0; k < pairs; ++k)
+      std::memcpy(out + k * columns + n, source + (n * stride + 2 * k) * sizeof(BFloat16), sizeof(uint32_t));
 }
 
-// Copies a[m0:m0+rows, k0:k0+depth] to rows of `padded` entries.
+// Copies a[m0:m0+rows, k0:k0+depth] to rows of `padded` entries, in squares that keep both sides in the cache.
 void pack_rows(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t padded, BFloat16* packed) {
-  constexpr int64_t kSquare = 32;
+  using Halves = Square<uint16_t>;
+  constexpr int64_t kSquare = Halves::lanes;
   if (padded > depth)
     for (int64_t m = 0; m < rows; ++m) packed[m * padded + depth] = BFloat16(0);
-  for (int64_t k = 0; k < depth; k += kSquare)
-    for (int64_t m = 0; m < rows; m += kSquare)
-      for (int64_t i = m; i < std::min(rows, m + kSquare); ++i)
-        for (int64_t j = k; j < std::min(depth, k + kSquare); ++j)
-          packed[i * padded + j] = *a.at(m0 + i, k0 + j);
+  for (int64_t m = 0; m < rows; m += kSquare)
+    for (int64_t k = 0; k < depth; k += kSquare) {
+      if (a.row_stride == 1 && m + kSquare <= rows && k + kSquare <= depth) {
+        Halves::transpose(a.at(m0 + m, k0 + k), a.column_stride * sizeof(BFloat16), packed + m * padded + k, padded);
+      } else {
+        for (int64_t i = m; i < std::min(rows, m + kSquare); ++i)
+          for (int64_t j = k; j < std::min(depth, k + kSquare); ++j) packed[i * padded + j] = *a.at(m0 + i, k0 + j);
+      }
+    }
 }
 
 void multiply_block(const Matrix& a, const Matrix& b, bool accumulate, float* out, int64_t out_stride, int64_t m_begin,
                     int64_t m_end, int64_t n0, int64_t columns, std::vector<BFloat16>& a_pack,
                     std::vector<BFloat16>& b_pack) {
-  for (int64_t k0 = 0; k0 < a.columns; k0 += kBlockDepth) {
-    const int64_t depth = std::min(kBlockDepth, a.columns - k0), padded = depth + depth % 2;
+  const int64_t block_depth = a.column_stride == 1 ? kBlockDepth : kWideDepth;
+  for (int64_t k0 = 0; k0 < a.columns; k0 += block_depth) {
+    const int64_t depth = std::min(block_depth, a.columns - k0), padded = depth + depth % 2;
     b_pack.resize(padded * columns);
     if (b.row_stride == 1 && padded == depth)
       pack_pairs_transposed(b, k0, depth, n0, columns, b_pack.data());
@@ -105,7 +156,8 @@ void multiply_bfloat16(const at::Tensor& a_tensor, const at::Tensor& b_tensor, b
   const Matrix a(a_tensor), b(b_tensor);
   // Columns are shared among threads, and rows too where there are few columns.
   const int64_t threads = at::get_num_threads();
-  const int64_t columns = std::min(kBlockColumns, (b.columns + threads - 1) / threads);
+  const int64_t columns = a.column_stride == 1 ? std::min(kBlockColumns, (b.columns + threads - 1) / threads)
+                                               : std::min(kWideColumns, b.columns);
   const int64_t blocks = (b.columns + columns - 1) / columns;
   const int64_t bands = blocks >= threads ? 1 : std::min((threads + blocks - 1) / blocks, (a.rows + 63) / 64);
   const int64_t band = (a.rows + bands - 1) / bands;
@@ -123,7 +175,6 @@ void multiply_bfloat16(const at::Tensor& a_tensor, const at::Tensor& b_tensor, b
 
 // Float32 copies of one block at a time, multiplied by torch.
 void multiply_copies(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
-  constexpr int64_t kCopied = 2048;
   const auto block = [](const at::Tensor& t, int64_t row, int64_t column) {
     return t.narrow(0, row, std::min(kCopied, t.size(0) - row))
         .narrow(1, column, std::min(kCopied, t.size(1) - column));

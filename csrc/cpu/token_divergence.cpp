@@ -4,11 +4,8 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../checks.h"
+#include "huge_pages.h"
 #include "kernels.h"
 
 namespace tdpo {
@@ -55,17 +52,6 @@ struct Tasks {
     });
   }
 };
-
-// A fresh tensor of this size costs more in page faults, 4 KiB at a time, than its gradient costs to compute.
-void use_huge_pages(const at::Tensor& fresh) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const auto first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const auto last = (begin + fresh.nbytes()) / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be declined
-#endif
-}
 
 void check_label_range(const Problem& problem, int64_t vocab_size) {
   for (int64_t row = 0; row < problem.rows; ++row) {
@@ -170,7 +156,7 @@ at::Tensor logit_gradient(const at::Tensor& logits, const at::Tensor& ref_logits
                           int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
                           double softcap) {
   auto out = at::empty(logits.sizes(), logits.options());
-  use_huge_pages(out);
+  prefer_huge_pages(out);
   logit_gradient_out(logits, ref_logits, labels, states, logp_grad, kl_grad, vocab_start, vocab_size, ignore_index,
                      temperature, softcap, out);
   return out;
@@ -184,6 +170,7 @@ TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) {
   m.impl("finalize_row_states", &finalize_row_states);
   m.impl("logit_gradient", &logit_gradient);
   m.impl("logit_gradient_out", &logit_gradient_out);
+  m.impl("prefer_huge_pages", &prefer_huge_pages);
 }
 
 }  // namespace tdpo
