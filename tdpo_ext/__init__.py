@@ -7,6 +7,7 @@ from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_diverge
 from .losses import dpo_loss, rewards, tdpo_loss
 from .plan import Plan, make_plan
 from .shard import VocabShard
+from .workspace import release_scratch
 
 __all__ = [
     "LinearTDPOLoss",
@@ -20,6 +21,7 @@ __all__ = [
     "make_plan",
     "ops",
     "reference",
+    "release_scratch",
     "rewards",
     "shift_labels",
     "tdpo_loss",

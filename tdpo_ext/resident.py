@@ -17,6 +17,7 @@ from .heads import Heads, Options, logits_into
 from .matmul import product
 from .plan import Plan
 from .rows import Rows
+from .workspace import scratch
 
 
 def resident_loss(objective, heads: Heads, rows: Rows, options: Options, plan: Plan):
@@ -60,13 +61,16 @@ class _Resident(torch.autograd.Function):
 class _Gradients:
     """dhidden, dW and dbias of a call, filled chunk by chunk."""
 
-    def __init__(self, heads: Heads, wanted: list[bool], chunks: int):
+    def __init__(self, heads: Heads, wanted: list[bool], weight_sum: Tensor | None):
         self.heads = heads
+        self.wanted = any(wanted)
         hidden, weight = heads.hidden, heads.weight
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        # Several chunks are summed in float32; a single one is written once, in the dtype of the weight.
-        sum_dtype = weight.dtype if chunks == 1 else heads.logit_dtype
-        self.weight = ops.empty(weight.shape, sum_dtype, weight.device) if wanted[1] else None
+        # Several chunks of a low-precision weight are summed in float32, in scratch memory; a single chunk is written
+        # once, in the dtype of the weight.
+        self.weight = weight_sum
+        if weight_sum is None and wanted[1]:
+            self.weight = ops.empty(weight.shape, weight.dtype, weight.device)
         self.bias = torch.zeros(heads.vocab, dtype=heads.logit_dtype, device=weight.device) if wanted[2] else None
         self.empty = True
 
@@ -92,12 +96,23 @@ class _Gradients:
 
 
 def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, wanted: list[bool]):
-    gradients = _Gradients(heads, wanted, len(plan.pairs))
-    device, dtype = heads.hidden.device, heads.logit_dtype
-    z_buffer, r_buffer = (ops.empty((plan.rows, heads.vocab), dtype, device) for _ in range(2))
-    in_place = heads.weight.dtype == dtype
-    dz_buffer = z_buffer if in_place or not any(wanted) else ops.empty(z_buffer.shape, heads.weight.dtype, device)
+    dtype, weight_dtype = heads.logit_dtype, heads.weight.dtype
+    logits = ((plan.rows, heads.vocab), dtype)
+    needed = [logits, logits]
+    separate_dz = any(wanted) and weight_dtype != dtype
+    if separate_dz:
+        needed.append(((plan.rows, heads.vocab), weight_dtype))
+    if wanted[1] and separate_dz and len(plan.pairs) > 1:
+        needed.append((heads.weight.shape, dtype))
+    with scratch(needed, heads.hidden.device) as (z_buffer, r_buffer, *more):
+        dz_buffer = more[0] if separate_dz else z_buffer
+        gradients = _Gradients(heads, wanted, more[1] if len(more) > 1 else None)
+        loss, sums = _run_chunks(objective, heads, rows, options, plan, (z_buffer, r_buffer, dz_buffer), gradients)
+        return loss, sums, gradients.finish()
 
+
+def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, buffers, gradients: _Gradients):
+    z_buffer, r_buffer, dz_buffer = buffers
     losses, sums = [], []
     for first, stop in plan.pairs:
         chunk = rows.of_pairs(first, stop)
@@ -110,10 +125,10 @@ def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, want
         values = ops.finalize_row_states(states, labels, options.ignore_index, options.temperature)
         sequences = TokenDivergence(*(chunk.sequence_sums(value) for value in values))
 
-        loss, logp_grad, kl_grad = _objective_gradients(objective, sequences, rows.pairs, any(wanted))
+        loss, logp_grad, kl_grad = _objective_gradients(objective, sequences, rows.pairs, gradients.wanted)
         losses.append(loss)
         sums.append(sequences)
-        if any(wanted) and count:
+        if gradients.wanted and count:
             dz = dz_buffer[:count]
             upstream = (chunk.spread(logp_grad), chunk.spread(kl_grad))
             ops.logit_gradient_out(z, r, labels, states, *upstream, *slice_options, dz)
@@ -123,7 +138,7 @@ def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, want
         return [torch.cat(parts) for parts in zip(*(sequences.chunk(2)[side] for sequences in sums))]
 
     whole = [torch.cat(sides) for sides in zip(joined(0), joined(1))]
-    return torch.stack(losses).sum(), whole, gradients.finish()
+    return torch.stack(losses).sum(), whole
 
 
 def _objective_gradients(objective, sequences: TokenDivergence, pairs: int, differentiable: bool):

@@ -15,6 +15,7 @@ from .heads import Heads, Options, logits_into
 from .matmul import product
 from .plan import Plan
 from .rows import Rows
+from .workspace import scratch
 
 
 def streamed_divergence(heads: Heads, rows: Rows, options: Options, plan: Plan) -> tuple[Tensor, ...]:
@@ -57,22 +58,23 @@ def _slices(total: int, size: int) -> list[tuple[int, int]]:
 
 def _states(heads: Heads, index: Tensor, options: Options, plan: Plan) -> Tensor:
     """Merged row states of the rows at `index`: (rows, state size)."""
-    device, dtype = heads.hidden.device, heads.logit_dtype
-    merged = torch.empty(len(index), ops.STATE_SIZE, dtype=dtype, device=device)
-    z_buffer, r_buffer = (ops.empty((plan.rows * plan.columns,), dtype, device) for _ in range(2))
-    for begin, end in _slices(len(index), plan.rows):
-        block = index[begin:end]
-        hidden, ref_hidden, labels = heads.hidden[block], heads.ref_hidden[block], heads.labels[block]
-        total = None
-        for first, stop in _slices(heads.vocab, plan.columns):
-            shape = (end - begin, stop - first)
-            z = logits_into(_view(z_buffer, shape), hidden, heads.weight, heads.bias, first)
-            r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
-            state = ops.row_states(
-                z, r, labels, first, heads.vocab, options.ignore_index, options.temperature, options.softcap
-            )
-            total = state if total is None else ops.merge_row_states(torch.stack([total, state]))
-        merged[begin:end] = total
+    dtype = heads.logit_dtype
+    merged = torch.empty(len(index), ops.STATE_SIZE, dtype=dtype, device=heads.hidden.device)
+    buffer = ((plan.rows * plan.columns,), dtype)
+    with scratch([buffer, buffer], heads.hidden.device) as (z_buffer, r_buffer):
+        for begin, end in _slices(len(index), plan.rows):
+            block = index[begin:end]
+            hidden, ref_hidden, labels = heads.hidden[block], heads.ref_hidden[block], heads.labels[block]
+            total = None
+            for first, stop in _slices(heads.vocab, plan.columns):
+                shape = (end - begin, stop - first)
+                z = logits_into(_view(z_buffer, shape), hidden, heads.weight, heads.bias, first)
+                r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
+                state = ops.row_states(
+                    z, r, labels, first, heads.vocab, options.ignore_index, options.temperature, options.softcap
+                )
+                total = state if total is None else ops.merge_row_states(torch.stack([total, state]))
+            merged[begin:end] = total
     return merged
 
 
@@ -80,49 +82,44 @@ def _view(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
     return buffer[: shape[0] * shape[1]].view(shape)
 
 
-def _gradients(heads, index, states, logp_grad, kl_grad, with_reference, options, plan, wanted):
+def _gradients(heads: Heads, index, states, logp_grad, kl_grad, with_reference, options, plan, wanted):
     """dhidden, dW, dbias. The first `with_reference` of the rows at `index` have a KL gradient."""
-    weight, dtype = heads.weight, heads.logit_dtype
-    device, low = weight.device, weight.dtype != dtype
+    weight, dtype, device = heads.weight, heads.logit_dtype, heads.weight.device
     hidden_grad = torch.zeros(len(index), heads.hidden.shape[1], dtype=dtype, device=device) if wanted[0] else None
     weight_grad = ops.empty(weight.shape, weight.dtype, device).zero_() if wanted[1] else None
     bias_grad = torch.zeros(heads.vocab, dtype=dtype, device=device) if wanted[2] else None
-    z_buffer, r_buffer = (ops.empty((plan.rows * plan.columns,), dtype, device) for _ in range(2))
-    dz_buffer = ops.empty(z_buffer.shape, weight.dtype, device) if low else z_buffer
-
     # Blocks do not straddle the rows with and without a KL gradient.
     blocks = _slices(with_reference, plan.rows)
     blocks += [(with_reference + a, with_reference + b) for a, b in _slices(len(index) - with_reference, plan.rows)]
-    slices = _slices(heads.vocab, plan.columns)
-    for first, stop in slices if any(wanted) else []:
-        slice_sum = None
-        for begin, end in blocks:
-            block, shape = index[begin:end], (end - begin, stop - first)
-            hidden = heads.hidden[block]
-            z = logits_into(_view(z_buffer, shape), hidden, weight, heads.bias, first)
-            r = z  # not read where the KL has no gradient
-            if begin < with_reference:
-                ref_hidden = heads.ref_hidden[block]
-                r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
-            dz = _view(dz_buffer, shape)
-            ops.logit_gradient_out(
-                *(z, r, heads.labels[block], states[begin:end], logp_grad[begin:end], kl_grad[begin:end]),
-                *(first, heads.vocab, options.ignore_index, options.temperature, options.softcap, dz),
-            )
-            if hidden_grad is not None:
-                product(dz, weight[first:stop], hidden_grad[begin:end], accumulate=True)
-            if weight_grad is not None:
-                # One block is rounded once by the product itself, several are summed in float32 first.
-                if len(blocks) == 1:
-                    torch.mm(dz.t(), hidden, out=weight_grad[first:stop])
-                elif slice_sum is None:
-                    slice_sum = product(dz.t(), hidden, weight_grad.new_empty((shape[1], hidden.shape[1]), dtype=dtype))
-                else:
-                    product(dz.t(), hidden, slice_sum, accumulate=True)
-            if bias_grad is not None:
-                bias_grad[first:stop] += dz.sum(0, dtype=dtype)
-        if slice_sum is not None and weight_grad is not None:
-            weight_grad[first:stop] = slice_sum
+
+    size = (plan.rows * plan.columns,)
+    # dz is written over z where it has its dtype; a slice of dW from several blocks is summed before it is rounded.
+    needed = [(size, dtype), (size, dtype), (size if weight.dtype != dtype else (0,), weight.dtype)]
+    needed.append(((plan.columns if wanted[1] and len(blocks) > 1 else 0, weight.shape[1]), dtype))
+    with scratch(needed, device) as (z_buffer, r_buffer, dz_buffer, sum_buffer):
+        for first, stop in _slices(heads.vocab, plan.columns) if any(wanted) else []:
+            for begin, end in blocks:
+                block, shape = index[begin:end], (end - begin, stop - first)
+                hidden = heads.hidden[block]
+                z = logits_into(_view(z_buffer, shape), hidden, weight, heads.bias, first)
+                r = z  # not read where the KL has no gradient
+                if begin < with_reference:
+                    ref_hidden = heads.ref_hidden[block]
+                    r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
+                dz = z if weight.dtype == dtype else _view(dz_buffer, shape)
+                ops.logit_gradient_out(
+                    *(z, r, heads.labels[block], states[begin:end], logp_grad[begin:end], kl_grad[begin:end]),
+                    *(first, heads.vocab, options.ignore_index, options.temperature, options.softcap, dz),
+                )
+                if hidden_grad is not None:
+                    product(dz, weight[first:stop], hidden_grad[begin:end], accumulate=True)
+                if weight_grad is not None:
+                    target = weight_grad[first:stop] if len(blocks) == 1 else sum_buffer[: stop - first]
+                    product(dz.t(), hidden, target, accumulate=begin > 0)
+                if bias_grad is not None:
+                    bias_grad[first:stop] += dz.sum(0, dtype=dtype)
+            if weight_grad is not None and len(blocks) > 1:
+                weight_grad[first:stop] = sum_buffer[: stop - first]
 
     if hidden_grad is not None:
         spread = torch.zeros_like(heads.hidden)
