@@ -1,0 +1,73 @@
+"""What the experiment found: a table, a picture, a comparison at matched KL and a few samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from .settings import DemoSettings
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def reward_at(points: list[dict], kl: float) -> float:
+    """Reward where a method's curve crosses a sequence KL, by interpolation between the nearest evaluations."""
+    ordered = sorted(points, key=lambda point: point["kl"])
+    return float(np.interp(kl, [point["kl"] for point in ordered], [point["reward"] for point in ordered]))
+
+
+def matched_kl(curves: dict[str, list[dict]]) -> list[dict]:
+    """Rewards of all methods at sequence KLs that every curve reaches."""
+    reach = min(max(point["kl"] for point in points) for points in curves.values())
+    rows = []
+    for share in (0.5, 0.75, 1.0):
+        rewards = {method: reward_at(points, share * reach) for method, points in curves.items()}
+        rows.append({"kl": share * reach, **rewards})
+    return rows
+
+
+def _picture(curves: dict[str, list[dict]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method, points in curves.items():
+        axes.plot([p["kl"] for p in points], [p["reward"] for p in points], marker="o", label=method.upper())
+    axes.set_xlabel("sequence KL(reference || policy), nats")
+    axes.set_ylabel("reward: P(positive)")
+    axes.set_title("Reward against KL, samples for held-out prompts")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def report(settings: DemoSettings, out: Path, examples: dict[str, list[str]], seconds: float) -> None:
+    """Prints the results and writes results.json and frontier.png beside the models."""
+    curves = {method: json.loads((out / method / "frontier.json").read_text()) for method in settings.methods}
+    print("\nReward (probability of a positive review) and sequence KL by step")
+    header = "".join(f"{method.upper():>8s} reward      kl" for method in curves)
+    print(f"{'step':>5s}{header}")
+    for points in zip(*curves.values()):
+        cells = "".join(f"{point['reward']:>15.3f}{point['kl']:>8.2f}" for point in points)
+        print(f"{points[0]['step']:>5d}{cells}")
+
+    matched = matched_kl(curves)
+    print("\nReward at matched KL (interpolated)")
+    for row in matched:
+        cells = "   ".join(f"{method.upper()} {row[method]:.3f}" for method in curves)
+        print(f"  KL {row['kl']:5.2f}   {cells}")
+
+    print("\nSamples")
+    for index in range(len(examples["before"])):
+        for name, texts in examples.items():
+            print(f"  {name:>6s}: {' '.join(texts[index].split())}")
+        print()
+
+    _picture(curves, out / "frontier.png")
+    results = {"curves": curves, "matched_kl": matched, "examples": examples}
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    print(f"Saved under {out}:")
+    print("  frontier.png, results.json; base/ (the model all start from); pairs.json (the preference data);")
+    print(f"  {', '.join(curves)}: model/, checkpoints/, frontier.json, log.json. {seconds:.0f} s in all.")
