@@ -186,28 +186,28 @@ struct RowState {
     r_label += other.r_label;
   }
 
+  // In double: once a row it costs nothing, and it spares the label's logit a rounding that the sums never saw.
   TDPO_FN TokenValues<Real> finalize(Temper<Real> temper) const {
-    const Real x = (sums.gap + sums.bregman) / sums.r_sum;
-    Real kl;
-    if (std::fabs(x) < Real(kSmallGap)) {
-      kl = sums.bregman / sums.r_sum + log1p_minus(x);
-      kl = kl < Real(0) ? Real(0) : kl;
+    const double r_sum = sums.r_sum, x = (double(sums.gap) + double(sums.bregman)) / r_sum;
+    double kl;
+    if (std::fabs(x) < kSmallGap) {
+      kl = sums.bregman / r_sum + log1p_minus(x);
+      kl = kl < 0 ? 0 : kl;
     } else {
-      kl = std::log(sums.z_sum / sums.r_sum) - sums.gap / sums.r_sum;
+      kl = std::log(sums.z_sum / r_sum) - sums.gap / r_sum;
     }
-    // Log-probabilities stay in base 2 until the last step: the label's logit and the sums were scaled alike.
-    const Real log_z = std::log2(sums.z_sum), log_r = std::log2(sums.r_sum);
-    return {((z_label * temper.binary - shift_of(z_max)) - log_z) * Real(kLn2),
-            ((r_label * temper.binary - shift_of(r_max)) - log_r) * Real(kLn2), kl,
-            (log_z - sums.z_dot / sums.z_sum) * Real(kLn2)};
+    const double binary = temper.binary, log_z = std::log2(double(sums.z_sum)), log_r = std::log2(r_sum);
+    return {Real((z_label * binary - shift_of(z_max) - log_z) * kLn2),
+            Real((r_label * binary - shift_of(r_max) - log_r) * kLn2), Real(kl),
+            Real((log_z - sums.z_dot / double(sums.z_sum)) * kLn2)};
   }
 
  private:
   // log1p(x) - x for |x| < 1/4: with s = x / (2 + x), log1p(x) = 2 atanh(s) = 2s + 2s^3/3 + ..., and 2s - x = -x s.
-  static TDPO_FN Real log1p_minus(Real x) {
-    const Real s = x / (Real(2) + x), s2 = s * s;
-    Real odd = 0;
-    for (int n = 17; n >= 3; n -= 2) odd = odd * s2 + Real(2) / Real(n);
+  static TDPO_FN double log1p_minus(double x) {
+    const double s = x / (2 + x), s2 = s * s;
+    double odd = 0;
+    for (int n = 17; n >= 3; n -= 2) odd = odd * s2 + 2.0 / n;
     return odd * s2 * s - x * s;
   }
 };

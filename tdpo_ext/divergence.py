@@ -97,6 +97,9 @@ def token_divergence(
     cap = check_options(temperature, softcap)
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         raise ValueError("logits must be a tensor of shape (..., vocabulary)")
+    for name, tensor in (("ref_logits", ref_logits), ("labels", labels)):
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
     if shard is not None:
         raise NotImplementedError("shard: a sharded vocabulary is not supported yet")
     logps, ref_logps, kl, entropy, _ = ops.token_divergence(

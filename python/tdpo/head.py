@@ -45,6 +45,10 @@ class LanguageModelHead:
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     @property
+    def vocab(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    @property
     def weight(self) -> Tensor:  # (V, D)
         return self.model.get_output_embeddings().weight
 
@@ -58,7 +62,7 @@ class LanguageModelHead:
         self.model.eval()
         try:
             device = self.model.get_output_embeddings().weight.device
-            tokens = torch.tensor([[1, 2]], device=device) % self.weight.shape[0]
+            tokens = torch.tensor([[1, 2]], device=device) % self.vocab
             mask = torch.ones_like(tokens)
             hidden = self.hidden(tokens, mask)
             logits = nn.functional.linear(hidden, self.weight, self.bias).float()

@@ -77,10 +77,9 @@ class TDPOTrainer(Trainer):
         self.ref_model = reference.to(args.device).eval().requires_grad_(False)
         self._policy_head = LanguageModelHead.of(self.model)
         self._ref_head = LanguageModelHead.of(self.ref_model)
-        if self._policy_head.weight.shape[0] != self._ref_head.weight.shape[0]:
+        if self._policy_head.vocab != self._ref_head.vocab:
             raise ValueError(
-                f"ref_model has a vocabulary of {self._ref_head.weight.shape[0]} but model has "
-                f"{self._policy_head.weight.shape[0]}"
+                f"ref_model has a vocabulary of {self._ref_head.vocab} but model has {self._policy_head.vocab}"
             )
         obstacle = self._policy_head.obstacle or self._ref_head.obstacle
         if obstacle is None and self._policy_head.softcap != self._ref_head.softcap:

@@ -38,10 +38,10 @@ def run(settings: DemoSettings) -> None:
     _keep_settings(settings, out)
 
     print("Reviews and reward classifier ...", flush=True)
-    reviews = load_reviews()
-    reward = Reward.fit(reviews, settings.seed)
+    reviews = load_reviews(settings.reviews, settings.seed)
+    reward = Reward.fit(reviews)
     print(f"  {len(reviews):,} reviews; the classifier is right on {reward.held_out_accuracy:.1%} of held-out ones")
-    texts = sentences(reviews[reviews["source"] == "imdb"]["text"].sample(frac=1, random_state=settings.seed).tolist())
+    texts = sentences(reviews["text"].tolist())
 
     model, tokenizer = _base_model(settings, out, texts)
     prompts = _prompts(tokenizer, texts, settings.prompts + settings.eval_prompts)
@@ -198,6 +198,7 @@ def _train(settings: DemoSettings, out: Path, method: str, pairs: Dataset, token
         logging_steps=10,
         report_to=[],
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
     with tqdm(total=settings.steps, desc=f"Training {method.upper():5s}") as progress:

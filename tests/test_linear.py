@@ -1,0 +1,458 @@
+"""The fused losses against the float64 oracle, in values and every gradient, whatever the plan."""
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import pytest
+import tdpo_ext
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tdpo_ext import LinearTDPOLoss, dpo_loss, linear_preference_loss, linear_token_divergence, reference, tdpo_loss
+from tdpo_ext.plan import Costs, make_plan
+
+
+def ipo_loss(chosen, rejected):
+    return (chosen.logratio - rejected.logratio - 2.0) ** 2
+
+
+OBJECTIVES = {
+    "dpo": functools.partial(dpo_loss, beta=0.1),
+    "tdpo1": functools.partial(tdpo_loss, beta=0.1, variant="tdpo1"),
+    "tdpo2": functools.partial(tdpo_loss, beta=0.1, alpha=0.5),
+    "ipo": ipo_loss,
+}
+
+
+@dataclass
+class Case:
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    ref_hidden: torch.Tensor
+    ref_weight: torch.Tensor
+    labels: torch.Tensor
+    bias: torch.Tensor | None
+    ref_bias: torch.Tensor | None
+
+    def tensors(self, dtype=None):
+        """Arguments by name; policy tensors as fresh leaves."""
+        found = {}
+        for name, value in vars(self).items():
+            if value is not None and value.is_floating_point():
+                value = value.to(dtype or value.dtype).clone()
+                value.requires_grad_(not name.startswith("ref_"))
+            found[name] = value
+        return found
+
+
+def make_case(dtype=torch.float32, pairs=3, tokens=11, width=16, ref_width=24, vocab=301, bias=False, ignored=0.3):
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(*shape)).to(dtype)
+
+    labels = torch.randint(vocab, (2 * pairs, tokens))
+    labels[torch.rand(2 * pairs, tokens) < ignored] = -100
+    return Case(
+        draw(2 * pairs, tokens, width),
+        draw(vocab, width, scale=width**-0.5),
+        draw(2 * pairs, tokens, ref_width),
+        draw(vocab, ref_width, scale=ref_width**-0.5),
+        labels,
+        draw(vocab) if bias else None,
+        draw(vocab) if bias else None,
+    )
+
+
+def loss_and_gradients(function, case, objective, dtype=None, scale=3.0, **options):
+    tensors = case.tensors(dtype)
+    loss, chosen, rejected = function(objective, **tensors, **options)
+    leaves = {name: value for name, value in tensors.items() if value is not None and value.requires_grad}
+    grads = torch.autograd.grad(scale * loss, list(leaves.values()))
+    return loss.detach(), (chosen, rejected), dict(zip(leaves, grads))
+
+
+def assert_matches_oracle(case, objective, **options):
+    """Within 2x of same-dtype eager's own error, or of the rounding of dz to a low precision (DESIGN: 2e-3)."""
+    budget = options.pop("logits_budget", None)
+    loss, sides, grads = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget, **options)
+    oracle = reference.linear_preference_loss
+    true_loss, true_sides, true_grads = loss_and_gradients(oracle, case, objective, dtype=torch.float64, **options)
+    double = case.hidden.dtype == torch.float64
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-12 if double else 1e-5, atol=1e-12 if double else 1e-5)
+    for side, true_side in zip(sides, true_sides):
+        assert not side.kl.requires_grad
+        for value, expected in zip(side, true_side):
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    rounding = torch.finfo(case.hidden.dtype).eps
+    for name, grad in grads.items():
+        assert grad.dtype == case.hidden.dtype
+        error = (grad.double() - true_grads[name]).norm() / true_grads[name].norm().clamp(min=1e-3)
+        assert error < max(2 * rounding, 2e-5 if not double else 1e-12), f"{name}: relative error {error:.2e}"
+
+
+BUDGETS = {"one chunk": 1 << 30, "several chunks": 90_000, "streamed": 30_000, "tiny": 100}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("objective", ["tdpo2", "tdpo1"])
+def test_gradients(dtype, budget, objective):
+    assert_matches_oracle(make_case(dtype, bias=True), OBJECTIVES[objective], logits_budget=BUDGETS[budget])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
+def test_objectives(objective, budget):
+    assert_matches_oracle(make_case(), OBJECTIVES[objective], logits_budget=BUDGETS[budget])
+
+
+@pytest.mark.parametrize("budget", ["one chunk", "several chunks", "streamed"])
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"softcap": 3.0}, {"temperature": 1.3, "softcap": 5.0}])
+def test_temperature_and_softcap(budget, options):
+    assert_matches_oracle(make_case(bias=True), OBJECTIVES["tdpo2"], logits_budget=BUDGETS[budget], **options)
+
+
+@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"pairs": 1}, {"pairs": 1, "tokens": 1, "ignored": 0.0}, {"vocab": 1}, {"vocab": 5, "width": 3, "ref_width": 1}],
+)
+def test_small_shapes(budget, shape):
+    assert_matches_oracle(make_case(**shape), OBJECTIVES["tdpo2"], logits_budget=BUDGETS[budget])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pairs=st.integers(1, 4),
+    tokens=st.integers(1, 9),
+    width=st.integers(1, 20),
+    ref_width=st.integers(1, 20),
+    vocab=st.integers(1, 400),
+    ignored=st.floats(0, 1),
+    budget=st.integers(100, 200_000),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(pairs, tokens, width, ref_width, vocab, ignored, budget, bias, dtype):
+    case = make_case(dtype, pairs, tokens, width, ref_width, vocab, bias, ignored)
+    objective = OBJECTIVES["ipo"]
+    loss, _, grads = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget)
+    true_loss, _, true_grads = loss_and_gradients(
+        reference.linear_preference_loss, case, objective, dtype=torch.float64
+    )
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-3, atol=1e-3)
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-3
+    for name, grad in grads.items():
+        atol = tolerance * (1e-3 + true_grads[name].abs().max().item())
+        torch.testing.assert_close(grad.double(), true_grads[name], rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
+def test_nothing_but_ignored_rows(budget):
+    case = make_case(ignored=1.1)
+    loss, sides, grads = loss_and_gradients(
+        linear_preference_loss, case, OBJECTIVES["tdpo2"], logits_budget=BUDGETS[budget]
+    )
+    assert loss.item() == pytest.approx(0.6931472)
+    assert not any(value.any() for side in sides for value in side)
+    assert not any(grad.any() for grad in grads.values())
+
+
+def test_ignored_rows_never_reach_the_head():
+    case = make_case()
+    poisoned = copy.deepcopy(case)
+    poisoned.hidden[case.labels == -100] = torch.nan
+    poisoned.ref_hidden[case.labels == -100] = torch.inf
+    for budget in (BUDGETS["one chunk"], BUDGETS["streamed"]):
+        loss, _, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss, logits_budget=budget)
+        other, _, other_grads = loss_and_gradients(linear_preference_loss, poisoned, ipo_loss, logits_budget=budget)
+        assert torch.equal(loss, other)
+        for name, grad in grads.items():
+            assert torch.equal(grad, other_grads[name]), name
+
+
+@pytest.mark.parametrize("budget", ["one chunk", "several chunks", "streamed"])
+def test_packed_equals_padded(budget):
+    case = make_case()
+    lengths = torch.tensor([11, 4, 7, 9, 11, 1])
+    kept = torch.arange(11) < lengths[:, None]
+    case.labels[~kept] = -100
+    loss, sides, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss, logits_budget=BUDGETS[budget])
+    packed = Case(case.hidden[kept], case.weight, case.ref_hidden[kept], case.ref_weight, case.labels[kept], None, None)
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    other, other_sides, other_grads = loss_and_gradients(
+        linear_preference_loss, packed, ipo_loss, logits_budget=BUDGETS[budget], cu_seqlens=cu_seqlens
+    )
+    assert torch.equal(loss, other)
+    assert torch.equal(sides[1].kl, other_sides[1].kl)
+    torch.testing.assert_close(grads["weight"], other_grads["weight"])
+    torch.testing.assert_close(grads["hidden"][kept], other_grads["hidden"])
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden", "both"])
+@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
+def test_skips_what_nobody_asks_for(frozen, budget):
+    case = make_case()
+    full = loss_and_gradients(linear_preference_loss, case, ipo_loss, scale=1.0, logits_budget=BUDGETS[budget])
+    tensors = case.tensors()
+    for name in ("weight", "hidden") if frozen == "both" else (frozen,):
+        tensors[name].requires_grad_(False)
+    loss, _, _ = linear_preference_loss(ipo_loss, **tensors, logits_budget=BUDGETS[budget])
+    assert torch.equal(loss.detach(), full[0])
+    assert loss.requires_grad == (frozen != "both")
+    if frozen != "both":
+        loss.backward()
+        other = "hidden" if frozen == "weight" else "weight"
+        assert tensors[frozen].grad is None
+        torch.testing.assert_close(tensors[other].grad, full[2][other])
+
+
+def test_no_grad():
+    tensors = make_case().tensors()
+    with torch.no_grad():
+        loss, chosen, _ = linear_preference_loss(ipo_loss, **tensors)
+    assert not loss.requires_grad
+    assert not chosen.logps.requires_grad
+
+
+def test_tied_weights():
+    case = make_case(width=16, ref_width=16)
+    embedding = case.weight.clone().requires_grad_()
+    hidden = embedding[torch.arange(66) % 301].view(6, 11, 16)
+    loss, _, _ = linear_preference_loss(ipo_loss, hidden, embedding, case.ref_hidden, case.ref_weight, case.labels)
+    (grad,) = torch.autograd.grad(loss, embedding)
+    double = embedding.detach().double().requires_grad_()
+    truth, _, _ = reference.linear_preference_loss(
+        ipo_loss,
+        double[torch.arange(66) % 301].view(6, 11, 16),
+        double,
+        case.ref_hidden.double(),
+        case.ref_weight.double(),
+        case.labels,
+    )
+    (true_grad,) = torch.autograd.grad(truth, double)
+    assert (grad - true_grad).norm() / true_grad.norm() < 1e-5
+
+
+def test_non_contiguous_inputs():
+    case = make_case()
+    plain = loss_and_gradients(linear_preference_loss, case, ipo_loss)
+    tensors = case.tensors()
+    strided = {
+        "hidden": tensors["hidden"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
+        "weight": tensors["weight"].detach().t().contiguous().t().requires_grad_(),
+    }
+    loss, _, _ = linear_preference_loss(ipo_loss, **{**tensors, **strided})
+    torch.testing.assert_close(loss.detach(), plain[0])
+    (3 * loss).backward()
+    for name, leaf in strided.items():
+        torch.testing.assert_close(leaf.grad, plain[2][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
+def test_autocast(budget):
+    case = make_case()
+    tensors = case.tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, _ = linear_preference_loss(ipo_loss, **tensors, logits_budget=BUDGETS[budget])
+    loss.backward()
+    assert tensors["weight"].grad.dtype == torch.float32
+    low = make_case(torch.bfloat16)
+    for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
+        setattr(low, name, getattr(case, name).bfloat16())
+    low.labels = case.labels
+    expected, _, grads = loss_and_gradients(
+        linear_preference_loss, low, ipo_loss, scale=1.0, logits_budget=BUDGETS[budget]
+    )
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(tensors["weight"].grad, grads["weight"].float())
+
+
+def test_accumulated_gradients_add_up():
+    case = make_case(pairs=4)
+    tensors = case.tensors()
+    halves = [[0, 1, 4, 5], [2, 3, 6, 7]]
+    for half in halves:
+        part = {name: value[half] if name in ("hidden", "ref_hidden", "labels") else value for name, value in tensors.items()}
+        (linear_preference_loss(ipo_loss, **part)[0] / 2).backward()
+    _, _, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss, scale=1.0)
+    torch.testing.assert_close(tensors["weight"].grad, grads["weight"])
+    torch.testing.assert_close(tensors["hidden"].grad, grads["hidden"])
+
+
+def test_gradients_are_handed_over_once():
+    loss, _, _ = linear_preference_loss(ipo_loss, **make_case().tensors(), logits_budget=1 << 30)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="earlier backward"):
+        loss.backward()
+
+
+def test_compiled_model_around_the_loss():
+    case = make_case()
+    layer = torch.nn.Linear(16, 16)
+
+    def step(hidden):
+        out = layer(hidden)
+        return linear_preference_loss(ipo_loss, out, case.weight, case.ref_hidden, case.ref_weight, case.labels)[0]
+
+    compiled = torch.compile(step, backend="eager")
+    torch.testing.assert_close(compiled(case.hidden), step(case.hidden))
+    compiled(case.hidden).backward()
+    assert layer.weight.grad.norm() > 0
+
+
+def coupled(chosen, rejected):
+    margin = chosen.logratio - rejected.logratio
+    return -torch.nn.functional.logsigmoid(margin - margin.mean())
+
+
+def only_the_next(chosen, rejected):
+    return (chosen.logratio - rejected.logratio).roll(1)
+
+
+@pytest.mark.parametrize("objective", [coupled, only_the_next])
+def test_coupled_pairs_are_refused(objective):
+    with pytest.raises(ValueError, match="couples pairs"):
+        linear_preference_loss(objective, **make_case().tensors())
+
+
+def test_objective_of_the_wrong_shape():
+    with pytest.raises(ValueError, match="objective"):
+        linear_preference_loss(lambda chosen, rejected: chosen.logps.sum(), **make_case().tensors())
+
+
+BAD_CALLS = {
+    "weight": (lambda a: a["weight"][:, :-1], ValueError),
+    "ref_weight": (lambda a: a["ref_weight"][:-1], ValueError),
+    "ref_hidden": (lambda a: a["ref_hidden"].double(), TypeError),
+    "hidden": (lambda a: a["hidden"].detach().int(), TypeError),
+    "labels": (lambda a: a["labels"].int(), TypeError),
+    "bias": (lambda a: torch.zeros(5), ValueError),
+    "logits_budget": (lambda a: 0, ValueError),
+    "temperature": (lambda a: -1.0, ValueError),
+    "cu_seqlens": (lambda a: torch.tensor([0, 3]), ValueError),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_names_the_argument(name):
+    change, error = BAD_CALLS[name]
+    tensors = make_case().tensors()
+    with pytest.raises(error, match=name):
+        linear_preference_loss(ipo_loss, **{**tensors, name: change(tensors)})
+
+
+def test_odd_number_of_sequences():
+    tensors = make_case().tensors()
+    three = {name: value[:3] if name in ("hidden", "ref_hidden", "labels") else value for name, value in tensors.items()}
+    with pytest.raises(ValueError, match="even"):
+        linear_preference_loss(ipo_loss, **three)
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 3000, 50])
+def test_label_out_of_range(budget):
+    tensors = make_case().tensors()
+    tensors["labels"][0, 0] = 301
+    with pytest.raises(IndexError, match="labels"):
+        linear_preference_loss(ipo_loss, **tensors, logits_budget=budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [1 << 30, 20_000])
+def test_token_values(dtype, budget):
+    case = make_case(dtype, bias=True)
+    tensors, truth = case.tensors(), case.tensors(torch.float64)
+    ours = linear_token_divergence(**tensors, logits_budget=budget)
+    expected = reference.linear_token_divergence(**truth)
+    weights = torch.randn(6, 11, dtype=torch.float64)
+    for value, wanted in zip(ours, expected):
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert not ours.entropy.requires_grad
+    for divergence in (ours, expected):
+        (divergence.logps * weights + divergence.kl * weights.abs()).sum().backward()
+    for name in ("hidden", "weight", "bias"):
+        error = (tensors[name].grad.double() - truth[name].grad).norm() / truth[name].grad.norm()
+        assert error < max(2 * torch.finfo(dtype).eps, 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_gradcheck():
+    case = make_case(torch.float64, pairs=1, tokens=3, width=4, ref_width=3, vocab=7)
+
+    def outputs(hidden, weight):
+        d = linear_token_divergence(hidden, weight, case.ref_hidden, case.ref_weight, case.labels, logits_budget=200)
+        return d.logps, d.kl
+
+    leaves = (case.hidden.requires_grad_(), case.weight.requires_grad_())
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+def test_signal_near_equality():
+    """bf16 inputs, the reference perturbed by 1e-2: errors against float64 on the same inputs."""
+    width, vocab = 256, 8000
+    hidden = torch.randn(2, 16, width).bfloat16()
+    weight = (torch.randn(vocab, width) / width**0.5).bfloat16()
+    ref_hidden = (hidden.float() + 1e-2 * torch.randn(2, 16, width)).bfloat16()
+    labels = torch.randint(vocab, (2, 16))
+    inputs = (hidden, weight, ref_hidden, weight, labels)
+
+    def kl_and_gradient(function, dtype):
+        leaf = hidden.to(dtype).requires_grad_()
+        kl = function(leaf, *(t.to(dtype) if t.is_floating_point() else t for t in inputs[1:])).kl
+        return kl.detach(), torch.autograd.grad(kl.sum(), leaf)[0]
+
+    truth = kl_and_gradient(reference.linear_token_divergence, torch.float64)
+    eager = kl_and_gradient(reference.linear_token_divergence, torch.bfloat16)
+    ours = kl_and_gradient(linear_token_divergence, torch.bfloat16)
+    errors = [[(a.double() - b).norm() / b.norm() for a, b in zip(found, truth)] for found in (ours, eager)]
+    assert errors[0][0] < errors[1][0] / 100
+    assert errors[0][1] < errors[1][1] / 10
+
+
+def test_module():
+    case = make_case()
+    module = LinearTDPOLoss(beta=0.2, alpha=0.3, variant="tdpo1", temperature=0.9)
+    loss, _, _ = module(**case.tensors())
+    expected, _, _ = reference.linear_preference_loss(
+        functools.partial(tdpo_loss, beta=0.2, alpha=0.3, variant="tdpo1"), **case.tensors(), temperature=0.9
+    )
+    torch.testing.assert_close(loss, expected)
+    for options in ({"beta": 0}, {"alpha": -1}, {"variant": "x"}, {"temperature": 0}, {"softcap": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            LinearTDPOLoss(**options)
+
+
+COSTS = Costs(vocab=1000, width=64, ref_width=64, element=4, logit=4, needs_weight_grad=True)
+
+
+def test_plan_kinds():
+    cpu = torch.device("cpu")
+    lengths = [20, 30, 25, 5]
+    everything = make_plan(lengths, COSTS, 1 << 30, cpu)
+    assert (everything.kind, everything.pairs) == ("resident", ((0, 4),))
+    some = make_plan(lengths, COSTS, 300_000, cpu)
+    assert some.kind == "resident"
+    assert len(some.pairs) > 1
+    assert [pair for first, stop in some.pairs for pair in range(first, stop)] == [0, 1, 2, 3]
+    assert some.bytes <= some.budget
+    streamed = make_plan(lengths, COSTS, 200_000, cpu)
+    assert streamed.kind == "streaming"
+    assert "30 rows" in str(streamed)
+
+
+def test_low_precision_accumulator_is_part_of_the_budget():
+    low = Costs(vocab=1000, width=64, ref_width=64, element=2, logit=4, needs_weight_grad=True)
+    cpu = torch.device("cpu")
+    budget = 1000 * 64 * 4 + 40 * (1000 * low.entry + low.row)
+    assert make_plan([30, 30], low, budget, cpu).kind == "resident"
+    streamed = make_plan([30, 30], low, budget - 20 * 1000 * low.entry, cpu)
+    assert streamed.kind == "streaming"
+    assert "float32 weight gradient" in str(streamed)
+
+
+def test_scratch_is_kept_and_released():
+    from tdpo_ext import workspace
+
+    linear_preference_loss(ipo_loss, **make_case().tensors())
+    assert len(workspace._kept) == 1
+    tdpo_ext.release_scratch()
+    assert not workspace._kept
