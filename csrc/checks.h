@@ -89,11 +89,23 @@ inline CheckedProblem check_problem(const at::Tensor& logits, const at::Tensor& 
   auto z = rows_of(checked.logits), r = rows_of(checked.ref_logits);
   if (!z) z = rows_of(checked.logits = logits.contiguous());
   if (!r) r = rows_of(checked.ref_logits = ref_logits.contiguous());
-  checked.problem = {*z,          *r,           checked.labels.data_ptr<int64_t>(),
-                     labels.numel(), vocab,     vocab_start,
-                     ignore_index, temperature, softcap,
+  checked.problem = {*z,
+                     *r,
+                     checked.labels.data_ptr<int64_t>(),
+                     labels.numel(),
+                     vocab,
+                     vocab_start,
+                     vocab_size,
+                     ignore_index,
+                     temperature,
+                     softcap,
                      dtype};
   return checked;
+}
+
+inline void check_stacked_states(const at::Tensor& states) {
+  TORCH_CHECK_VALUE(states.dim() >= 2 && states.size(-1) == kRowStateSize, "states has shape ", states.sizes(),
+                    "; (slices, ..., ", kRowStateSize, ") is needed");
 }
 
 struct CheckedGradient {
@@ -107,13 +119,16 @@ inline CheckedGradient check_gradient(const at::Tensor& logits, const at::Tensor
   check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), real, logits);
   check_matches(logp_grad, "logp_grad", labels.sizes(), real, logits);
   check_matches(kl_grad, "kl_grad", labels.sizes(), real, logits);
-  const bool narrows = logits.scalar_type() == at::kFloat && (out.scalar_type() == at::kBFloat16 || out.scalar_type() == at::kHalf);
+  const bool narrows =
+      logits.scalar_type() == at::kFloat && (out.scalar_type() == at::kBFloat16 || out.scalar_type() == at::kHalf);
   check_matches(out, "out", logits.sizes(), narrows ? out.scalar_type() : logits.scalar_type(), logits);
   const auto rows = rows_of(out);
-  TORCH_CHECK_VALUE(rows, "out has strides ", out.strides(), "; its rows must be dense and its leading dimensions regular");
+  TORCH_CHECK_VALUE(rows, "out has strides ", out.strides(),
+                    "; its rows must be dense and its leading dimensions regular");
   CheckedGradient checked{states.contiguous(), logp_grad.contiguous(), kl_grad.contiguous(), {}};
-  checked.gradient = {checked.states.data_ptr(), checked.logp_grad.data_ptr(), checked.kl_grad.data_ptr(), *rows,
-                      dtype_of(out, "out"), false};
+  checked.gradient = {checked.states.data_ptr(),  checked.logp_grad.data_ptr(),
+                      checked.kl_grad.data_ptr(), *rows,
+                      dtype_of(out, "out"),       false};
   return checked;
 }
 

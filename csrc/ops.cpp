@@ -20,11 +20,13 @@ TORCH_LIBRARY(tdpo_ext, m) {
       "ref_logps, Tensor kl, Tensor entropy)");
   // dL/dlogits from dL/dlogps and dL/dkl; the second form writes into `out`, which may be `logits` itself.
   m.def(
-      "logit_gradient(Tensor logits, Tensor ref_logits, Tensor labels, Tensor states, Tensor logp_grad, Tensor kl_grad, "
+      "logit_gradient(Tensor logits, Tensor ref_logits, Tensor labels, Tensor states, Tensor logp_grad, Tensor "
+      "kl_grad, "
       "int vocab_start, int vocab_size, int ignore_index, float temperature, float softcap) -> Tensor");
   m.def(
       "logit_gradient_out(Tensor logits, Tensor ref_logits, Tensor labels, Tensor states, Tensor logp_grad, Tensor "
-      "kl_grad, int vocab_start, int vocab_size, int ignore_index, float temperature, float softcap, Tensor(a!) out) -> "
+      "kl_grad, int vocab_start, int vocab_size, int ignore_index, float temperature, float softcap, Tensor(a!) out) "
+      "-> "
       "()");
   // The differentiable whole; `group_name` names the process group that shards the vocabulary, '' for none.
   m.def(

@@ -20,16 +20,16 @@ struct Rows {
   int64_t inner, outer_stride, inner_stride;
 
   TDPO_HOST_DEVICE int64_t offset(int64_t row) const {
-    return inner_stride == outer_stride ? row * inner_stride
-                                        : row / inner * outer_stride + row % inner * inner_stride;
+    return inner_stride == outer_stride ? row * inner_stride : row / inner * outer_stride + row % inner * inner_stride;
   }
 };
 
 struct Problem {
   Rows logits, ref_logits;
   const int64_t* labels;
-  int64_t rows, vocab;   // vocab: entries of this slice
-  int64_t vocab_start;   // the slice's first entry, as labels count
+  int64_t rows, vocab;  // vocab: entries of this slice
+  int64_t vocab_start;  // the slice's first entry, as labels count
+  int64_t vocab_size;   // entries of the whole vocabulary, which labels must be below
   int64_t ignore_index;
   double temperature, softcap;  // softcap 0: none
   DType dtype;

@@ -109,10 +109,10 @@ TDPO_FN Real shift_of(Real max) {
 // What happens to the sums when the maxima move up.
 template <typename Real>
 struct Rescale {
-  Real z, r;         // factors of e_z and e_r
-  Real z_hop, hop;   // change of Z - z_max (base 2), and of the gap (natural)
-  Real growth;       // z - r, formed without cancellation
-  Real excess;       // r * (exp(hop) - 1 - hop), likewise
+  Real z, r;        // factors of e_z and e_r
+  Real z_hop, hop;  // change of Z - z_max (base 2), and of the gap (natural)
+  Real growth;      // z - r, formed without cancellation
+  Real excess;      // r * (exp(hop) - 1 - hop), likewise
 
   TDPO_FN Rescale(Real z_max, Real r_max, Real new_z_max, Real new_r_max) {
     const Real lowest = -std::numeric_limits<Real>::infinity();

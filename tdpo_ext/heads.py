@@ -23,7 +23,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Heads:
-    """hidden (..., D), weight (V, D), bias (V,) or None; the same of the reference, of width D_ref. `labels` once flat."""
+    """hidden (..., D), weight (V, D), bias (V,) or None; the same of the reference, of width D_ref; labels (...)."""
 
     hidden: Tensor
     weight: Tensor
@@ -31,7 +31,7 @@ class Heads:
     ref_hidden: Tensor
     ref_weight: Tensor
     ref_bias: Tensor | None
-    labels: Tensor | None = None
+    labels: Tensor
 
     @property
     def vocab(self) -> int:
@@ -50,12 +50,13 @@ class Heads:
         names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
         return replace(self, **{name: cast(getattr(self, name)) for name in names})
 
-    def check(self, labels: Tensor) -> Heads:
+    def check(self) -> Heads:
         """Self, once every shape, dtype and device fits.
 
         Raises:
             ValueError, TypeError: the first that doesn't, named in the message.
         """
+        labels = self.labels
         expected = {
             "hidden": (*labels.shape, self.hidden.shape[-1] if self.hidden.dim() else 1),
             "weight": (self.weight.shape[0] if self.weight.dim() else 1, *self.hidden.shape[-1:]),
@@ -84,7 +85,7 @@ class Heads:
             raise ValueError("weight has no rows: the vocabulary is empty")
         return self
 
-    def flat(self, labels: Tensor) -> Heads:
+    def flat(self) -> Heads:
         """With rows in one dimension: hidden (N, D), ref_hidden (N, D_ref), labels (N,)."""
         return replace(
             self,
@@ -92,7 +93,7 @@ class Heads:
             ref_hidden=self.ref_hidden.detach().reshape(-1, self.ref_hidden.shape[-1]),
             ref_weight=self.ref_weight.detach(),
             ref_bias=None if self.ref_bias is None else self.ref_bias.detach(),
-            labels=labels.reshape(-1),
+            labels=self.labels.reshape(-1),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def linear_token_divergence(
         ValueError, TypeError, IndexError: as `token_divergence`; the message names the argument.
     """
     heads, options = _prepare(locals())
-    flat = heads.flat(labels)
+    flat = heads.flat()
     rows = padded_rows(flat.labels, ignore_index, sequences=1)
     budget = _budget(logits_budget, hidden.device)
     plan = streaming_plan(len(rows.index), heads.costs(), budget, "per-token values are differentiable")
@@ -102,7 +103,7 @@ def linear_preference_loss(
         ValueError, TypeError, IndexError: a bad argument, named in the message; an objective that couples pairs.
     """
     heads, options = _prepare({name: value for name, value in locals().items() if name != "cu_seqlens"})
-    flat = heads.flat(labels)
+    flat = heads.flat()
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; (2B, T) is needed, or cu_seqlens with (N,)")
@@ -111,7 +112,7 @@ def linear_preference_loss(
         rows = packed_rows(flat.labels, ignore_index, cu_seqlens)
     if rows.pairs == 0 or len(rows.lengths) % 2:
         raise ValueError(
-            f"labels hold {len(rows.lengths)} sequences; an even, positive number is needed: chosen first, then rejected"
+            f"labels hold {len(rows.lengths)} sequences; an even, positive number is needed: chosen, then rejected"
         )
     _check_objective(objective, hidden.device)
     plan = make_plan(rows.pair_lengths, heads.costs(), logits_budget, hidden.device)
@@ -179,8 +180,8 @@ def _prepare(arguments: dict) -> tuple[Heads, Options]:
     if arguments["shard"] is not None:
         raise NotImplementedError("shard: a sharded vocabulary is not supported yet")
     cap = check_options(arguments["temperature"], arguments["softcap"])
-    names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
-    heads = Heads(**{name: arguments[name] for name in names}).autocast().check(arguments["labels"])
+    names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "labels")
+    heads = Heads(**{name: arguments[name] for name in names}).autocast().check()
     return heads, Options(arguments["ignore_index"], float(arguments["temperature"]), cap)
 
 
@@ -195,11 +196,9 @@ _found_good: weakref.WeakSet = weakref.WeakSet()
 
 def _check_objective(objective: Objective, device: torch.device) -> None:
     """Tries the objective, once, on two made-up pairs: its losses must be two, and each its own pair's alone."""
-    try:
+    with contextlib.suppress(TypeError):  # what can't be hashed or weakly referenced is tried at every call
         if objective in _found_good:
             return
-    except TypeError:  # not hashable: tried at every call
-        pass
     with torch.enable_grad():
         made_up = torch.tensor([[-9.0, -7.0], [-8.0, -6.5], [0.3, 0.5], [2.0, 1.5]], device=device)
         sides = [TokenDivergence(*(made_up * scale).unbind()).detach() for scale in (1.0, 1.3)]
@@ -214,7 +213,5 @@ def _check_objective(objective: Objective, device: torch.device) -> None:
             grads = torch.autograd.grad(losses[pair], leaves, retain_graph=True, allow_unused=True)
             if any(grad is not None and grad[other] != 0 for grad in grads):
                 raise ValueError("objective couples pairs: the loss of one pair depends on another pair's values")
-    try:
+    with contextlib.suppress(TypeError):
         _found_good.add(objective)
-    except TypeError:
-        pass

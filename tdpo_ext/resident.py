@@ -86,7 +86,7 @@ class _Gradients:
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.weight is not None and self.empty:
             self.weight.zero_()
-        return self.hidden, *(self._as_weight(grad) for grad in (self.weight, self.bias))
+        return self.hidden, self._as_weight(self.weight), self._as_weight(self.bias)
 
     def _as_weight(self, grad: Tensor | None) -> Tensor | None:
         dtype = self.heads.weight.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def packed_rows(labels: Tensor, ignore_index: int, cu_seqlens: Tensor) -> Rows:
             "are needed, with rows (N, D) and labels (N,)"
         )
     offsets = cu_seqlens.tolist()
-    if not offsets or offsets[0] != 0 or offsets[-1] != len(labels) or any(b < a for a, b in zip(offsets, offsets[1:])):
+    if not offsets or offsets[0] != 0 or offsets[-1] != len(labels) or any(b < a for a, b in pairwise(offsets)):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {len(labels)}; got {offsets}")
     kept = labels != ignore_index
     running = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])

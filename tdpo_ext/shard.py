@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Rows start to stop of a vocabulary sharded over `group`; accepted by the public signatures, not yet by the ops."""
+    """Rows start to stop of a vocabulary sharded over `group`. Not supported yet: every function refuses it."""
 
     start: int
     stop: int

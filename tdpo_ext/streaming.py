@@ -94,8 +94,9 @@ def _gradients(heads: Heads, index, states, logp_grad, kl_grad, with_reference, 
 
     size = (plan.rows * plan.columns,)
     # dz is written over z where it has its dtype; a slice of dW from several blocks is summed before it is rounded.
-    needed = [(size, dtype), (size, dtype), (size if weight.dtype != dtype else (0,), weight.dtype)]
-    needed.append(((plan.columns if wanted[1] and len(blocks) > 1 else 0, weight.shape[1]), dtype))
+    dz_size = size if weight.dtype != dtype else (0,)
+    sum_size = (plan.columns if wanted[1] and len(blocks) > 1 else 0, weight.shape[1])
+    needed = [(size, dtype), (size, dtype), (dz_size, weight.dtype), (sum_size, dtype)]
     with scratch(needed, device) as (z_buffer, r_buffer, dz_buffer, sum_buffer):
         for first, stop in _slices(heads.vocab, plan.columns) if any(wanted) else []:
             for begin, end in blocks:

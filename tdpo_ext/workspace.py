@@ -34,7 +34,7 @@ class Scratch:
 
 
 @contextmanager
-def scratch(wanted: Sequence[tuple[Sequence[int], torch.dtype]], device: torch.device):
+def scratch(wanted: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device):
     """Yields tensors of the (shape, dtype) pairs in `wanted`, on `device`."""
     size = sum(-(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for shape, dtype in wanted)
     kept = device.type == "cpu"

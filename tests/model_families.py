@@ -33,7 +33,9 @@ _SMALL = {
 }
 
 FAMILIES = {
-    "gpt2": lambda: t.GPT2Config(vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+    "gpt2": lambda: t.GPT2Config(
+        vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    ),
     "llama": lambda: t.LlamaConfig(**_SMALL),
     "qwen2": lambda: t.Qwen2Config(**_SMALL, tie_word_embeddings=True),
     "qwen3": lambda: t.Qwen3Config(**_SMALL, head_dim=8),

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tdpo_ext
 import torch
+
+import tdpo_ext
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(tdpo_ext.__file__).parent
@@ -31,7 +32,11 @@ def copy_without(tmp_path, *left_out):
     copy = tmp_path / "tdpo_ext"
     copy.mkdir()
     for path in PACKAGE.iterdir():
-        if path.is_file() and path.suffix in (".py", ".so") and not any(path.name.startswith(name) for name in left_out):
+        if (
+            path.is_file()
+            and path.suffix in (".py", ".so")
+            and not any(path.name.startswith(name) for name in left_out)
+        ):
             (copy / path.name).write_bytes(path.read_bytes())
     return copy
 

@@ -3,11 +3,12 @@
 import math
 
 import pytest
-import tdpo_ext
 import torch
 from conftest import DTYPES, VOCABULARIES, assert_as_good_as_eager, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tdpo_ext
 from tdpo_ext import TokenDivergence, reference, token_divergence
 
 INF = math.inf
@@ -30,9 +31,7 @@ def test_as_good_as_eager(dtype, vocab, perturbation):
     logits, ref_logits, labels = inputs
     ours, grad = values_and_gradient(token_divergence, *inputs)
     eager, eager_grad = values_and_gradient(reference.token_divergence, *inputs)
-    truth, true_grad = values_and_gradient(
-        reference.token_divergence, logits.double(), ref_logits.double(), labels
-    )
+    truth, true_grad = values_and_gradient(reference.token_divergence, logits.double(), ref_logits.double(), labels)
     for name, *values in zip(TokenDivergence._fields, ours, eager, truth):
         assert_as_good_as_eager(*values, f"{name} at {vocab}")
         assert values[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -90,9 +89,7 @@ def test_edge_values(dtype, vocab):
     ref_logits[3, 3] = -3e4  # q underflows
     logits[4], ref_logits[4] = 1e4 * torch.sign(logits[4]), 1e4 * torch.sign(logits[4])
     ours, grad = values_and_gradient(token_divergence, logits, ref_logits, labels)
-    truth, true_grad = values_and_gradient(
-        reference.token_divergence, logits.double(), ref_logits.double(), labels
-    )
+    truth, true_grad = values_and_gradient(reference.token_divergence, logits.double(), ref_logits.double(), labels)
     assert ours.kl[2] == INF
     for name, value, expected in zip(TokenDivergence._fields, ours, truth):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5, msg=name)

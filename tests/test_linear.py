@@ -5,10 +5,11 @@ import functools
 from dataclasses import dataclass
 
 import pytest
-import tdpo_ext
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tdpo_ext
 from tdpo_ext import LinearTDPOLoss, dpo_loss, linear_preference_loss, linear_token_divergence, reference, tdpo_loss
 from tdpo_ext.plan import Costs, make_plan
 
@@ -273,7 +274,10 @@ def test_accumulated_gradients_add_up():
     tensors = case.tensors()
     halves = [[0, 1, 4, 5], [2, 3, 6, 7]]
     for half in halves:
-        part = {name: value[half] if name in ("hidden", "ref_hidden", "labels") else value for name, value in tensors.items()}
+        part = {
+            name: value[half] if name in ("hidden", "ref_hidden", "labels") else value
+            for name, value in tensors.items()
+        }
         (linear_preference_loss(ipo_loss, **part)[0] / 2).backward()
     _, _, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss, scale=1.0)
     torch.testing.assert_close(tensors["weight"].grad, grads["weight"])
@@ -344,7 +348,9 @@ def test_bad_input_names_the_argument(name):
 
 def test_odd_number_of_sequences():
     tensors = make_case().tensors()
-    three = {name: value[:3] if name in ("hidden", "ref_hidden", "labels") else value for name, value in tensors.items()}
+    three = {
+        name: value[:3] if name in ("hidden", "ref_hidden", "labels") else value for name, value in tensors.items()
+    }
     with pytest.raises(ValueError, match="even"):
         linear_preference_loss(ipo_loss, **three)
 

@@ -3,6 +3,7 @@
 import mpmath
 import pytest
 import torch
+
 from tdpo_ext import TokenDivergence, dpo_loss, rewards, tdpo_loss
 
 mpmath.mp.dps = 50

@@ -1,5 +1,6 @@
 """The operators themselves: schemas, fakes and instruction sets."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import random_rows
+
 from tdpo_ext import ops
 
 
@@ -40,7 +42,7 @@ def test_slices_merge_to_the_whole(vocab):
     cuts = [0, 1, vocab // 3, vocab]
     slices = [
         ops.row_states(logits[:, a:b], ref_logits[:, a:b], labels, a, vocab, -100, 1.0, 0.0)
-        for a, b in zip(cuts, cuts[1:])
+        for a, b in itertools.pairwise(cuts)
     ]
     merged = ops.merge_row_states(torch.stack(slices))
     for value, expected in zip(

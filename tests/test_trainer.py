@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from model_families import FAMILIES, make_model, make_tokenizer
 from tdpo import LanguageModelHead, PreferenceCollator, TDPOConfig, TDPOTrainer, tokenize_preferences
+
 from tdpo_ext import reference, shift_labels
 
 
@@ -222,7 +223,12 @@ def test_tokenizer_without_an_end():
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"beta": 0.0}, "beta"), ({"variant": "ipo"}, "variant"), ({"alpha": -1.0}, "alpha"), ({"max_prompt_length": 40}, "max_prompt_length")],
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"variant": "ipo"}, "variant"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"max_prompt_length": 40}, "max_prompt_length"),
+    ],
 )
 def test_bad_config_is_named(options, name, tmp_path):
     with pytest.raises(ValueError, match=name):
@@ -244,7 +250,11 @@ SMALL_DEMO = [
 
 
 def demo(*arguments):
-    return subprocess.run([sys.executable, "-c", "import sys; from tdpo.cli import main; sys.exit(main())", "demo", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", "import sys; from tdpo.cli import main; sys.exit(main())", "demo", *arguments],
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.slow

@@ -24,5 +24,4 @@ extern const CpuKernels kernels;
 }
 #endif
 
-
 }  // namespace tdpo

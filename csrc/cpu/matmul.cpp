@@ -20,7 +20,10 @@ struct Matrix {
   int64_t rows, columns, row_stride, column_stride;
 
   explicit Matrix(const at::Tensor& t)
-      : data(t.const_data_ptr<BFloat16>()), rows(t.size(0)), columns(t.size(1)), row_stride(t.stride(0)),
+      : data(t.const_data_ptr<BFloat16>()),
+        rows(t.size(0)),
+        columns(t.size(1)),
+        row_stride(t.stride(0)),
         column_stride(t.stride(1)) {}
   const BFloat16* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
@@ -99,8 +102,8 @@ void pack_pairs_transposed(const Matrix& b, int64_t k0, int64_t depth, int64_t n
   for (; n + Words::lanes <= columns; n += Words::lanes) {
     int64_t k = 0;
     for (; k + Words::lanes <= pairs; k += Words::lanes)
-      Words::transpose(source + (n * stride + 2 * k) * sizeof(BFloat16), stride * sizeof(BFloat16), out + k * columns + n,
-                       columns);
+      Words::transpose(source + (n * stride + 2 * k) * sizeof(BFloat16), stride * sizeof(BFloat16),
+                       out + k * columns + n, columns);
     for (; k < pairs; ++k)
       for (int64_t i = n; i < n + Words::lanes; ++i)
         std::memcpy(out + k * columns + i, source + (i * stride + 2 * k) * sizeof(BFloat16), sizeof(uint32_t));
@@ -183,8 +186,7 @@ void multiply_copies(const at::Tensor& a, const at::Tensor& b, bool accumulate, 
   for (int64_t m = 0; m < a.size(0); m += kCopied)
     for (int64_t k = 0; k < a.size(1); k += kCopied) {
       const auto left = block(a, m, k).to(at::kFloat);
-      for (int64_t n = 0; n < b.size(1); n += kCopied)
-        block(out, m, n).addmm_(left, block(b, k, n).to(at::kFloat));
+      for (int64_t n = 0; n < b.size(1); n += kCopied) block(out, m, n).addmm_(left, block(b, k, n).to(at::kFloat));
     }
 }
 

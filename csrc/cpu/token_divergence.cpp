@@ -53,11 +53,11 @@ struct Tasks {
   }
 };
 
-void check_label_range(const Problem& problem, int64_t vocab_size) {
+void check_label_range(const Problem& problem) {
   for (int64_t row = 0; row < problem.rows; ++row) {
     const int64_t label = problem.labels[row];
-    TORCH_CHECK_INDEX(label == problem.ignore_index || (label >= 0 && label < vocab_size), "labels hold ", label,
-                      " at row ", row, "; allowed are 0 to ", vocab_size - 1, " and ignore_index ",
+    TORCH_CHECK_INDEX(label == problem.ignore_index || (label >= 0 && label < problem.vocab_size), "labels hold ",
+                      label, " at row ", row, "; allowed are 0 to ", problem.vocab_size - 1, " and ignore_index ",
                       problem.ignore_index);
   }
 }
@@ -74,8 +74,7 @@ void merge_states(const Real* states, int64_t slices, int64_t stride, Real* merg
 }
 
 at::Tensor merge_row_states(const at::Tensor& stacked) {
-  TORCH_CHECK_VALUE(stacked.dim() >= 2 && stacked.size(-1) == kRowStateSize, "states has shape ", stacked.sizes(),
-                    "; (slices, ..., ", kRowStateSize, ") is needed");
+  check_stacked_states(stacked);
   const auto states = stacked.contiguous();
   auto merged = at::empty(states.sizes().slice(1), states.options());
   const int64_t rows = merged.numel() / kRowStateSize;
@@ -95,7 +94,7 @@ at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, co
                       double softcap) {
   const auto checked =
       check_problem(logits, ref_logits, labels, vocab_start, vocab_size, ignore_index, temperature, softcap);
-  check_label_range(checked.problem, vocab_size);
+  check_label_range(checked.problem);
   const Tasks tasks(checked.problem);
   const auto options = logits.options().dtype(state_dtype(logits));
   auto sizes = with_last(labels.sizes(), kRowStateSize);

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
+from typing import Any
 
 
 def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
     """A flag for every field of a dataclass, its help and default being the field's own."""
     for field in fields(options):
-        default = field.default if field.default is not MISSING else field.default_factory()
+        default: Any = field.default
         kind = type(default[0]) if isinstance(default, tuple) else type(default)
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
@@ -47,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     from .demo.experiment import run
     from .demo.settings import DemoSettings
 
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
     try:
         run(DemoSettings(**values))
     except KeyboardInterrupt:

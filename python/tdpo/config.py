@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
+from transformers import TrainingArguments
+
 from tdpo_ext import dpo_loss, tdpo_loss
 from tdpo_ext.losses import check_loss_options
-from transformers import TrainingArguments
 
 VARIANTS = ("tdpo2", "tdpo1", "dpo")
 

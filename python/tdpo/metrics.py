@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from tdpo_ext import TokenDivergence, rewards
 from torch import Tensor
+
+from tdpo_ext import TokenDivergence, rewards
 
 
 @torch.no_grad()

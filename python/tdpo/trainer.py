@@ -7,9 +7,10 @@ import warnings
 
 import torch
 from datasets import Dataset
-from tdpo_ext import TokenDivergence, linear_preference_loss, shift_labels, token_divergence
 from torch import Tensor, nn
 from transformers import Trainer
+
+from tdpo_ext import TokenDivergence, linear_preference_loss, shift_labels, token_divergence
 
 from .config import TDPOConfig
 from .data import IGNORE_INDEX, PreferenceCollator, tokenize_preferences
@@ -54,8 +55,11 @@ class TDPOTrainer(Trainer):
                 return None
             return tokenize_preferences(dataset, processing_class, args.max_length, args.max_prompt_length)
 
-        splits = isinstance(eval_dataset, dict)
-        evals = {name: tokenized(split) for name, split in eval_dataset.items()} if splits else tokenized(eval_dataset)
+        evals: Dataset | dict[str, Dataset] | None
+        if isinstance(eval_dataset, dict):
+            evals = {name: tokenized(split) for name, split in eval_dataset.items()}
+        else:
+            evals = tokenized(eval_dataset)
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):

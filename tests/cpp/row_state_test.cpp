@@ -1,11 +1,11 @@
 // The monoid alone: grouping and order don't matter, empty() is the identity, edge values come out as defined, and
 // every value matches a direct float64 computation.
+#include "../../csrc/row_state.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <random>
 #include <vector>
-
-#include "../../csrc/row_state.h"
 
 namespace {
 
@@ -95,7 +95,8 @@ void grouping_does_not_matter() {
   for (double perturbation : {1e-3, 1.0, 8.0}) {
     const Row row = random_row(999, 4, perturbation, 3);
     std::vector<RowState<double>> slices;
-    for (size_t begin = 0; begin < 999; begin += 37) slices.push_back(state_of<double>(row, begin, std::min<size_t>(999, begin + 37)));
+    for (size_t begin = 0; begin < 999; begin += 37)
+      slices.push_back(state_of<double>(row, begin, std::min<size_t>(999, begin + 37)));
     auto left = RowState<double>::empty();
     for (const auto& slice : slices) left.merge(slice);
     auto right = RowState<double>::empty();
@@ -132,7 +133,8 @@ void edge_values() {
     const auto split = first.finalize(Temper<Real>(1));
     const auto whole = state_of<Real>(row, 0, row.z.size()).finalize(Temper<Real>(1));
     const bool both_nan = std::isnan(split.kl) && std::isnan(whole.kl);
-    expect(both_nan || split.kl == whole.kl || std::fabs(split.kl - whole.kl) < 1e-5, "split equals whole", split.kl, whole.kl);
+    expect(both_nan || split.kl == whole.kl || std::fabs(split.kl - whole.kl) < 1e-5, "split equals whole", split.kl,
+           whole.kl);
     return whole;
   };
   // Both masked: as if the entry did not exist.

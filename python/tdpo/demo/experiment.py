@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
-from tdpo_ext import linear_token_divergence
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+
+from tdpo_ext import linear_token_divergence
 
 from ..config import TDPOConfig
 from ..head import LanguageModelHead
@@ -203,9 +204,7 @@ def _train(settings: DemoSettings, out: Path, method: str, pairs: Dataset, token
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
     with tqdm(total=settings.steps, desc=f"Training {method.upper():5s}") as progress:
         callback = FrontierCallback(judge, home / "frontier.json", settings.eval_every, progress)
-        trainer = TDPOTrainer(
-            model, args=args, train_dataset=pairs, processing_class=tokenizer, callbacks=[callback]
-        )
+        trainer = TDPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer, callbacks=[callback])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
     _write(home / "log.json", trainer.state.log_history)

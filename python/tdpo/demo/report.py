@@ -11,7 +11,7 @@ import numpy as np
 from .settings import DemoSettings
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def reward_at(points: list[dict], kl: float) -> float:

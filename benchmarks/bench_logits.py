@@ -1,0 +1,98 @@
+"""Logit-level forward and backward against eager torch, torch.compile and a copy of the same memory.
+
+    python benchmarks/bench_logits.py [--rounds 7]
+
+Every candidate computes the values and the gradient of the same loss on the same logits; all are timed in turn in one
+run. GB/s count what must move: both logits forward, both logits and the gradient backward. The copy, which is the
+limit, counts what it reads and what it writes. Results go to benchmarks/results/bench_logits.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from common import medians, peak_extra_bytes, save, table
+from tdpo_ext import ops, reference, token_divergence
+
+SHAPES = [(512, 50257), (128, 151936)]
+
+
+def candidates(rows: int, vocab: int, dtype: torch.dtype):
+    """Forward + backward of every peer, our halves alone, and the copy."""
+    logits = torch.randn(rows, vocab).mul(2).to(dtype).requires_grad_()
+    ref_logits = (logits.detach().float() + 0.3 * torch.randn(rows, vocab)).to(dtype)
+    labels = torch.randint(vocab, (rows,))
+    compiled = torch.compile(reference.token_divergence)
+
+    def step(function):
+        def run():
+            logits.grad = None
+            divergence = function(logits, ref_logits, labels)
+            (divergence.logps.sum() - 0.3 * divergence.kl.sum()).backward()
+
+        return run
+
+    plain, target = logits.detach(), torch.empty_like(ref_logits)
+    options = (0, vocab, -100, 1.0, 0.0)
+    states = ops.row_states(plain, ref_logits, labels, *options)
+    upstream = (torch.ones(rows), torch.full((rows,), -0.3))
+    return {
+        "tdpo_ext": step(token_divergence),
+        "torch.compile": step(compiled),
+        "eager": step(reference.token_divergence),
+        "forward": lambda: ops.row_states(plain, ref_logits, labels, *options),
+        "backward": lambda: ops.logit_gradient(plain, ref_logits, labels, states, *upstream, *options),
+        "backward in place": lambda: ops.logit_gradient_out(
+            plain, ref_logits, labels, states, *upstream, *options, target
+        ),
+        "copy": lambda: target.copy_(ref_logits),
+    }, plain.nbytes
+
+
+def measure(rows: int, vocab: int, dtype: torch.dtype, rounds: int) -> dict:
+    runs, size = candidates(rows, vocab, dtype)
+    seconds = medians(runs, rounds)
+    copy_rate = 2 * size / seconds["copy"]
+    ours = seconds["tdpo_ext"]
+    moved = {"tdpo_ext": 5, "forward": 2, "backward": 3, "backward in place": 3}
+    memory = {name: peak_extra_bytes(runs[name]) / size for name in ("tdpo_ext", "torch.compile", "eager")}
+    return {
+        "rows": rows,
+        "vocab": vocab,
+        "dtype": str(dtype).removeprefix("torch."),
+        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
+        "faster_than_eager": seconds["eager"] / ours,
+        "faster_than_compile": seconds["torch.compile"] / ours,
+        "copy_gb_per_s": copy_rate / 1e9,
+        "of_copy_bandwidth": {name: count * size / seconds[name] / copy_rate for name, count in moved.items()},
+        "peak_memory_in_gradients": memory,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; medians are reported")
+    rounds = parser.parse_args().rounds
+    results = [measure(*shape, dtype, rounds) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+    rows = [
+        {
+            **{name: result[name] for name in ("rows", "vocab", "dtype")},
+            "ms": result["milliseconds"]["tdpo_ext"],
+            "x eager": result["faster_than_eager"],
+            "x compile": result["faster_than_compile"],
+            "of copy": result["of_copy_bandwidth"]["tdpo_ext"],
+            "fwd": result["of_copy_bandwidth"]["forward"],
+            "bwd": result["of_copy_bandwidth"]["backward"],
+            "memory": result["peak_memory_in_gradients"]["tdpo_ext"],
+            "eager memory": result["peak_memory_in_gradients"]["eager"],
+        }
+        for result in results
+    ]
+    print(table(rows, list(rows[0])))
+    print("of copy, fwd, bwd: share of the copy's bandwidth; memory: peak extra bytes, in sizes of the gradient")
+    print(f"saved {save('bench_logits', {'results': results})}")
+
+
+if __name__ == "__main__":
+    main()

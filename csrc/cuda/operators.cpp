@@ -1,0 +1,98 @@
+// The CUDA operators: torch's tensors, device and stream in front of the launchers.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace tdpo::cuda {
+namespace {
+
+cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+at::Tensor merge_row_states(const at::Tensor& stacked) {
+  check_stacked_states(stacked);
+  const c10::cuda::CUDAGuard guard(stacked.device());
+  const auto states = stacked.contiguous();
+  auto merged = at::empty(states.sizes().slice(1), states.options());
+  launch_merge(states.data_ptr(), states.scalar_type() == at::kDouble, states.size(0), merged.numel() / kRowStateSize,
+               merged.data_ptr(), current_stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return merged;
+}
+
+at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
+                      int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
+                      double softcap) {
+  const auto checked =
+      check_problem(logits, ref_logits, labels, vocab_start, vocab_size, ignore_index, temperature, softcap);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const auto slices = row_slices(checked.problem.rows, checked.problem.vocab, multiprocessors());
+  auto sizes = with_last(labels.sizes(), kRowStateSize);
+  sizes.insert(sizes.begin(), slices);
+  const auto states = at::empty(sizes, logits.options().dtype(state_dtype(logits)));
+  launch_row_states(checked.problem, states.data_ptr(), slices, current_stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return slices == 1 ? states.squeeze(0) : merge_row_states(states);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> finalize_row_states(const at::Tensor& given_states,
+                                                                               const at::Tensor& given_labels,
+                                                                               int64_t ignore_index,
+                                                                               double temperature) {
+  check_matches(given_states, "states", with_last(given_labels.sizes(), kRowStateSize), given_states.scalar_type(),
+                given_labels);
+  const c10::cuda::CUDAGuard guard(given_states.device());
+  const auto states = given_states.contiguous();
+  const auto labels = given_labels.contiguous();
+  const auto make = [&] { return at::empty(labels.sizes(), states.options()); };
+  auto logps = make(), ref_logps = make(), kl = make(), entropy = make();
+  void* const outputs[4] = {logps.data_ptr(), ref_logps.data_ptr(), kl.data_ptr(), entropy.data_ptr()};
+  launch_finalize(states.data_ptr(), states.scalar_type() == at::kDouble, labels.const_data_ptr<int64_t>(),
+                  labels.numel(), ignore_index, temperature, outputs, current_stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {logps, ref_logps, kl, entropy};
+}
+
+void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
+                        const at::Tensor& states, const at::Tensor& logp_grad, const at::Tensor& kl_grad,
+                        int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
+                        double softcap, const at::Tensor& out) {
+  const auto checked =
+      check_problem(logits, ref_logits, labels, vocab_start, vocab_size, ignore_index, temperature, softcap);
+  const auto upstream = check_gradient(logits, labels, states, logp_grad, kl_grad, out);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  launch_gradient(checked.problem, upstream.gradient, current_stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+at::Tensor logit_gradient(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
+                          const at::Tensor& states, const at::Tensor& logp_grad, const at::Tensor& kl_grad,
+                          int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
+                          double softcap) {
+  auto out = at::empty(logits.sizes(), logits.options());
+  logit_gradient_out(logits, ref_logits, labels, states, logp_grad, kl_grad, vocab_start, vocab_size, ignore_index,
+                     temperature, softcap, out);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tdpo_ext, CUDA, m) {
+  m.impl("row_states", &row_states);
+  m.impl("merge_row_states", &merge_row_states);
+  m.impl("finalize_row_states", &finalize_row_states);
+  m.impl("logit_gradient", &logit_gradient);
+  m.impl("logit_gradient_out", &logit_gradient_out);
+}
+
+}  // namespace tdpo::cuda
