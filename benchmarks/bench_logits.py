@@ -13,6 +13,7 @@ import argparse
 
 import torch
 from common import medians, peak_extra_bytes, save, table
+
 from tdpo_ext import ops, reference, token_divergence
 
 SHAPES = [(512, 50257), (128, 151936)]

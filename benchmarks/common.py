@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import tdpo_ext
 import torch
+
+import tdpo_ext
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -35,9 +35,6 @@ TORCH_LIBRARY(tdpo_ext, m) {
       "Tensor entropy, Tensor states)");
   // out (+)= a @ b in float32 from bfloat16 operands (CPU; torch's own products round to the operands' dtype).
   m.def("matmul_float32(Tensor a, Tensor b, bool accumulate, Tensor(a!) out) -> ()");
-  // Backs a large fresh tensor with huge pages where the system has them (CPU): page faults would cost more than
-  // the arithmetic on it. A hint, without effect on values.
-  m.def("prefer_huge_pages(Tensor(a!) fresh) -> ()");
 }
 
 PYBIND11_MODULE(_C, m) { m.def("build_info", &tdpo::build_info); }

@@ -5,9 +5,9 @@ from .divergence import TokenDivergence, shift_labels, token_divergence
 from .info import build_info
 from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_divergence
 from .losses import dpo_loss, rewards, tdpo_loss
+from .ops import release_scratch
 from .plan import Plan, make_plan
 from .shard import VocabShard
-from .workspace import release_scratch
 
 __all__ = [
     "LinearTDPOLoss",

@@ -25,11 +25,15 @@ matmul_float32 = _ops.matmul_float32
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty` for tensors as large as logits or weights."""
-    fresh = torch.empty(shape, dtype=dtype, device=device)
+    """`torch.empty` for tensors as large as logits or weights; on the CPU their memory is used again."""
     if device.type == "cpu":
-        _ops.prefer_huge_pages(fresh)
-    return fresh
+        return _ops.large_empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def release_scratch() -> None:
+    """Frees the CPU memory of earlier logits and gradients that is kept for the next call (1 GiB at most)."""
+    _ops.release_large_memory()
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,11 +68,6 @@ def _(*_):
 
 @torch.library.register_fake("tdpo_ext::matmul_float32")
 def _(a, b, accumulate, out):
-    return None
-
-
-@torch.library.register_fake("tdpo_ext::prefer_huge_pages")
-def _(fresh):
     return None
 
 

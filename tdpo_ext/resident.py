@@ -104,11 +104,11 @@ def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, want
         needed.append(((plan.rows, heads.vocab), weight_dtype))
     if wanted[1] and separate_dz and len(plan.pairs) > 1:
         needed.append((heads.weight.shape, dtype))
-    with scratch(needed, heads.hidden.device) as (z_buffer, r_buffer, *more):
-        dz_buffer = more[0] if separate_dz else z_buffer
-        gradients = _Gradients(heads, wanted, more[1] if len(more) > 1 else None)
-        loss, sums = _run_chunks(objective, heads, rows, options, plan, (z_buffer, r_buffer, dz_buffer), gradients)
-        return loss, sums, gradients.finish()
+    z_buffer, r_buffer, *more = scratch(needed, heads.hidden.device)
+    dz_buffer = more[0] if separate_dz else z_buffer
+    gradients = _Gradients(heads, wanted, more[1] if len(more) > 1 else None)
+    loss, sums = _run_chunks(objective, heads, rows, options, plan, (z_buffer, r_buffer, dz_buffer), gradients)
+    return loss, sums, gradients.finish()
 
 
 def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, buffers, gradients: _Gradients):

@@ -61,20 +61,20 @@ def _states(heads: Heads, index: Tensor, options: Options, plan: Plan) -> Tensor
     dtype = heads.logit_dtype
     merged = torch.empty(len(index), ops.STATE_SIZE, dtype=dtype, device=heads.hidden.device)
     buffer = ((plan.rows * plan.columns,), dtype)
-    with scratch([buffer, buffer], heads.hidden.device) as (z_buffer, r_buffer):
-        for begin, end in _slices(len(index), plan.rows):
-            block = index[begin:end]
-            hidden, ref_hidden, labels = heads.hidden[block], heads.ref_hidden[block], heads.labels[block]
-            total = None
-            for first, stop in _slices(heads.vocab, plan.columns):
-                shape = (end - begin, stop - first)
-                z = logits_into(_view(z_buffer, shape), hidden, heads.weight, heads.bias, first)
-                r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
-                state = ops.row_states(
-                    z, r, labels, first, heads.vocab, options.ignore_index, options.temperature, options.softcap
-                )
-                total = state if total is None else ops.merge_row_states(torch.stack([total, state]))
-            merged[begin:end] = total
+    z_buffer, r_buffer = scratch([buffer, buffer], heads.hidden.device)
+    for begin, end in _slices(len(index), plan.rows):
+        block = index[begin:end]
+        hidden, ref_hidden, labels = heads.hidden[block], heads.ref_hidden[block], heads.labels[block]
+        total = None
+        for first, stop in _slices(heads.vocab, plan.columns):
+            shape = (end - begin, stop - first)
+            z = logits_into(_view(z_buffer, shape), hidden, heads.weight, heads.bias, first)
+            r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
+            state = ops.row_states(
+                z, r, labels, first, heads.vocab, options.ignore_index, options.temperature, options.softcap
+            )
+            total = state if total is None else ops.merge_row_states(torch.stack([total, state]))
+        merged[begin:end] = total
     return merged
 
 
@@ -97,30 +97,30 @@ def _gradients(heads: Heads, index, states, logp_grad, kl_grad, with_reference, 
     dz_size = size if weight.dtype != dtype else (0,)
     sum_size = (plan.columns if wanted[1] and len(blocks) > 1 else 0, weight.shape[1])
     needed = [(size, dtype), (size, dtype), (dz_size, weight.dtype), (sum_size, dtype)]
-    with scratch(needed, device) as (z_buffer, r_buffer, dz_buffer, sum_buffer):
-        for first, stop in _slices(heads.vocab, plan.columns) if any(wanted) else []:
-            for begin, end in blocks:
-                block, shape = index[begin:end], (end - begin, stop - first)
-                hidden = heads.hidden[block]
-                z = logits_into(_view(z_buffer, shape), hidden, weight, heads.bias, first)
-                r = z  # not read where the KL has no gradient
-                if begin < with_reference:
-                    ref_hidden = heads.ref_hidden[block]
-                    r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
-                dz = z if weight.dtype == dtype else _view(dz_buffer, shape)
-                ops.logit_gradient_out(
-                    *(z, r, heads.labels[block], states[begin:end], logp_grad[begin:end], kl_grad[begin:end]),
-                    *(first, heads.vocab, options.ignore_index, options.temperature, options.softcap, dz),
-                )
-                if hidden_grad is not None:
-                    product(dz, weight[first:stop], hidden_grad[begin:end], accumulate=True)
-                if weight_grad is not None:
-                    target = weight_grad[first:stop] if len(blocks) == 1 else sum_buffer[: stop - first]
-                    product(dz.t(), hidden, target, accumulate=begin > 0)
-                if bias_grad is not None:
-                    bias_grad[first:stop] += dz.sum(0, dtype=dtype)
-            if weight_grad is not None and len(blocks) > 1:
-                weight_grad[first:stop] = sum_buffer[: stop - first]
+    z_buffer, r_buffer, dz_buffer, sum_buffer = scratch(needed, device)
+    for first, stop in _slices(heads.vocab, plan.columns) if any(wanted) else []:
+        for begin, end in blocks:
+            block, shape = index[begin:end], (end - begin, stop - first)
+            hidden = heads.hidden[block]
+            z = logits_into(_view(z_buffer, shape), hidden, weight, heads.bias, first)
+            r = z  # not read where the KL has no gradient
+            if begin < with_reference:
+                ref_hidden = heads.ref_hidden[block]
+                r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
+            dz = z if weight.dtype == dtype else _view(dz_buffer, shape)
+            ops.logit_gradient_out(
+                *(z, r, heads.labels[block], states[begin:end], logp_grad[begin:end], kl_grad[begin:end]),
+                *(first, heads.vocab, options.ignore_index, options.temperature, options.softcap, dz),
+            )
+            if hidden_grad is not None:
+                product(dz, weight[first:stop], hidden_grad[begin:end], accumulate=True)
+            if weight_grad is not None:
+                target = weight_grad[first:stop] if len(blocks) == 1 else sum_buffer[: stop - first]
+                product(dz.t(), hidden, target, accumulate=begin > 0)
+            if bias_grad is not None:
+                bias_grad[first:stop] += dz.sum(0, dtype=dtype)
+        if weight_grad is not None and len(blocks) > 1:
+            weight_grad[first:stop] = sum_buffer[: stop - first]
 
     if hidden_grad is not None:
         spread = torch.zeros_like(heads.hidden)

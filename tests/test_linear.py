@@ -9,9 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tdpo_ext
 from tdpo_ext import LinearTDPOLoss, dpo_loss, linear_preference_loss, linear_token_divergence, reference, tdpo_loss
-from tdpo_ext.plan import Costs, make_plan
 
 
 def ipo_loss(chosen, rejected):
@@ -425,40 +423,3 @@ def test_module():
     for options in ({"beta": 0}, {"alpha": -1}, {"variant": "x"}, {"temperature": 0}, {"softcap": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             LinearTDPOLoss(**options)
-
-
-COSTS = Costs(vocab=1000, width=64, ref_width=64, element=4, logit=4, needs_weight_grad=True)
-
-
-def test_plan_kinds():
-    cpu = torch.device("cpu")
-    lengths = [20, 30, 25, 5]
-    everything = make_plan(lengths, COSTS, 1 << 30, cpu)
-    assert (everything.kind, everything.pairs) == ("resident", ((0, 4),))
-    some = make_plan(lengths, COSTS, 300_000, cpu)
-    assert some.kind == "resident"
-    assert len(some.pairs) > 1
-    assert [pair for first, stop in some.pairs for pair in range(first, stop)] == [0, 1, 2, 3]
-    assert some.bytes <= some.budget
-    streamed = make_plan(lengths, COSTS, 200_000, cpu)
-    assert streamed.kind == "streaming"
-    assert "30 rows" in str(streamed)
-
-
-def test_low_precision_accumulator_is_part_of_the_budget():
-    low = Costs(vocab=1000, width=64, ref_width=64, element=2, logit=4, needs_weight_grad=True)
-    cpu = torch.device("cpu")
-    budget = 1000 * 64 * 4 + 40 * (1000 * low.entry + low.row)
-    assert make_plan([30, 30], low, budget, cpu).kind == "resident"
-    streamed = make_plan([30, 30], low, budget - 20 * 1000 * low.entry, cpu)
-    assert streamed.kind == "streaming"
-    assert "float32 weight gradient" in str(streamed)
-
-
-def test_scratch_is_kept_and_released():
-    from tdpo_ext import workspace
-
-    linear_preference_loss(ipo_loss, **make_case().tensors())
-    assert len(workspace._kept) == 1
-    tdpo_ext.release_scratch()
-    assert not workspace._kept

@@ -5,8 +5,8 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "huge_pages.h"
 #include "kernels.h"
+#include "large_memory.h"
 
 namespace tdpo {
 namespace {
@@ -154,8 +154,7 @@ at::Tensor logit_gradient(const at::Tensor& logits, const at::Tensor& ref_logits
                           const at::Tensor& states, const at::Tensor& logp_grad, const at::Tensor& kl_grad,
                           int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
                           double softcap) {
-  auto out = at::empty(logits.sizes(), logits.options());
-  prefer_huge_pages(out);
+  auto out = large_empty(logits.sizes(), logits.scalar_type());
   logit_gradient_out(logits, ref_logits, labels, states, logp_grad, kl_grad, vocab_start, vocab_size, ignore_index,
                      temperature, softcap, out);
   return out;
@@ -169,7 +168,6 @@ TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) {
   m.impl("finalize_row_states", &finalize_row_states);
   m.impl("logit_gradient", &logit_gradient);
   m.impl("logit_gradient_out", &logit_gradient_out);
-  m.impl("prefer_huge_pages", &prefer_huge_pages);
 }
 
 }  // namespace tdpo
