@@ -2,72 +2,14 @@
 
 import copy
 import functools
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_cases import BUDGETS, OBJECTIVES, ipo_loss, loss_and_gradients, make_case
 
-from tdpo_ext import LinearTDPOLoss, dpo_loss, linear_preference_loss, linear_token_divergence, reference, tdpo_loss
-
-
-def ipo_loss(chosen, rejected):
-    return (chosen.logratio - rejected.logratio - 2.0) ** 2
-
-
-OBJECTIVES = {
-    "dpo": functools.partial(dpo_loss, beta=0.1),
-    "tdpo1": functools.partial(tdpo_loss, beta=0.1, variant="tdpo1"),
-    "tdpo2": functools.partial(tdpo_loss, beta=0.1, alpha=0.5),
-    "ipo": ipo_loss,
-}
-
-
-@dataclass
-class Case:
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    ref_hidden: torch.Tensor
-    ref_weight: torch.Tensor
-    labels: torch.Tensor
-    bias: torch.Tensor | None
-    ref_bias: torch.Tensor | None
-
-    def tensors(self, dtype=None):
-        """Arguments by name; policy tensors as fresh leaves."""
-        found = {}
-        for name, value in vars(self).items():
-            if value is not None and value.is_floating_point():
-                value = value.to(dtype or value.dtype).clone()
-                value.requires_grad_(not name.startswith("ref_"))
-            found[name] = value
-        return found
-
-
-def make_case(dtype=torch.float32, pairs=3, tokens=11, width=16, ref_width=24, vocab=301, bias=False, ignored=0.3):
-    def draw(*shape, scale=1.0):
-        return (scale * torch.randn(*shape)).to(dtype)
-
-    labels = torch.randint(vocab, (2 * pairs, tokens))
-    labels[torch.rand(2 * pairs, tokens) < ignored] = -100
-    return Case(
-        draw(2 * pairs, tokens, width),
-        draw(vocab, width, scale=width**-0.5),
-        draw(2 * pairs, tokens, ref_width),
-        draw(vocab, ref_width, scale=ref_width**-0.5),
-        labels,
-        draw(vocab) if bias else None,
-        draw(vocab) if bias else None,
-    )
-
-
-def loss_and_gradients(function, case, objective, dtype=None, scale=3.0, **options):
-    tensors = case.tensors(dtype)
-    loss, chosen, rejected = function(objective, **tensors, **options)
-    leaves = {name: value for name, value in tensors.items() if value is not None and value.requires_grad}
-    grads = torch.autograd.grad(scale * loss, list(leaves.values()))
-    return loss.detach(), (chosen, rejected), dict(zip(leaves, grads))
+from tdpo_ext import LinearTDPOLoss, linear_preference_loss, linear_token_divergence, reference, tdpo_loss
 
 
 def assert_matches_oracle(case, objective, **options):
@@ -87,9 +29,6 @@ def assert_matches_oracle(case, objective, **options):
         assert grad.dtype == case.hidden.dtype
         error = (grad.double() - true_grads[name]).norm() / true_grads[name].norm().clamp(min=1e-3)
         assert error < max(2 * rounding, 2e-5 if not double else 1e-12), f"{name}: relative error {error:.2e}"
-
-
-BUDGETS = {"one chunk": 1 << 30, "several chunks": 90_000, "streamed": 30_000, "tiny": 100}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -168,139 +107,6 @@ def test_ignored_rows_never_reach_the_head():
         assert torch.equal(loss, other)
         for name, grad in grads.items():
             assert torch.equal(grad, other_grads[name]), name
-
-
-@pytest.mark.parametrize("budget", ["one chunk", "several chunks", "streamed"])
-def test_packed_equals_padded(budget):
-    case = make_case()
-    lengths = torch.tensor([11, 4, 7, 9, 11, 1])
-    kept = torch.arange(11) < lengths[:, None]
-    case.labels[~kept] = -100
-    loss, sides, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss, logits_budget=BUDGETS[budget])
-    packed = Case(case.hidden[kept], case.weight, case.ref_hidden[kept], case.ref_weight, case.labels[kept], None, None)
-    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
-    other, other_sides, other_grads = loss_and_gradients(
-        linear_preference_loss, packed, ipo_loss, logits_budget=BUDGETS[budget], cu_seqlens=cu_seqlens
-    )
-    assert torch.equal(loss, other)
-    assert torch.equal(sides[1].kl, other_sides[1].kl)
-    torch.testing.assert_close(grads["weight"], other_grads["weight"])
-    torch.testing.assert_close(grads["hidden"][kept], other_grads["hidden"])
-
-
-@pytest.mark.parametrize("frozen", ["weight", "hidden", "both"])
-@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
-def test_skips_what_nobody_asks_for(frozen, budget):
-    case = make_case()
-    full = loss_and_gradients(linear_preference_loss, case, ipo_loss, scale=1.0, logits_budget=BUDGETS[budget])
-    tensors = case.tensors()
-    for name in ("weight", "hidden") if frozen == "both" else (frozen,):
-        tensors[name].requires_grad_(False)
-    loss, _, _ = linear_preference_loss(ipo_loss, **tensors, logits_budget=BUDGETS[budget])
-    assert torch.equal(loss.detach(), full[0])
-    assert loss.requires_grad == (frozen != "both")
-    if frozen != "both":
-        loss.backward()
-        other = "hidden" if frozen == "weight" else "weight"
-        assert tensors[frozen].grad is None
-        torch.testing.assert_close(tensors[other].grad, full[2][other])
-
-
-def test_no_grad():
-    tensors = make_case().tensors()
-    with torch.no_grad():
-        loss, chosen, _ = linear_preference_loss(ipo_loss, **tensors)
-    assert not loss.requires_grad
-    assert not chosen.logps.requires_grad
-
-
-def test_tied_weights():
-    case = make_case(width=16, ref_width=16)
-    embedding = case.weight.clone().requires_grad_()
-    hidden = embedding[torch.arange(66) % 301].view(6, 11, 16)
-    loss, _, _ = linear_preference_loss(ipo_loss, hidden, embedding, case.ref_hidden, case.ref_weight, case.labels)
-    (grad,) = torch.autograd.grad(loss, embedding)
-    double = embedding.detach().double().requires_grad_()
-    truth, _, _ = reference.linear_preference_loss(
-        ipo_loss,
-        double[torch.arange(66) % 301].view(6, 11, 16),
-        double,
-        case.ref_hidden.double(),
-        case.ref_weight.double(),
-        case.labels,
-    )
-    (true_grad,) = torch.autograd.grad(truth, double)
-    assert (grad - true_grad).norm() / true_grad.norm() < 1e-5
-
-
-def test_non_contiguous_inputs():
-    case = make_case()
-    plain = loss_and_gradients(linear_preference_loss, case, ipo_loss)
-    tensors = case.tensors()
-    strided = {
-        "hidden": tensors["hidden"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
-        "weight": tensors["weight"].detach().t().contiguous().t().requires_grad_(),
-    }
-    loss, _, _ = linear_preference_loss(ipo_loss, **{**tensors, **strided})
-    torch.testing.assert_close(loss.detach(), plain[0])
-    (3 * loss).backward()
-    for name, leaf in strided.items():
-        torch.testing.assert_close(leaf.grad, plain[2][name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
-def test_autocast(budget):
-    case = make_case()
-    tensors = case.tensors()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _, _ = linear_preference_loss(ipo_loss, **tensors, logits_budget=BUDGETS[budget])
-    loss.backward()
-    assert tensors["weight"].grad.dtype == torch.float32
-    low = make_case(torch.bfloat16)
-    for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
-        setattr(low, name, getattr(case, name).bfloat16())
-    low.labels = case.labels
-    expected, _, grads = loss_and_gradients(
-        linear_preference_loss, low, ipo_loss, scale=1.0, logits_budget=BUDGETS[budget]
-    )
-    torch.testing.assert_close(loss.detach(), expected)
-    torch.testing.assert_close(tensors["weight"].grad, grads["weight"].float())
-
-
-def test_accumulated_gradients_add_up():
-    case = make_case(pairs=4)
-    tensors = case.tensors()
-    halves = [[0, 1, 4, 5], [2, 3, 6, 7]]
-    for half in halves:
-        part = {
-            name: value[half] if name in ("hidden", "ref_hidden", "labels") else value
-            for name, value in tensors.items()
-        }
-        (linear_preference_loss(ipo_loss, **part)[0] / 2).backward()
-    _, _, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss, scale=1.0)
-    torch.testing.assert_close(tensors["weight"].grad, grads["weight"])
-    torch.testing.assert_close(tensors["hidden"].grad, grads["hidden"])
-
-
-def test_gradients_are_handed_over_once():
-    loss, _, _ = linear_preference_loss(ipo_loss, **make_case().tensors(), logits_budget=1 << 30)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="earlier backward"):
-        loss.backward()
-
-
-def test_compiled_model_around_the_loss():
-    case = make_case()
-    layer = torch.nn.Linear(16, 16)
-
-    def step(hidden):
-        out = layer(hidden)
-        return linear_preference_loss(ipo_loss, out, case.weight, case.ref_hidden, case.ref_weight, case.labels)[0]
-
-    compiled = torch.compile(step, backend="eager")
-    torch.testing.assert_close(compiled(case.hidden), step(case.hidden))
-    compiled(case.hidden).backward()
-    assert layer.weight.grad.norm() > 0
 
 
 def coupled(chosen, rejected):
