@@ -45,11 +45,17 @@ def save(name: str, content: dict) -> Path:
     return path
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate, taken in turn so that a slow spell of the machine meets all of them."""
+def medians(
+    candidates: dict[str, Callable[[], object]], rounds: int, prepare: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Median seconds of each candidate, taken in turn so that a slow spell of the machine meets all of them.
+
+    `prepare` runs before each, outside the timing: what one candidate left behind is not the next one's to clear.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(rounds + 1):
         for name, run in candidates.items():
+            prepare()
             start = time.perf_counter()
             run()
             if index > 0:  # the first round warms up

@@ -1,0 +1,29 @@
+"""The implementations that `tdpo_ext` is measured against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tdpo_ext import TokenDivergence
+
+
+def published(logits, ref_logits, labels):
+    """Per-token values the way the published TDPO code forms them (arXiv 2404.11999): everything materialised.
+
+    float32 casts, log_softmax of the policy, softmax().log() of the reference, no entropy, no masks.
+    """
+    log_p = logits.float().log_softmax(-1)
+    q = ref_logits.float().softmax(-1)
+    log_q = q.log()
+    kl = (q * (log_q - log_p)).sum(-1)
+    index = labels.clamp(min=0)[..., None]
+    logps, ref_logps = (values.gather(-1, index)[..., 0] for values in (log_p, log_q))
+    return TokenDivergence(logps, ref_logps, kl, torch.zeros_like(kl))
+
+
+def published_linear(objective, hidden, weight, ref_hidden, ref_weight, labels):
+    """`published` behind both LM heads, then the pairwise loss: (loss, chosen, rejected)."""
+    logits, ref_logits = F.linear(hidden, weight), F.linear(ref_hidden, ref_weight)
+    chosen, rejected = published(logits, ref_logits, labels).per_sequence().chunk(2)
+    return objective(chosen, rejected).mean(), chosen, rejected
