@@ -33,6 +33,7 @@ class Plan:
         columns: vocabulary entries at a time.
         budget: bytes of temporaries that were allowed.
         bytes: bytes of temporaries that this plan needs.
+        keeps_dz: resident: a low-precision dz of all chunks is kept until dW is formed from it, once.
         reason: one sentence.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     budget: int
     bytes: int
     reason: str
+    keeps_dz: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.reason}"
@@ -72,8 +74,13 @@ class Costs:
 
     @property
     def weight_accumulator(self) -> int:
-        """Bytes of a float32 dW beside the gradient, needed when low-precision weights meet more than one chunk."""
+        """Bytes of a float32 dW beside the gradient, where chunks are summed into the gradient of low-precision
+        weights; 0 where nothing of the kind is needed."""
         return self.vocab * self.width * 4 if self.needs_weight_grad and self.element != self.logit else 0
+
+    def kept_dz(self, rows: int) -> int:
+        """Bytes of the dz of all rows, in the weights' precision."""
+        return rows * self.vocab * self.element
 
 
 def _balanced(lengths: Sequence[int], most: int) -> tuple[tuple[int, int], ...]:
@@ -110,16 +117,22 @@ def make_plan(lengths: Sequence[int], costs: Costs, budget: int | None, device: 
         whole = ((0, len(lengths)),)
         reason = f"all {rows} rows fit the budget at once"
         return Plan("resident", whole, rows, costs.vocab, budget, rows * row_bytes, reason)
+    # Low-precision gradients of several chunks are not summed in low precision: either all dz wait for one product, or
+    # dW is summed in float32, whichever is smaller.
     fixed = costs.weight_accumulator
+    keeps_dz = 0 < costs.kept_dz(rows) <= fixed
+    if keeps_dz:
+        fixed = costs.kept_dz(rows)
+        row_bytes -= costs.vocab * costs.element
     if longest * row_bytes <= budget - fixed:
         pairs = _balanced(lengths, (budget - fixed) // row_bytes)
         most = max(sum(lengths[first:stop]) for first, stop in pairs)
         reason = f"{len(lengths)} pairs in {len(pairs)} chunks of at most {most} rows"
-        return Plan("resident", pairs, most, costs.vocab, budget, fixed + most * row_bytes, reason)
+        return Plan("resident", pairs, most, costs.vocab, budget, fixed + most * row_bytes, reason, keeps_dz)
     why = (
         f"a pair of {longest} rows needs {longest * row_bytes:,} bytes of logits"
         if longest * row_bytes > budget
-        else f"chunks of whole pairs need a float32 weight gradient of {fixed:,} bytes beside their logits"
+        else f"chunks of whole pairs need {fixed:,} bytes for the weight gradient beside their logits"
     )
     return streaming_plan(rows, costs, budget, why)
 

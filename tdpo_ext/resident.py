@@ -59,29 +59,32 @@ class _Resident(torch.autograd.Function):
 
 
 class _Gradients:
-    """dhidden, dW and dbias of a call, filled chunk by chunk."""
+    """dhidden, dW and dbias of a call. Low-precision dW is never summed in low precision: it is one product over all
+    rows, or is summed in the float32 `weight_sum` and rounded at the end."""
 
     def __init__(self, heads: Heads, wanted: list[bool], weight_sum: Tensor | None):
         self.heads = heads
         self.wanted = any(wanted)
         hidden, weight = heads.hidden, heads.weight
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        # Several chunks of a low-precision weight are summed in float32, in scratch memory; a single chunk is written
-        # once, in the dtype of the weight.
         self.weight = weight_sum
         if weight_sum is None and wanted[1]:
             self.weight = ops.empty(weight.shape, weight.dtype, weight.device)
         self.bias = torch.zeros(heads.vocab, dtype=heads.logit_dtype, device=weight.device) if wanted[2] else None
         self.empty = True
 
-    def add(self, index: Tensor, hidden: Tensor, dz: Tensor) -> None:
+    def add(self, index: Tensor, dz: Tensor) -> None:
+        """The rows' share of dhidden and dbias."""
         if self.hidden is not None:
             self.hidden.index_copy_(0, index, torch.mm(dz, self.heads.weight))
-        if self.weight is not None:
-            product(dz.t(), hidden, self.weight, accumulate=not self.empty)
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
-        self.empty = False
+
+    def add_weight(self, hidden: Tensor, dz: Tensor) -> None:
+        """The rows' share of dW."""
+        if self.weight is not None and len(hidden):
+            product(dz.t(), hidden, self.weight, accumulate=not self.empty)
+            self.empty = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.weight is not None and self.empty:
@@ -101,8 +104,8 @@ def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, want
     needed = [logits, logits]
     separate_dz = any(wanted) and weight_dtype != dtype
     if separate_dz:
-        needed.append(((plan.rows, heads.vocab), weight_dtype))
-    if wanted[1] and separate_dz and len(plan.pairs) > 1:
+        needed.append(((len(rows.index) if plan.keeps_dz else plan.rows, heads.vocab), weight_dtype))
+    if wanted[1] and separate_dz and len(plan.pairs) > 1 and not plan.keeps_dz:
         needed.append((heads.weight.shape, dtype))
     z_buffer, r_buffer, *more = scratch(needed, heads.hidden.device)
     dz_buffer = more[0] if separate_dz else z_buffer
@@ -113,7 +116,8 @@ def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, want
 
 def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, buffers, gradients: _Gradients):
     z_buffer, r_buffer, dz_buffer = buffers
-    losses, sums = [], []
+    losses, sums, kept = [], [], []
+    done = 0  # rows whose dz is kept
     for first, stop in plan.pairs:
         chunk = rows.of_pairs(first, stop)
         count = len(chunk.index)
@@ -129,10 +133,17 @@ def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Pla
         losses.append(loss)
         sums.append(sequences)
         if gradients.wanted and count:
-            dz = dz_buffer[:count]
+            dz = dz_buffer[done : done + count]
             upstream = (chunk.spread(logp_grad), chunk.spread(kl_grad))
             ops.logit_gradient_out(z, r, labels, states, *upstream, *slice_options, dz)
-            gradients.add(chunk.index, hidden, dz)
+            gradients.add(chunk.index, dz)
+            if plan.keeps_dz:
+                kept.append(hidden)
+                done += count
+            else:
+                gradients.add_weight(hidden, dz)
+    if kept:
+        gradients.add_weight(torch.cat(kept), dz_buffer[:done])
 
     def joined(side: int) -> list[Tensor]:
         return [torch.cat(parts) for parts in zip(*(sequences.chunk(2)[side] for sequences in sums))]

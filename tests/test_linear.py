@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from linear_cases import BUDGETS, OBJECTIVES, ipo_loss, loss_and_gradients, make_case
 
 from tdpo_ext import LinearTDPOLoss, linear_preference_loss, linear_token_divergence, reference, tdpo_loss
+from tdpo_ext.plan import Costs, make_plan
 
 
 def assert_matches_oracle(case, objective, **options):
@@ -36,6 +37,18 @@ def assert_matches_oracle(case, objective, **options):
 @pytest.mark.parametrize("objective", ["tdpo2", "tdpo1"])
 def test_gradients(dtype, budget, objective):
     assert_matches_oracle(make_case(dtype, bias=True), OBJECTIVES[objective], logits_budget=BUDGETS[budget])
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_low_precision_weight_gradients_of_several_chunks(width):
+    """Summed in float32 where that is smaller (narrow), or one product over the kept dz of all rows (wide)."""
+    case = make_case(torch.bfloat16, width=width, bias=True)
+    lengths = [int((case.labels[[pair, pair + 3]] != -100).sum()) for pair in range(3)]
+    costs = Costs(301, width, 24, element=2, logit=4, needs_weight_grad=True)
+    plan = make_plan(lengths, costs, 90_000, torch.device("cpu"))
+    assert (plan.kind, plan.keeps_dz) == ("resident", width == 64)
+    assert len(plan.pairs) > 1
+    assert_matches_oracle(case, OBJECTIVES["tdpo2"], logits_budget=90_000)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -28,10 +28,21 @@ def test_low_precision_accumulator_is_part_of_the_budget():
     low = Costs(vocab=1000, width=64, ref_width=64, element=2, logit=4, needs_weight_grad=True)
     cpu = torch.device("cpu")
     budget = 1000 * 64 * 4 + 40 * (1000 * low.entry + low.row)
-    assert make_plan([30, 30], low, budget, cpu).kind == "resident"
-    streamed = make_plan([30, 30], low, budget - 20 * 1000 * low.entry, cpu)
+    assert make_plan([30] * 10, low, budget, cpu).kind == "resident"
+    streamed = make_plan([30] * 10, low, budget - 20 * 1000 * low.entry, cpu)
     assert streamed.kind == "streaming"
-    assert "float32 weight gradient" in str(streamed)
+    assert "weight gradient" in str(streamed)
+
+
+def test_few_rows_keep_their_dz():
+    low = Costs(vocab=1000, width=64, ref_width=64, element=2, logit=4, needs_weight_grad=True)
+    cpu = torch.device("cpu")
+    kept = make_plan([30, 30], low, low.kept_dz(60) + 35 * (1000 * 8 + low.row), cpu)
+    assert kept.keeps_dz
+    assert len(kept.pairs) == 2
+    summed = make_plan([30] * 10, low, 1000 * 64 * 4 + 40 * (1000 * low.entry + low.row), cpu)
+    assert not summed.keeps_dz
+    assert summed.kind == "resident"
 
 
 def test_scratch_is_kept_and_released():
