@@ -83,8 +83,10 @@ def test_small_shapes(budget, shape):
     budget=st.integers(100, 200_000),
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1 << 30),
 )
-def test_any_shape(pairs, tokens, width, ref_width, vocab, ignored, budget, bias, dtype):
+def test_any_shape(pairs, tokens, width, ref_width, vocab, ignored, budget, bias, dtype, seed):
+    torch.manual_seed(seed)
     case = make_case(dtype, pairs, tokens, width, ref_width, vocab, bias, ignored)
     objective = OBJECTIVES["ipo"]
     loss, _, grads = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget)
@@ -94,7 +96,7 @@ def test_any_shape(pairs, tokens, width, ref_width, vocab, ignored, budget, bias
     torch.testing.assert_close(loss.double(), true_loss, rtol=1e-3, atol=1e-3)
     tolerance = 0.03 if dtype == torch.bfloat16 else 1e-3
     for name, grad in grads.items():
-        atol = tolerance * (1e-3 + true_grads[name].abs().max().item())
+        atol = tolerance * (1e-2 + true_grads[name].abs().max().item())
         torch.testing.assert_close(grad.double(), true_grads[name], rtol=tolerance, atol=atol)
 
 
