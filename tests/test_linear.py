@@ -96,7 +96,8 @@ def test_any_shape(pairs, tokens, width, ref_width, vocab, ignored, budget, bias
     torch.testing.assert_close(loss.double(), true_loss, rtol=1e-3, atol=1e-3)
     tolerance = 0.03 if dtype == torch.bfloat16 else 1e-3
     for name, grad in grads.items():
-        atol = tolerance * (1e-2 + true_grads[name].abs().max().item())
+        # Rows may cancel in a sum, but the rounding of each to bfloat16 does not.
+        atol = tolerance * (0.3 if dtype == torch.bfloat16 else 1e-2) + tolerance * true_grads[name].abs().max().item()
         torch.testing.assert_close(grad.double(), true_grads[name], rtol=tolerance, atol=atol)
 
 
