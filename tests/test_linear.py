@@ -88,7 +88,7 @@ def test_small_shapes(budget, shape):
 def test_any_shape(pairs, tokens, width, ref_width, vocab, ignored, budget, bias, dtype, seed):
     torch.manual_seed(seed)
     case = make_case(dtype, pairs, tokens, width, ref_width, vocab, bias, ignored)
-    objective = OBJECTIVES["ipo"]
+    objective = OBJECTIVES["tdpo1"]
     loss, _, grads = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget)
     true_loss, _, true_grads = loss_and_gradients(
         reference.linear_preference_loss, case, objective, dtype=torch.float64
