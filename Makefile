@@ -19,7 +19,7 @@ demo: $(VENV)/demo
 	$(BIN)/tdpo demo $(DEMO_ARGS)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -65,8 +65,8 @@ def test_import_with_another_torch(tmp_path):
     assert "pip install" in message
 
 
-def test_build_info():
-    done = run(sys.executable, "-m", "tdpo_ext")
+def test_build_info(tmp_path):
+    done = run(sys.executable, "-m", "tdpo_ext", cwd=tmp_path)  # not in the source tree
     assert done.returncode == 0, done.stderr
     info = tdpo_ext.build_info()
     assert info["torch"] == torch.__version__

@@ -12,6 +12,8 @@ from conftest import random_rows
 
 from tdpo_ext import ops
 
+HERE = os.path.dirname(__file__)  # subprocesses run here: in the source tree they would import it
+
 
 def operator_samples():
     logits, ref_logits, labels = random_rows(4, 33, ignored=[2])
@@ -109,8 +111,10 @@ print(json.dumps([tdpo_ext.build_info()["cpu_capability"], found]))
 
 
 def values_under(capability):
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run([sys.executable, "-c", PRINT_VALUES], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": HERE}
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_VALUES], env=environment, capture_output=True, text=True, cwd=HERE
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

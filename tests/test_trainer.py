@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,11 +251,9 @@ SMALL_DEMO = [
 
 
 def demo(*arguments):
-    return subprocess.run(
-        [sys.executable, "-c", "import sys; from tdpo.cli import main; sys.exit(main())", "demo", *arguments],
-        capture_output=True,
-        text=True,
-    )
+    code = "import sys; from tdpo.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "demo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
 
 
 @pytest.mark.slow
