@@ -87,8 +87,15 @@ def _token_divergence(
     return (*finalize_row_states(states, labels, ignore_index, temperature), states)
 
 
+def _logit_gradient(logits, *others):
+    out = empty(logits.shape, logits.dtype, logits.device)
+    logit_gradient_out(logits, *others, out)
+    return out
+
+
 for _device in ("cpu", "cuda"):
     torch.library.impl("tdpo_ext::token_divergence", _device, _token_divergence)
+    torch.library.impl("tdpo_ext::logit_gradient", _device, _logit_gradient)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -75,23 +75,12 @@ void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, 
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor logit_gradient(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
-                          const at::Tensor& states, const at::Tensor& logp_grad, const at::Tensor& kl_grad,
-                          int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
-                          double softcap) {
-  auto out = at::empty(logits.sizes(), logits.options());
-  logit_gradient_out(logits, ref_logits, labels, states, logp_grad, kl_grad, vocab_start, vocab_size, ignore_index,
-                     temperature, softcap, out);
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tdpo_ext, CUDA, m) {
   m.impl("row_states", &row_states);
   m.impl("merge_row_states", &merge_row_states);
   m.impl("finalize_row_states", &finalize_row_states);
-  m.impl("logit_gradient", &logit_gradient);
   m.impl("logit_gradient_out", &logit_gradient_out);
 }
 
