@@ -25,6 +25,9 @@ def product(
             return out.addmm_(a, b)
         if a.dtype == torch.bfloat16 and a.device.type == "cpu":
             return _rounded(a, b, out)
+        if a.dtype == torch.float32 and a.device.type == "cpu" and b.stride(0) == 1 and a.stride(1) == 1:
+            ops.matmul_float32(a, b, False, out)  # logits: `b` is a transposed weight
+            return out
         return torch.mm(a, b, out=out)
     if a.device.type == "cpu":
         ops.matmul_float32(a, b, accumulate, out)

@@ -28,7 +28,7 @@ def assert_matches_oracle(case, objective, **options):
     rounding = torch.finfo(case.hidden.dtype).eps
     for name, grad in grads.items():
         assert grad.dtype == case.hidden.dtype
-        error = (grad.double() - true_grads[name]).norm() / true_grads[name].norm().clamp(min=1e-3)
+        error = (grad.double() - true_grads[name]).norm() / true_grads[name].norm().clamp(min=1e-2)
         assert error < max(2 * rounding, 2e-5 if not double else 1e-12), f"{name}: relative error {error:.2e}"
 
 

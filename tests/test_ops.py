@@ -76,7 +76,7 @@ def test_reference_is_not_read_without_a_kl_gradient():
     assert torch.equal(expected, ops.logit_gradient(logits, nothing, labels, states, *upstream, *options))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("m", [1, 5, 130])
 @pytest.mark.parametrize("k", [1, 64, 1025])
 @pytest.mark.parametrize("n", [3, 500])
