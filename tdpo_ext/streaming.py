@@ -93,9 +93,10 @@ def _gradients(heads: Heads, index, states, logp_grad, kl_grad, with_reference, 
     blocks += [(with_reference + a, with_reference + b) for a, b in _slices(len(index) - with_reference, plan.rows)]
 
     size = (plan.rows * plan.columns,)
-    # dz is written over z where it has its dtype; a slice of dW from several blocks is summed before it is rounded.
+    # dz is written over z where it has its dtype; a low-precision slice of dW from several blocks is summed first.
     dz_size = size if weight.dtype != dtype else (0,)
-    sum_size = (plan.columns if wanted[1] and len(blocks) > 1 else 0, weight.shape[1])
+    sums_slices = wanted[1] and len(blocks) > 1 and weight.dtype != dtype
+    sum_size = (plan.columns if sums_slices else 0, weight.shape[1])
     needed = [(size, dtype), (size, dtype), (dz_size, weight.dtype), (sum_size, dtype)]
     z_buffer, r_buffer, dz_buffer, sum_buffer = scratch(needed, device)
     for first, stop in _slices(heads.vocab, plan.columns) if any(wanted) else []:
@@ -115,11 +116,11 @@ def _gradients(heads: Heads, index, states, logp_grad, kl_grad, with_reference, 
             if hidden_grad is not None:
                 product(dz, weight[first:stop], hidden_grad[begin:end], accumulate=True)
             if weight_grad is not None:
-                target = weight_grad[first:stop] if len(blocks) == 1 else sum_buffer[: stop - first]
+                target = sum_buffer[: stop - first] if sums_slices else weight_grad[first:stop]
                 product(dz.t(), hidden, target, accumulate=begin > 0)
             if bias_grad is not None:
                 bias_grad[first:stop] += dz.sum(0, dtype=dtype)
-        if weight_grad is not None and len(blocks) > 1:
+        if weight_grad is not None and sums_slices:
             weight_grad[first:stop] = sum_buffer[: stop - first]
 
     if hidden_grad is not None:
