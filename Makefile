@@ -50,7 +50,7 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 
 # The tests run on what a user installs, not on the source tree.
 $(VENV)/dev: $(VENV)/demo
-	$(BIN)/pip install --quiet cmake ".[dev]"
+	$(BIN)/pip install --quiet ".[dev]"
 	touch $@
 
 clean:

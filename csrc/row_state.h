@@ -28,19 +28,18 @@ namespace tdpo {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// exp(d) - 1 - d for |d| < kSmallGap, given d and d^2; the truncated series is off by 7e-7 relative at most in the
-// float form.
+// (exp(d) - 1 - d) / d for |d| < kSmallGap; the truncated series is off by 7e-7 relative at most in the float form.
 constexpr float kSmallGap = 0.125f;
 template <typename X>
-TDPO_FN X exp_excess_series(X d, X d2) {
+TDPO_FN X exp_excess_over(X d) {
   X tail = d * (1.0f / 120) + (1.0f / 24);
   tail = tail * d + (1.0f / 6);
   tail = tail * d + 0.5f;
-  return tail * d2;
+  return tail * d;
 }
 template <>
-TDPO_FN double exp_excess_series(double d, double d2) {
-  double term = d2 / 2, total = term;
+TDPO_FN double exp_excess_over(double d) {
+  double term = d / 2, total = term;
   for (int n = 3; n < 15; ++n) total += term *= d / n;
   return total;
 }
@@ -52,16 +51,19 @@ struct Temper {
   explicit TDPO_FN Temper(double temperature) : natural(Real(1 / temperature)), binary(Real(kLog2e / temperature)) {}
 };
 
-// The scalar arithmetic of the element step; the SIMD and the device kernels bring their own. exp2 of the exponent
-// floor is exactly 0, which spares the -inf logits a case of their own.
+// The scalar arithmetic of the element step; the SIMD and the device kernels bring their own.
 template <typename Scalar>
 struct ScalarMath {
   using Real = Scalar;
   using X = Scalar;
+  // `exponent` makes of any x <= 0, -inf included, what `exp2` can take; exp2 of the floor is exactly 0.
   static constexpr Real kExponentFloor = sizeof(Real) == 8 ? -1100 : -200;
   static TDPO_FN X exp2(X x) { return std::exp2(x); }
   static TDPO_FN X abs(X x) { return std::fabs(x); }
   static TDPO_FN X at_least(X x, Real floor) { return x < floor ? floor : x; }  // NaN stays
+  static TDPO_FN X exponent(X x) { return at_least(x, kExponentFloor); }
+  // x * scale - shift, rounded once: the product of a large logit must not be rounded before the maximum leaves it.
+  static TDPO_FN X scaled(X x, Real scale, Real shift) { return std::fma(x, scale, -shift); }
   template <typename Mask>
   static TDPO_FN X select(Mask mask, X yes, X no) {
     return mask ? yes : no;
@@ -84,18 +86,18 @@ struct RowSums {
   TDPO_FN void add(X z, X r, typename Math::Real z_shift, typename Math::Real r_shift,
                    Temper<typename Math::Real> temper) {
     using Real = typename Math::Real;
-    const X z_log = Math::at_least(z * temper.binary - z_shift, Math::kExponentFloor);
-    const X r_log = Math::at_least(r * temper.binary - r_shift, Math::kExponentFloor);
+    const X z_log = Math::at_least(Math::scaled(z, temper.binary, z_shift), Math::kExponentFloor);  // finite, for z_dot
+    const X r_log = Math::exponent(Math::scaled(r, temper.binary, r_shift));
     const X e_z = Math::exp2(z_log), e_r = Math::exp2(r_log);
     // An entry without reference mass has no gap, whatever its logits (-inf and underflow included).
     const auto has_mass = e_r != X{};
-    const X d = Math::select(has_mass, (z - r) * temper.natural - (z_shift - r_shift) * Real(kLn2), X{});
-    const X e_r_d = e_r * d, d2 = d * d;
-    const auto small = (d2 < X{} + Real(kSmallGap * kSmallGap)) & has_mass;
+    const X d = Math::scaled(z - r, temper.natural, (z_shift - r_shift) * Real(kLn2));
+    const X e_r_d = Math::select(has_mass, e_r * d, X{});
+    const auto small = (Math::abs(d) < X{} + Real(kSmallGap)) & has_mass;
     z_sum += e_z;
     r_sum += e_r;
     gap += e_r_d;
-    bregman += Math::select(small, e_r * exp_excess_series(d, d2), e_z - e_r - e_r_d);
+    bregman += Math::select(small, e_r_d * exp_excess_over(d), e_z - e_r - e_r_d);
     z_dot += e_z * z_log;
   }
 };
@@ -122,7 +124,7 @@ struct Rescale {
     z = std::exp2(z_hop);
     r = std::exp2(r_hop);
     if (std::fabs(hop) < Real(kSmallGap)) {
-      excess = r * exp_excess_series(hop, hop * hop);
+      excess = r * hop * exp_excess_over(hop);
       growth = r * hop + excess;
     } else {
       excess = z - r - r * hop;
@@ -232,11 +234,11 @@ struct RowGradient {
 
   template <typename Math>
   TDPO_FN typename Math::X policy_part(typename Math::X z) const {
-    return Math::exp2(Math::at_least(z * temper.binary - z_shift, Math::kExponentFloor)) * p_scale;
+    return Math::exp2(Math::exponent(Math::scaled(z, temper.binary, z_shift))) * p_scale;
   }
   template <typename Math>
   TDPO_FN typename Math::X reference_part(typename Math::X r) const {
-    return Math::exp2(Math::at_least(r * temper.binary - r_shift, Math::kExponentFloor)) * q_scale;
+    return Math::exp2(Math::exponent(Math::scaled(r, temper.binary, r_shift))) * q_scale;
   }
 };
 

@@ -1,5 +1,6 @@
 """The build as its users meet it: the header's own test, and what import says when something is off."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_import_with_another_torch(tmp_path):
     assert "built for torch 2.3.1+cu121" in message
     assert torch.__version__ in message
     assert "pip install" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_kernels_of_lesser_processors(capability):
+    """One build holds every instruction set: what this processor has beyond `capability` is not needed."""
+    tests = ["tests/test_divergence.py", "tests/test_ops.py", "-k", "not large_offsets and not compiles"]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout
 
 
 def test_build_info(tmp_path):

@@ -2,7 +2,7 @@
 //
 // A row is read in blocks that fit the first-level cache: once for the maxima, once for the sums, so that memory is
 // read once, exponentials are taken once per logit, and the sums are rescaled only when a block raises a maximum.
-// Each block sums into registers of its own, which keeps rounding from growing with the vocabulary.
+// Each block sums into registers of its own, 128 entries a lane, which keeps rounding from growing with the vocabulary.
 #include <type_traits>
 
 #include "kernels.h"
@@ -11,7 +11,7 @@
 namespace tdpo::TDPO_CPU_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 128 * kLanes;
 
 template <typename Math, typename Scalar, bool kSoftcap>
 struct Row {

@@ -39,12 +39,14 @@ struct Tasks {
       slices = std::max<int64_t>(1, std::min((wanted + rows - 1) / rows, vocab / kMinSlice));
   }
 
+  // `backwards` starts with the rows that an earlier pass left in the cache.
   template <typename F>
-  void run(F f) const {
+  void run(F f, bool backwards = false) const {
     const int64_t length = (vocab + slices - 1) / slices;
     const int64_t grain = std::max<int64_t>(1, kMinSlice / length);
     at::parallel_for(0, rows * slices, grain, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t task = backwards ? first + last - 1 - i : i;
         const int64_t slice = task % slices, begin = slice * length;
         f(task / slices, slice, begin, std::min(vocab, begin + length));
       }
@@ -144,9 +146,10 @@ void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, 
       check_problem(logits, ref_logits, labels, vocab_start, vocab_size, ignore_index, temperature, softcap);
   auto upstream = check_gradient(logits, labels, states, logp_grad, kl_grad, out);
   upstream.gradient.streaming_stores = !out.is_alias_of(logits) && out.numel() * out.element_size() > kStreamingBytes;
-  Tasks(checked.problem).run([&](int64_t row, int64_t, int64_t begin, int64_t end) {
-    kernels().logit_gradient(checked.problem, upstream.gradient, row, begin, end);
-  });
+  Tasks(checked.problem)
+      .run([&](int64_t row, int64_t, int64_t begin,
+               int64_t end) { kernels().logit_gradient(checked.problem, upstream.gradient, row, begin, end); },
+           true);
 }
 
 }  // namespace
