@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc buildtools tdpo_ext python -name '*.py' -o -name '*
 	-o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') setup.py pyproject.toml CMakeLists.txt
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench cuda-report cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -35,6 +35,18 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_logits.py
 	$(BIN)/python benchmarks/bench_linear.py
+
+# Registers, spills and shared memory of every CUDA kernel (needs nvcc, no GPU).
+cuda-report:
+	$(PYTHON) buildtools/cuda_report.py
+
+# With a GPU and the package installed in the current environment.
+cuda-test:
+	$(PYTHON) -m pytest -m cuda tests
+
+cuda-sanitize:
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) benchmarks/sanitizer_case.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) benchmarks/sanitizer_case.py
 
 # torch first: the extension is built against the one that is there.
 $(VENV)/torch:

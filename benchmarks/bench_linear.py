@@ -1,16 +1,17 @@
 """The fused TDPO loss against its matrix products alone and against what else computes it.
 
-    python benchmarks/bench_linear.py [--rounds 3] [--skip-sweep]
+    python benchmarks/bench_linear.py [--rounds 3] [--skip-sweep] [--device cuda]
 
-Step: 4 pairs, 1,024 response rows, D 768, V 50,257; forward and backward of TDPO2 with gradients for hidden states and
-weight, float32 and bfloat16; every candidate in turn, in one run. Peers: the published arithmetic behind both heads,
-eager and compiled; Liger's chunked linear JSD (two heads, the same arithmetic with uniform cotangents; no compile);
-`F.linear_cross_entropy` (one head and no KL, for scale). "products": the four matrix products that any exact method
-needs, by torch.mm in the inputs' dtype.
+Step: 4 pairs, 1,024 response rows, D 768, V 50,257, float32 and bfloat16 (on a GPU: 1,024 to 16,384 rows, D 4,096,
+V 128,256 and 151,936, bfloat16); forward and backward of TDPO2 with gradients for hidden states and weight; every
+candidate in turn, in one run. Peers: the published arithmetic behind both heads, eager and compiled; Liger's chunked
+linear JSD (two heads, the same arithmetic with uniform cotangents; compiled on a GPU only) and, on a GPU, its fused
+linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked linear
+cross entropy. "products": the four matrix products that any exact method needs, by torch.mm in the inputs' dtype.
 
 Errors: bfloat16 inputs, the reference's hidden states perturbed by 1e-2, against float64 on the same inputs: of the KL,
 and of the KL's part of dL/dhidden. Sweep: peak memory over rows and vocabulary, with a plot.
-Results go to benchmarks/results/bench_linear.json and bench_linear.png.
+Results go to benchmarks/results/bench_linear.json and bench_linear.png, or bench_linear_cuda.json.
 """
 
 from __future__ import annotations
@@ -20,25 +21,32 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, medians, peak_extra_bytes, save, table
+from common import RESULTS, medians, peak_extra_bytes, save, table, working
 from peers import published, published_linear
 
 from tdpo_ext import linear_preference_loss, linear_token_divergence, reference, tdpo_loss
 
-PAIRS, TOKENS, WIDTH, VOCAB = 4, 128, 768, 50257
+# (pairs, tokens of a response, width, vocabulary), dtype
+STEPS = {
+    "cpu": [((4, 128, 768, 50257), torch.float32), ((4, 128, 768, 50257), torch.bfloat16)],
+    "cuda": [
+        ((rows // 512, 256, 4096, vocab), torch.bfloat16)
+        for rows, vocab in ((1024, 128256), (4096, 128256), (16384, 128256), (4096, 151936))
+    ],
+}
 OBJECTIVE = functools.partial(tdpo_loss, beta=0.1)
-BUDGET = 256 << 20
+BUDGET = {"cpu": 256 << 20, "cuda": 1536 << 20}
 
 
 class Step:
     """Inputs of one training step, and the candidates that compute it."""
 
-    def __init__(self, dtype: torch.dtype, pairs=PAIRS, tokens=TOKENS, width=WIDTH, vocab=VOCAB, perturbation=0.1):
-        self.hidden = torch.randn(2 * pairs, tokens, width).to(dtype).requires_grad_()
-        self.weight = (torch.randn(vocab, width) / width**0.5).to(dtype).requires_grad_()
-        near = self.hidden.detach().float() + perturbation * torch.randn(2 * pairs, tokens, width)
+    def __init__(self, dtype: torch.dtype, pairs, tokens, width, vocab, perturbation=0.1, device="cpu"):
+        self.hidden = torch.randn(2 * pairs, tokens, width, device=device).to(dtype).requires_grad_()
+        self.weight = (torch.randn(vocab, width, device=device) / width**0.5).to(dtype).requires_grad_()
+        near = self.hidden.detach().float() + perturbation * torch.randn(2 * pairs, tokens, width, device=device)
         self.ref_hidden, self.ref_weight = near.to(dtype), self.weight.detach().clone()
-        self.labels = torch.randint(vocab, (2 * pairs, tokens))
+        self.labels = torch.randint(vocab, (2 * pairs, tokens), device=device)
         self.inputs = (self.hidden, self.weight, self.ref_hidden, self.ref_weight, self.labels)
 
     def clear(self) -> None:
@@ -54,17 +62,17 @@ class Step:
     def published(self, function) -> None:
         function(OBJECTIVE, *self.inputs)[0].backward()
 
-    def liger(self, loss) -> None:
+    def two_heads(self, loss) -> None:
         flat = self.hidden.view(-1, self.hidden.shape[-1]), self.ref_hidden.view(-1, self.ref_hidden.shape[-1])
         loss(flat[0], self.weight, flat[1], self.ref_weight, self.labels.view(-1)).backward()
 
-    def one_head(self) -> None:
-        flat = self.hidden.view(-1, self.hidden.shape[-1])
-        F.linear_cross_entropy(flat, self.weight, self.labels.view(-1)).backward()
+    def one_head(self, loss) -> None:
+        loss(self.hidden.view(-1, self.hidden.shape[-1]), self.weight, self.labels.view(-1)).backward()
 
     def products(self):
         hidden, ref_hidden = (t.detach().view(-1, t.shape[-1]) for t in (self.hidden, self.ref_hidden))
-        weight, dz = self.weight.detach(), torch.randn(len(hidden), len(self.weight)).to(hidden.dtype)
+        weight = self.weight.detach()
+        dz = torch.randn(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
         logits, dw = torch.empty_like(dz), torch.empty_like(weight)
 
         def run() -> None:
@@ -76,30 +84,52 @@ class Step:
         return run
 
 
-def compare(dtype: torch.dtype, rounds: int) -> dict:
-    step, budget = Step(dtype), BUDGET
+def peers(step: Step, device: str) -> dict:
+    """What else computes the step, or a part of it, where it is installed."""
+    found = {}
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        options = {"weight_hard_loss": 0.5, "weight_soft_loss": 0.5, "beta": 0.0}
+        chunked = LigerFusedLinearJSDLoss(compiled=device == "cuda", **options)
+        found["liger chunked jsd"] = functools.partial(step.two_heads, chunked)
+        if device == "cuda":
+            from liger_kernel.transformers import LigerFusedLinearJSD
+
+            found["liger fused jsd"] = functools.partial(step.two_heads, LigerFusedLinearJSD(jsd_beta=0.0))
+    except ImportError:
+        print("liger-kernel is not installed: that peer is left out")
+    if hasattr(F, "linear_cross_entropy"):
+        found["linear_cross_entropy (one head)"] = functools.partial(step.one_head, F.linear_cross_entropy)
+    if device == "cuda":
+        try:
+            from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+            found["quack chunked cross entropy (one head)"] = functools.partial(
+                step.one_head, functools.partial(chunked_linear_cross_entropy, chunk_size=4096)
+            )
+        except ImportError:
+            print("quack-kernels is not installed: that peer is left out")
+    return found
+
+
+def compare(shape: tuple[int, ...], dtype: torch.dtype, rounds: int, device: str) -> dict:
+    step, budget = Step(dtype, *shape, device=device), BUDGET[device]
     candidates = {
         "tdpo_ext resident": lambda: step.fused(budget),
         "tdpo_ext streaming": lambda: step.streamed(budget),
         "published, eager": lambda: step.published(published_linear),
         "published, compiled": functools.partial(step.published, torch.compile(published_linear)),
         "products": step.products(),
+        **peers(step, device),
     }
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0, compiled=False)
-        candidates["liger chunked jsd"] = lambda: step.liger(liger)
-    except ImportError:
-        print("liger-kernel is not installed: that peer is left out")
-    if hasattr(F, "linear_cross_entropy"):
-        candidates["linear_cross_entropy (one head)"] = step.one_head
-    seconds = medians(candidates, rounds, prepare=step.clear)
+    candidates = working(candidates)
+    seconds = medians(candidates, rounds, prepare=step.clear, device=device)
     gradients = step.hidden.nbytes + step.weight.nbytes
     rows = []
     for name, run in candidates.items():
         step.clear()
-        extra = 0 if name == "products" else peak_extra_bytes(run) - gradients
+        extra = 0 if name == "products" else peak_extra_bytes(run, device) - gradients
         rows.append(
             {
                 "candidate": name,
@@ -108,12 +138,20 @@ def compare(dtype: torch.dtype, rounds: int) -> dict:
                 "extra_mb": extra / 2**20,
             }
         )
-    return {"dtype": str(dtype).removeprefix("torch."), "budget": budget, "candidates": rows}
+    pairs, tokens, width, vocab = shape
+    return {
+        "rows": 2 * pairs * tokens,
+        "width": width,
+        "vocab": vocab,
+        "dtype": str(dtype).removeprefix("torch."),
+        "budget": budget,
+        "candidates": rows,
+    }
 
 
-def near_equality() -> dict:
+def near_equality(device: str) -> dict:
     """Relative errors of the KL and of its part of dL/dhidden near p = q, ours and the eager bfloat16 path's."""
-    step = Step(torch.bfloat16, pairs=1, tokens=64, width=512, vocab=32000, perturbation=1e-2)
+    step = Step(torch.bfloat16, pairs=1, tokens=64, width=512, vocab=32000, perturbation=1e-2, device=device)
 
     def eager(*inputs):
         hidden, weight, ref_hidden, ref_weight, labels = inputs
@@ -177,22 +215,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; medians are reported")
     parser.add_argument("--skip-sweep", action="store_true", help="leave out the memory sweep")
+    parser.add_argument("--device", choices=STEPS, default="cpu")
     arguments = parser.parse_args()
+    device = arguments.device
     torch.manual_seed(0)
     results: dict = {"steps": []}
-    for dtype in (torch.float32, torch.bfloat16):
-        result = compare(dtype, arguments.rounds)
+    for shape, dtype in STEPS[device]:
+        result = compare(shape, dtype, arguments.rounds, device)
         results["steps"].append(result)
-        shape = f"{2 * PAIRS * TOKENS} rows, D {WIDTH}, V {VOCAB}"
-        print(f"\n{result['dtype']}: {shape}, budget {result['budget'] >> 20} MiB")
+        print("\n{dtype}: {rows} rows, D {width}, V {vocab}, budget {budget:,} bytes".format(**result))
         print(table(result["candidates"], list(result["candidates"][0])))
-    results["near_equality"] = near_equality()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    results["near_equality"] = near_equality(device)
     print(f"\nnear p = q, relative errors: {results['near_equality']}")
-    if not arguments.skip_sweep:
+    if device == "cpu" and not arguments.skip_sweep:
         results["sweep"] = sweep()
         print("\n" + table(results["sweep"], list(results["sweep"][0])))
         plot(results["sweep"])
-    print(f"saved {save('bench_linear', results)}")
+    print(f"saved {save('bench_linear' if device == 'cpu' else 'bench_linear_cuda', results)}")
 
 
 if __name__ == "__main__":

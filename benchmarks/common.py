@@ -46,25 +46,65 @@ def save(name: str, content: dict) -> Path:
 
 
 def medians(
-    candidates: dict[str, Callable[[], object]], rounds: int, prepare: Callable[[], object] = lambda: None
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    prepare: Callable[[], object] = lambda: None,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Median seconds of each candidate, taken in turn so that a slow spell of the machine meets all of them.
 
     `prepare` runs before each, outside the timing: what one candidate left behind is not the next one's to clear.
     """
+    seconds = _cuda_seconds if device == "cuda" else _seconds
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(rounds + 1):
         for name, run in candidates.items():
             prepare()
-            start = time.perf_counter()
-            run()
+            taken = seconds(run)
             if index > 0:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return {name: statistics.median(series) for name, series in times.items()}
 
 
-def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """Resident memory at its peak during `run`, beyond what was resident before, sampled every millisecond."""
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def working(candidates: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The candidates that run here; what keeps another from it (memory, most often) is printed."""
+    found = {}
+    for name, run in candidates.items():
+        try:
+            run()
+            found[name] = run
+        except Exception as error:  # a peer may fail in any way
+            print(f"left out: {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return found
+
+
+def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
+    """Memory at its peak during `run`, beyond what was in use before: allocated on a GPU, resident on the CPU (sampled
+    every millisecond)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     process = psutil.Process()
     tdpo_ext.release_scratch()
     before = process.memory_info().rss
@@ -89,7 +129,7 @@ def peak_extra_bytes(run: Callable[[], object]) -> int:
 def table(rows: list[dict], columns: list[str]) -> str:
     """Rows as aligned text."""
     cells = [columns] + [
-        [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows
+        [f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns] for row in rows
     ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)

@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
+
 #include "problem.h"
 #include "row_state.h"
 
@@ -107,6 +109,23 @@ inline void check_stacked_states(const at::Tensor& states) {
   TORCH_CHECK_VALUE(states.dim() >= 2 && states.size(-1) == kRowStateSize, "states has shape ", states.sizes(),
                     "; (slices, ..., ", kRowStateSize, ") is needed");
 }
+
+// States of the whole vocabulary, with room for the values they stand for.
+struct CheckedValues {
+  at::Tensor states, labels;
+  std::array<at::Tensor, 4> values;  // logps, ref_logps, kl, entropy
+
+  CheckedValues(const at::Tensor& given_states, const at::Tensor& given_labels)
+      : states(given_states.contiguous()), labels(given_labels.contiguous()) {
+    dtype_of(states, "states");
+    check_matches(labels, "labels", labels.sizes(), at::kLong, states);
+    check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), states.scalar_type(), labels);
+    for (auto& value : values) value = at::empty(labels.sizes(), states.options());
+  }
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> tuple() const {
+    return {values[0], values[1], values[2], values[3]};
+  }
+};
 
 struct CheckedGradient {
   at::Tensor states, logp_grad, kl_grad;

@@ -22,6 +22,7 @@ logit_gradient = _ops.logit_gradient
 logit_gradient_out = _ops.logit_gradient_out
 token_divergence = _ops.token_divergence
 matmul_float32 = _ops.matmul_float32
+scale_unless_one = _ops.scale_unless_one
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -68,6 +69,11 @@ def _(*_):
 
 @torch.library.register_fake("tdpo_ext::matmul_float32")
 def _(a, b, accumulate, out):
+    return None
+
+
+@torch.library.register_fake("tdpo_ext::scale_unless_one")
+def _(tensor, factor):
     return None
 
 

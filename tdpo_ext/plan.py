@@ -13,10 +13,11 @@ _STREAMING_MIN_COLUMNS = 256
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes for temporaries where the caller gives no budget: an eighth of what is free on a CUDA device, between
-    256 MiB and 1.5 GiB; 512 MiB elsewhere."""
+    """Bytes for temporaries where the caller gives no budget: an eighth of what is free on a CUDA device (what torch
+    keeps there unused included), between 256 MiB and 1.5 GiB; 512 MiB elsewhere."""
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(min(max(free // 8, 256 << 20), 1536 << 20))
     return 512 << 20
 

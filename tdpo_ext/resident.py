@@ -51,10 +51,9 @@ class _Resident(torch.autograd.Function):
                 "compute the loss again (retain_graph can't keep them)"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        if loss_grad != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(loss_grad)
+        for gradient in gradients:
+            if gradient is not None:
+                ops.scale_unless_one(gradient, loss_grad.to(ops.state_dtype(gradient.dtype)))
         return (*gradients, *(None for _ in range(6)))
 
 

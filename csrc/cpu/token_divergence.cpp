@@ -113,29 +113,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> finalize_row_states(c
                                                                                const at::Tensor& given_labels,
                                                                                int64_t ignore_index,
                                                                                double temperature) {
-  check_matches(given_states, "states", with_last(given_labels.sizes(), kRowStateSize), given_states.scalar_type(),
-                given_labels);
-  const auto states = given_states.contiguous();
-  const auto labels = given_labels.contiguous();
-  const auto make = [&] { return at::empty(labels.sizes(), states.options()); };
-  auto logps = make(), ref_logps = make(), kl = make(), entropy = make();
-  AT_DISPATCH_FLOATING_TYPES(states.scalar_type(), "finalize_row_states", [&] {
-    const auto* in = states.const_data_ptr<scalar_t>();
-    const auto* label = labels.const_data_ptr<int64_t>();
-    for (int64_t row = 0; row < labels.numel(); ++row) {
+  const CheckedValues checked(given_states, given_labels);
+  AT_DISPATCH_FLOATING_TYPES(checked.states.scalar_type(), "finalize_row_states", [&] {
+    const auto* in = checked.states.const_data_ptr<scalar_t>();
+    const auto* labels = checked.labels.const_data_ptr<int64_t>();
+    scalar_t* out[4];
+    for (int i = 0; i < 4; ++i) out[i] = checked.values[i].data_ptr<scalar_t>();
+    for (int64_t row = 0; row < checked.labels.numel(); ++row) {
       TokenValues<scalar_t> values{0, 0, 0, 0};
-      if (label[row] != ignore_index) {
+      if (labels[row] != ignore_index) {
         RowState<scalar_t> state;
         std::memcpy(&state, in + row * kRowStateSize, sizeof(state));
         values = state.finalize(Temper<scalar_t>(temperature));
       }
-      logps.data_ptr<scalar_t>()[row] = values.logp;
-      ref_logps.data_ptr<scalar_t>()[row] = values.ref_logp;
-      kl.data_ptr<scalar_t>()[row] = values.kl;
-      entropy.data_ptr<scalar_t>()[row] = values.entropy;
+      out[0][row] = values.logp;
+      out[1][row] = values.ref_logp;
+      out[2][row] = values.kl;
+      out[3][row] = values.entropy;
     }
   });
-  return {logps, ref_logps, kl, entropy};
+  return checked.tuple();
 }
 
 void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
@@ -152,6 +149,10 @@ void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, 
            true);
 }
 
+void scale_unless_one(const at::Tensor& tensor, const at::Tensor& factor) {
+  if (factor.item<double>() != 1) tensor.mul_(factor);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) {
@@ -159,6 +160,7 @@ TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) {
   m.impl("merge_row_states", &merge_row_states);
   m.impl("finalize_row_states", &finalize_row_states);
   m.impl("logit_gradient_out", &logit_gradient_out);
+  m.impl("scale_unless_one", &scale_unless_one);
 }
 
 }  // namespace tdpo

@@ -55,7 +55,7 @@ struct DeviceMath : ScalarMath<Scalar> {};
 
 template <>
 struct DeviceMath<float> : ScalarMath<float> {
-  // The special-function unit's 2^x: 2 units in the last place; results below 2^-126 are 0.
+  // The special-function unit's 2^x: 2 units in the last place; results below 2^-126 are 0, and so is 2^-inf.
   static __device__ __forceinline__ float exp2(float x) {
 #if defined(__CUDA_ARCH__)
     float y;
@@ -65,6 +65,7 @@ struct DeviceMath<float> : ScalarMath<float> {
     return std::exp2(x);
 #endif
   }
+  static __device__ __forceinline__ float exponent(float x) { return x; }
 };
 
 // 16 bytes of a row.
@@ -73,9 +74,58 @@ struct alignas(16) Pack {
   static constexpr int size = 16 / sizeof(T);
   T entry[size];
 };
+// As many entries of another type, to be stored at once.
 template <typename T, int count>
 struct alignas(count * sizeof(T)) Entries {
   T entry[count];
 };
+
+// Whether `data` may be read or written `bytes` (a power of two) at a time.
+__device__ __forceinline__ bool is_aligned(const void* data, int bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+}
+
+template <typename T>
+__device__ __forceinline__ Pack<T> load_pack(const T* data, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Pack<T>*>(data);
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::size; ++i) pack.entry[i] = data[i];
+  return pack;
+}
+
+// The larger of two pairs of 16-bit numbers, entry by entry; a NaN gives way to a number.
+template <typename T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t top;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(top) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(top) : "r"(a), "r"(b));
+  return top;
+#else
+  const auto larger = [](uint32_t x, uint32_t y) {
+    const float real_x = to_real(T{uint16_t(x)}), real_y = to_real(T{uint16_t(y)});
+    return real_x > real_y || real_y != real_y ? x & 0xffffu : y & 0xffffu;
+  };
+  return larger(a, b) | larger(a >> 16, b >> 16) << 16;
+#endif
+}
+
+// The largest entry of a pack.
+template <typename T>
+__device__ __forceinline__ auto top_of(const Pack<T>& pack) {
+  if constexpr (sizeof(T) == 2) {
+    const auto* pairs = reinterpret_cast<const uint32_t*>(&pack);
+    const uint32_t top = larger_pair<T>(larger_pair<T>(pairs[0], pairs[1]), larger_pair<T>(pairs[2], pairs[3]));
+    return fmax(to_real(T{uint16_t(top)}), to_real(T{uint16_t(top >> 16)}));
+  } else {
+    auto top = to_real(pack.entry[0]);
+#pragma unroll
+    for (int i = 1; i < Pack<T>::size; ++i) top = fmax(top, to_real(pack.entry[i]));
+    return top;
+  }
+}
 
 }  // namespace tdpo::cuda

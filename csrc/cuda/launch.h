@@ -21,5 +21,7 @@ void launch_merge(const void* states, bool is_double, int64_t slices, int64_t ro
 void launch_finalize(const void* states, bool is_double, const int64_t* labels, int64_t rows, int64_t ignore_index,
                      double temperature, void* const outputs[4], cudaStream_t);
 void launch_gradient(const Problem&, const Gradient&, cudaStream_t);
+// data *= factor, one number on the device: float64 for float64 data, float32 otherwise.
+void launch_scale(void* data, DType, int64_t count, const void* factor, int multiprocessors, cudaStream_t);
 
 }  // namespace tdpo::cuda

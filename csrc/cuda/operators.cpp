@@ -49,18 +49,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> finalize_row_states(c
                                                                                const at::Tensor& given_labels,
                                                                                int64_t ignore_index,
                                                                                double temperature) {
-  check_matches(given_states, "states", with_last(given_labels.sizes(), kRowStateSize), given_states.scalar_type(),
-                given_labels);
-  const c10::cuda::CUDAGuard guard(given_states.device());
-  const auto states = given_states.contiguous();
-  const auto labels = given_labels.contiguous();
-  const auto make = [&] { return at::empty(labels.sizes(), states.options()); };
-  auto logps = make(), ref_logps = make(), kl = make(), entropy = make();
-  void* const outputs[4] = {logps.data_ptr(), ref_logps.data_ptr(), kl.data_ptr(), entropy.data_ptr()};
-  launch_finalize(states.data_ptr(), states.scalar_type() == at::kDouble, labels.const_data_ptr<int64_t>(),
-                  labels.numel(), ignore_index, temperature, outputs, current_stream());
+  const CheckedValues checked(given_states, given_labels);
+  const c10::cuda::CUDAGuard guard(checked.states.device());
+  void* outputs[4];
+  for (int i = 0; i < 4; ++i) outputs[i] = checked.values[i].data_ptr();
+  launch_finalize(checked.states.data_ptr(), checked.states.scalar_type() == at::kDouble,
+                  checked.labels.const_data_ptr<int64_t>(), checked.labels.numel(), ignore_index, temperature, outputs,
+                  current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {logps, ref_logps, kl, entropy};
+  return checked.tuple();
 }
 
 void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
@@ -75,6 +72,16 @@ void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, 
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+void scale_unless_one(const at::Tensor& tensor, const at::Tensor& factor) {
+  const auto dtype = dtype_of(tensor, "tensor");
+  TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), "tensor has strides ", tensor.strides(),
+                    "; it must be dense");
+  check_matches(factor, "factor", {}, state_dtype(tensor), tensor);
+  const c10::cuda::CUDAGuard guard(tensor.device());
+  launch_scale(tensor.data_ptr(), dtype, tensor.numel(), factor.data_ptr(), multiprocessors(), current_stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tdpo_ext, CUDA, m) {
@@ -82,6 +89,7 @@ TORCH_LIBRARY_IMPL(tdpo_ext, CUDA, m) {
   m.impl("merge_row_states", &merge_row_states);
   m.impl("finalize_row_states", &finalize_row_states);
   m.impl("logit_gradient_out", &logit_gradient_out);
+  m.impl("scale_unless_one", &scale_unless_one);
 }
 
 }  // namespace tdpo::cuda

@@ -1,17 +1,19 @@
 // Launch shapes and dtype dispatch of the kernels in token_divergence.cuh.
+#include <algorithm>
+
 #include "launch.h"
 #include "token_divergence.cuh"
 
 namespace tdpo::cuda {
 namespace {
 
-// Entries below which a slice is not worth a CTA, and the entries of a gradient tile.
-constexpr int64_t kMinSlice = 8192, kTile = 16384;
-// CTAs of 256 threads that keep a multiprocessor busy.
-constexpr int64_t kBlocksPerProcessor = 4;
+// Entries below which a slice is not worth a CTA, the entries of a gradient tile, and those of a row that a warp takes.
+constexpr int64_t kMinSlice = 8192, kTile = 16384, kShortRow = 1024;
 
-int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, kThreads)); }
 
+// f(scalar, its real type): calls f with values whose types the dtype stands for.
 template <typename F>
 void with_dtype(DType dtype, F f) {
   switch (dtype) {
@@ -34,38 +36,58 @@ void with_real(bool is_double, F f) {
     f(float{});
 }
 
+// f(softcap or none, threads of a group), both compile-time.
+template <typename F>
+void with_variant(const Problem& problem, F f) {
+  const auto with_group = [&](auto group) {
+    if (problem.softcap > 0)
+      f(std::true_type{}, group);
+    else
+      f(std::false_type{}, group);
+  };
+  if (problem.vocab <= kShortRow)
+    with_group(std::integral_constant<int, kWarp>{});
+  else
+    with_group(std::integral_constant<int, kThreads>{});
+}
+
 template <typename T, typename Real, typename Out>
 void launch_gradient_as(const Problem& problem, const Gradient& gradient, cudaStream_t stream) {
-  const int64_t tiles = (problem.vocab + kTile - 1) / kTile;
-  const auto grid = static_cast<unsigned>(problem.rows * tiles);
-  if (problem.softcap > 0)
-    TDPO_LAUNCH((gradient_kernel<T, Real, Out, true>), grid, kThreads, stream, problem, gradient, tiles, kTile);
-  else
-    TDPO_LAUNCH((gradient_kernel<T, Real, Out, false>), grid, kThreads, stream, problem, gradient, tiles, kTile);
+  const int64_t tiles = ceil_div(problem.vocab, kTile);
+  with_variant(problem, [&](auto softcap, auto group) {
+    TDPO_LAUNCH((gradient_kernel<T, Real, Out, softcap(), group()>), blocks_for(problem.rows * tiles * group()),
+                kThreads, stream, problem, gradient, tiles, kTile);
+  });
 }
 
 }  // namespace
 
 int64_t row_slices(int64_t rows, int64_t vocab, int multiprocessors) {
-  const int64_t wanted = kBlocksPerProcessor * multiprocessors;
-  if (rows <= 0 || rows >= wanted) return 1;
-  const int64_t most = vocab / kMinSlice, enough = (wanted + rows - 1) / rows;
-  return most < 1 ? 1 : (enough < most ? enough : most);
+  const int64_t at_once = int64_t(kResidentBlocks) * multiprocessors, most = vocab / kMinSlice;
+  if (rows <= 0) return 1;
+  // The fewest slices whose CTAs fill their last wave, or are so many waves that it does not matter.
+  int64_t best = 1;
+  double best_fill = 0;
+  for (int64_t slices = 1; slices <= most; ++slices) {
+    const int64_t waves = ceil_div(rows * slices, at_once);
+    const double fill = double(rows * slices) / double(waves * at_once);
+    if (fill > best_fill) best = slices, best_fill = fill;
+    if (fill > 0.95 || waves > 8) break;
+  }
+  return best;
 }
 
 void launch_row_states(const Problem& problem, void* states, int64_t slices, cudaStream_t stream) {
   if (problem.rows == 0) return;
   // A multiple of 64 entries keeps the slices of an aligned row aligned.
-  const int64_t length = ((problem.vocab + slices - 1) / slices + 63) / 64 * 64;
-  const auto grid = static_cast<unsigned>(problem.rows * slices);
+  const int64_t length = ceil_div(ceil_div(problem.vocab, slices), 64) * 64;
   with_dtype(problem.dtype, [&](auto scalar, auto real) {
     using T = decltype(scalar);
     using Real = decltype(real);
-    auto* const out = static_cast<Real*>(states);
-    if (problem.softcap > 0)
-      TDPO_LAUNCH((row_state_kernel<T, Real, true>), grid, kThreads, stream, problem, out, slices, length);
-    else
-      TDPO_LAUNCH((row_state_kernel<T, Real, false>), grid, kThreads, stream, problem, out, slices, length);
+    with_variant(problem, [&](auto softcap, auto group) {
+      TDPO_LAUNCH((row_state_kernel<T, Real, softcap(), group()>), blocks_for(problem.rows * slices * group()),
+                  kThreads, stream, problem, static_cast<Real*>(states), slices, length);
+    });
   });
 }
 
@@ -73,8 +95,8 @@ void launch_merge(const void* states, bool is_double, int64_t slices, int64_t ro
   if (rows == 0) return;
   with_real(is_double, [&](auto real) {
     using State = RowState<decltype(real)>;
-    TDPO_LAUNCH((merge_kernel<decltype(real)>), static_cast<unsigned>(blocks_for(rows)), kThreads, stream,
-                static_cast<const State*>(states), slices, rows, static_cast<State*>(merged));
+    TDPO_LAUNCH((merge_kernel<decltype(real)>), blocks_for(rows), kThreads, stream, static_cast<const State*>(states),
+                slices, rows, static_cast<State*>(merged));
   });
 }
 
@@ -85,8 +107,8 @@ void launch_finalize(const void* states, bool is_double, const int64_t* labels, 
     using Real = decltype(real);
     const ValueOutputs<Real> out{static_cast<Real*>(outputs[0]), static_cast<Real*>(outputs[1]),
                                  static_cast<Real*>(outputs[2]), static_cast<Real*>(outputs[3])};
-    TDPO_LAUNCH((finalize_kernel<Real>), static_cast<unsigned>(blocks_for(rows)), kThreads, stream,
-                static_cast<const RowState<Real>*>(states), labels, rows, ignore_index, temperature, out);
+    TDPO_LAUNCH((finalize_kernel<Real>), blocks_for(rows), kThreads, stream, static_cast<const RowState<Real>*>(states),
+                labels, rows, ignore_index, temperature, out);
   });
 }
 
@@ -95,11 +117,24 @@ void launch_gradient(const Problem& problem, const Gradient& gradient, cudaStrea
   with_dtype(problem.dtype, [&](auto scalar, auto real) {
     using T = decltype(scalar);
     using Real = decltype(real);
-    if constexpr (sizeof(T) == 4) {  // float32 logits may leave as a low-precision gradient
+    if constexpr (std::is_same_v<T, float>) {  // float32 logits may leave as a low-precision gradient
       if (gradient.out_dtype == DType::bf16) return launch_gradient_as<T, Real, bf16>(problem, gradient, stream);
       if (gradient.out_dtype == DType::f16) return launch_gradient_as<T, Real, f16>(problem, gradient, stream);
     }
     launch_gradient_as<T, Real, T>(problem, gradient, stream);
+  });
+}
+
+void launch_scale(void* data, DType dtype, int64_t count, const void* factor, int multiprocessors,
+                  cudaStream_t stream) {
+  if (count == 0) return;
+  const int64_t most = int64_t(8) * multiprocessors;
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(blocks_for(count), most));
+  with_dtype(dtype, [&](auto scalar, auto real) {
+    using T = decltype(scalar);
+    using Real = decltype(real);
+    TDPO_LAUNCH((scale_kernel<T, Real>), grid, kThreads, stream, static_cast<T*>(data), count,
+                static_cast<const Real*>(factor));
   });
 }
 

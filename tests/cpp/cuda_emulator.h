@@ -31,7 +31,7 @@ using cudaStream_t = void*;
 struct EmulatedIndex {
   unsigned x = 0;
 };
-inline EmulatedIndex threadIdx, blockIdx, blockDim;
+inline EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
@@ -49,6 +49,7 @@ inline ucontext_t scheduler;
 inline const std::function<void()>* kernel = nullptr;
 inline std::string trap;
 inline uint64_t warp_values[64][32];
+inline std::vector<char> dynamic_shared;
 
 inline void park(Parked where) {
   auto& thread = threads[threadIdx.x];
@@ -105,16 +106,22 @@ inline void run_block(unsigned block_threads) {
 }
 
 template <typename F>
-void launch(unsigned grid, unsigned block, const F& body) {
+void launch(unsigned grid, unsigned block, const F& body, size_t shared_bytes = 0) {
+  dynamic_shared.assign(shared_bytes + 16, 0);
   const std::function<void()> call = body;
   kernel = &call;
   trap.clear();
   blockDim.x = block;
+  gridDim.x = grid;
   for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) run_block(block);
   kernel = nullptr;
 }
 
 }  // namespace emulator
+
+// What `extern __shared__ type name[];` declares on CUDA.
+#define TDPO_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>((uintptr_t(emulator::dynamic_shared.data()) + 15) / 16 * 16)
 
 #define TDPO_LAUNCH(kernel_name, grid, block, stream, ...) \
   ((void)(stream), emulator::launch(grid, block, [&] { kernel_name(__VA_ARGS__); }))
@@ -130,6 +137,21 @@ T __shfl_down_sync(unsigned, T value, int distance) {
   if (lane + distance < 32) std::memcpy(&value, &emulator::warp_values[warp][lane + distance], sizeof(T));
   emulator::park(emulator::Parked::at_warp_barrier);
   return value;
+}
+
+// The lanes of `mask` whose predicate holds. Lanes outside the mask must not call; those that have exited count as 0.
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  emulator::warp_values[warp][lane] = predicate != 0;
+  emulator::park(emulator::Parked::at_warp_barrier);
+  unsigned votes = 0;
+  for (unsigned other = 0; other < 32; ++other) {
+    const unsigned thread = warp * 32 + other;
+    const bool here = thread < blockDim.x && emulator::threads[thread].parked != emulator::Parked::finished;
+    if (mask >> other & 1u && here && emulator::warp_values[warp][other]) votes |= 1u << other;
+  }
+  emulator::park(emulator::Parked::at_warp_barrier);
+  return votes;
 }
 
 inline void __trap() {

@@ -29,6 +29,19 @@ void warp_sum(const int* in, int* out) {
   if (threadIdx.x % 32 == 0) out[threadIdx.x / 32] = value;
 }
 
+void count_odd(const int* in, int* out) {
+  if (threadIdx.x % 32 == 31) return;  // an exited lane has no vote
+  const unsigned votes = __ballot_sync(0x7fffffffu, in[threadIdx.x] % 2);
+  if (threadIdx.x % 32 == 0) out[threadIdx.x / 32] = int(votes);
+}
+
+void rotate_through_dynamic_shared(const int* in, int* out) {
+  TDPO_DYNAMIC_SHARED(int, shared);
+  shared[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x] + int(gridDim.x);
+}
+
 void mismatched_barriers() {
   if (threadIdx.x < 16)
     __syncthreads();
@@ -58,6 +71,10 @@ int main() {
     for (int i = 0; i < 96; ++i) expect(out[i] == 95 - i, "a barrier makes shared memory visible");
     TDPO_LAUNCH(warp_sum, 1, 96, nullptr, in.data(), sums.data());
     expect(sums[0] == 496 && sums[1] == 1520 && sums[2] == 2544, "shuffles stay in their warp");
+    TDPO_LAUNCH(count_odd, 1, 96, nullptr, in.data(), sums.data());
+    for (int votes : sums) expect(votes == 0x2aaaaaaa, "a ballot gathers its warp's votes");
+    emulator::launch(2, 96, [&] { rotate_through_dynamic_shared(in.data(), out.data()); }, 96 * sizeof(int));
+    for (int i = 0; i < 96; ++i) expect(out[i] == (i + 1) % 96 + 2, "dynamic shared memory is the CTA's");
     for (int& value : in) value += 1000;  // or the last kernel's shared memory would do
     TDPO_LAUNCH(reverse_without_barrier, 1, 96, nullptr, in.data(), out.data());
     for (int i = 0; i < 96; ++i) missing_barrier_shows |= out[i] != 1095 - i;

@@ -1,6 +1,7 @@
 // The real CUDA kernels on the emulator, against the scalar monoid in float64, for every regime of shape, alignment
 // and dtype, in both thread orders.
 #include <algorithm>
+#include <array>
 #include <random>
 
 #include "../../csrc/cuda/token_divergence.cu"  // the launchers and, through them, the kernels
@@ -41,14 +42,15 @@ struct Kind<cuda::f16> {
 };
 
 struct Shape {
-  int64_t rows, vocab, slices, z_offset, r_offset, padding;
+  int64_t rows, vocab, slices, z_offset, r_offset, padding;  // offsets in entries from a 16-byte boundary
   double softcap, temperature;
+  int64_t out_offset = 0;
 };
 
 template <typename T>
 void check(const Shape& shape) {
   using Real = decltype(to_real(T{}));
-  const auto [rows, vocab, slices, z_offset, r_offset, padding, softcap, temperature] = shape;
+  const auto [rows, vocab, slices, z_offset, r_offset, padding, softcap, temperature, out_offset] = shape;
   const int64_t stride = vocab + padding;
   std::mt19937 random(17);
   std::normal_distribution<double> normal;
@@ -91,7 +93,7 @@ void check(const Shape& shape) {
   // Out of place into poisoned memory, then in place.
   std::vector<T> out(z.size(), cuda::Rounded<T>::of(Real(NAN)));
   Gradient gradient{merged.data(),  logp_grad.data(),
-                    kl_grad.data(), {out.data() + z_offset, 1, stride, stride},
+                    kl_grad.data(), {out.data() + out_offset, 1, stride, stride},
                     Kind<T>::dtype, false};
   cuda::launch_gradient(problem, gradient, nullptr);
   std::vector<T> in_place = z;
@@ -125,12 +127,12 @@ void check(const Shape& shape) {
       if (v == label) dz += exact.label_extra;
       if (softcap > 0) dz *= 1 - z_entry / softcap * z_entry / softcap;
       if (ignored) dz = 0;
-      const T got = out[z_offset + row * stride + v], got_in_place = in_place[z_offset + row * stride + v];
+      const T got = out[out_offset + row * stride + v], got_in_place = in_place[z_offset + row * stride + v];
       expect_near(to_real(got), dz, Kind<T>::rounding, "gradient");
       if (std::memcmp(&got, &got_in_place, sizeof(T)) != 0) expect_near(0, 1, 0, "in place differs");
     }
     for (int64_t v = vocab; v < stride; ++v)
-      if (!std::isnan(double(to_real(out[z_offset + row * stride + v])))) expect_near(0, 1, 0, "wrote past a row");
+      if (!std::isnan(double(to_real(out[out_offset + row * stride + v])))) expect_near(0, 1, 0, "wrote past a row");
   }
 }
 
@@ -138,16 +140,22 @@ template <typename T>
 void check_regimes() {
   for (bool backwards : {false, true}) {
     emulator::backwards = backwards;
-    check<T>({3, 1, 1, 0, 0, 0, 0, 1});      // a single entry
-    check<T>({3, 7, 1, 0, 0, 0, 0, 1});      // below one pack a thread
-    check<T>({4, 507, 1, 0, 0, 0, 0, 0.7});  // rows of every alignment
-    check<T>({3, 512, 1, 0, 0, 0, 0, 1});    // aligned
-    check<T>({3, 1000, 1, 1, 1, 3, 0, 1});   // the same misalignment: head and tail
-    check<T>({3, 1000, 1, 1, 2, 0, 0, 1});   // misalignments that never meet
-    check<T>({3, 5003, 4, 0, 0, 5, 0, 1});   // a row over several CTAs
-    check<T>({3, 300, 7, 0, 0, 0, 0, 1});    // more slices than there are entries for
-    check<T>({3, 700, 1, 0, 0, 0, 3, 1.3});  // softcap and temperature
-    check<T>({1, 20000, 1, 0, 0, 0, 0, 1});  // several gradient tiles
+    // A warp a row.
+    check<T>({3, 1, 1, 0, 0, 0, 0, 1});        // a single entry
+    check<T>({11, 7, 1, 0, 0, 0, 0, 1});       // below one pack; rows of two CTAs
+    check<T>({4, 507, 1, 0, 0, 0, 0, 0.7});    // rows of every alignment
+    check<T>({3, 512, 1, 0, 0, 0, 0, 1});      // aligned
+    check<T>({3, 1000, 1, 1, 1, 3, 0, 1, 1});  // the same misalignment: head and tail
+    check<T>({3, 1000, 1, 1, 2, 0, 0, 1, 3});  // misalignments that never meet
+    check<T>({3, 300, 7, 0, 0, 0, 0, 1});      // more slices than there are entries for
+    check<T>({3, 700, 1, 0, 0, 0, 3, 1.3});    // softcap and temperature
+    // A CTA a row.
+    check<T>({3, 5003, 4, 0, 0, 5, 0, 1});     // a row over several CTAs
+    check<T>({2, 9001, 1, 1, 1, 0, 0, 1, 1});  // batches and single packs, head and tail
+    check<T>({2, 9000, 1, 0, 1, 2, 0, 1});     // the reference is aligned otherwise
+    check<T>({2, 9000, 1, 0, 0, 0, 0, 1, 1});  // so is the gradient
+    check<T>({2, 6000, 1, 0, 0, 0, 3, 0.8});   // softcap and temperature
+    check<T>({1, 20000, 1, 0, 0, 0, 0, 1});    // several gradient tiles
   }
 }
 
@@ -172,6 +180,19 @@ void check_narrowed() {
     expect_near(narrow[i].bits, cuda::Rounded<cuda::bf16>::of(wide[i]).bits, 0, "narrowed");
 }
 
+void check_scale() {
+  std::vector<cuda::bf16> data(700);
+  for (size_t i = 0; i < 700; ++i) data[i] = cuda::Rounded<cuda::bf16>::of(std::sin(float(i)));
+  auto expected = data;
+  for (const float factor : {1.0f, 0.3f}) {
+    cuda::launch_scale(data.data(), DType::bf16, 700, &factor, 1, nullptr);
+    for (size_t i = 0; i < 700; ++i) {
+      expected[i] = cuda::Rounded<cuda::bf16>::of(to_real(expected[i]) * factor);
+      expect_near(data[i].bits, expected[i].bits, 0, "scaled");
+    }
+  }
+}
+
 void check_label_trap() {
   float z[4] = {}, r[4] = {};
   int64_t label = 4;
@@ -192,10 +213,12 @@ int main() {
   check_regimes<cuda::bf16>();
   check_regimes<cuda::f16>();
   check_narrowed();
+  check_scale();
   check_label_trap();
-  if (cuda::row_slices(8, 151936, 132) != 18 || cuda::row_slices(4096, 151936, 132) != 1 ||
-      cuda::row_slices(1, 32, 132) != 1)
-    expect_near(0, 1, 0, "row_slices");
+  // (rows, vocabulary) -> slices on 132 multiprocessors, 396 CTAs at once.
+  for (const auto [rows, vocab, slices] :
+       {std::array<int64_t, 3>{1, 32, 1}, {8, 151936, 18}, {396, 151936, 1}, {600, 128256, 5}, {4096, 151936, 1}})
+    expect_near(double(cuda::row_slices(rows, vocab, 132)), double(slices), 0, "row_slices");
   if (failures == 0) std::puts("kernels_test: all good");
   return failures == 0 ? 0 : 1;
 }

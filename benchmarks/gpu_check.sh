@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Everything there is to check on one GPU, in under 9 minutes: builds the extension against the torch that is installed,
+# runs the CUDA tests, compute-sanitizer on a small case, and the GPU benchmarks, and prints a short table last.
+#
+#     bash benchmarks/gpu_check.sh [folder for logs and results, default out/gpu_check]
+#
+# Needs torch with CUDA, nvcc, ninja and pybind11. Where a folder `wheels` is in the current folder, what is missing
+# (pytest, hypothesis, psutil, datasets, liger-kernel, quack-kernels, ...) is installed from it, without a network.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-out/gpu_check}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+status=0
+
+stage() { # stage NAME SECONDS COMMAND...: the output goes to a log, the outcome to the terminal
+    local name=$1 limit=$2 begin=$SECONDS
+    shift 2
+    if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
+        echo "ok      $name ($((SECONDS - begin)) s)"
+    else
+        echo "FAILED  $name ($((SECONDS - begin)) s); the end of $out/$name.log:"
+        tail -n 15 "$out/$name.log"
+        status=1
+    fi
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || exit 1
+if [ -d wheels ]; then
+    stage wheels 20 bash -c "for wheel in wheels/*.whl; do $python -m pip install --no-index --no-deps \"\$wheel\"; done"
+fi
+arch=$("$python" -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))')
+TDPO_CUDA=1 TDPO_CUDA_ARCHS=${TDPO_CUDA_ARCHS:-$arch} \
+    stage build 150 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall .
+stage tests 110 "$python" -m pytest -q -m cuda tests -p no:cacheprovider
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+        stage "$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/sanitizer_case.py
+    done
+else
+    echo "left out: compute-sanitizer is not installed"
+fi
+stage bench_logits 70 "$python" benchmarks/bench_logits.py --device cuda --rounds 9
+stage bench_linear 110 "$python" benchmarks/bench_linear.py --device cuda --rounds 3
+cp benchmarks/results/*_cuda.json "$out" 2>/dev/null
+"$python" benchmarks/gpu_table.py
+exit $status

@@ -1,0 +1,26 @@
+"""A small case of every CUDA kernel, for compute-sanitizer: whole and split rows, warps and CTAs, all dtypes."""
+
+import functools
+
+import torch
+
+from tdpo_ext import linear_preference_loss, tdpo_loss, token_divergence
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for rows, vocab in ((5, 7), (9, 507), (3, 20011)):
+        logits = torch.randn(rows, vocab, device="cuda", dtype=dtype, requires_grad=True)
+        labels = torch.randint(vocab, (rows,), device="cuda")
+        labels[1] = -100
+        divergence = token_divergence(logits, torch.randn_like(logits), labels)
+        (divergence.logps.sum() + divergence.kl.sum()).backward()
+hidden = torch.randn(4, 6, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+weight = torch.randn(301, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+reference = torch.randn(4, 6, 16, device="cuda", dtype=torch.bfloat16)
+labels = torch.randint(301, (4, 6), device="cuda")
+for budget in (1 << 20, 9000):
+    objective = functools.partial(tdpo_loss, beta=0.1)
+    loss, _, _ = linear_preference_loss(
+        objective, hidden, weight, reference, weight.detach(), labels, logits_budget=budget
+    )
+    (0.5 * loss).backward()
+torch.cuda.synchronize()
