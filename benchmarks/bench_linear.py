@@ -6,8 +6,9 @@ Step: 4 pairs, 1,024 response rows, D 768, V 50,257, float32 and bfloat16 (on a 
 V 128,256 and 151,936, bfloat16); forward and backward of TDPO2 with gradients for hidden states and weight; every
 candidate in turn, in one run. Peers: the published arithmetic behind both heads, eager and compiled; Liger's chunked
 linear JSD (two heads, the same arithmetic with uniform cotangents; compiled on a GPU only) and, on a GPU, its fused
-linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked linear
-cross entropy. "products": the four matrix products that any exact method needs, by torch.mm in the inputs' dtype.
+linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked
+linear cross entropy. "products": the four matrix products that any exact method needs, by torch.mm in the inputs'
+dtype.
 
 Errors: bfloat16 inputs, the reference's hidden states perturbed by 1e-2, against float64 on the same inputs: of the KL,
 and of the KL's part of dL/dhidden. Sweep: peak memory over rows and vocabulary, with a plot.

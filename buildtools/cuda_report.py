@@ -28,7 +28,8 @@ def kernel_report(architectures: list[int]) -> list[dict]:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
-    rows, current = [], {}
+    rows: list[dict] = []
+    current: dict = {}
     for line in done.stderr.splitlines():
         if found := re.search(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", line):
             current = {"architecture": int(found[2]), "kernel": found[1]}

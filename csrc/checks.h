@@ -81,7 +81,6 @@ inline CheckedProblem check_problem(const at::Tensor& logits, const at::Tensor& 
   check_matches(ref_logits, "ref_logits", logits.sizes(), logits.scalar_type(), logits);
   check_matches(labels, "labels", logits.sizes().slice(0, logits.dim() - 1), at::kLong, logits);
   const auto vocab = logits.size(-1);
-  TORCH_CHECK_VALUE(vocab > 0, "logits has an empty vocabulary dimension: ", logits.sizes());
   TORCH_CHECK_VALUE(vocab_start >= 0 && vocab_start + vocab <= vocab_size, "logits hold entries ", vocab_start, " to ",
                     vocab_start + vocab, " but vocab_size is ", vocab_size);
   TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), "temperature is ", temperature,

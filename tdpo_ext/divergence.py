@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .shard import VocabShard
+from .shard import VocabShard, local_parts
 
 
 class TokenDivergence(NamedTuple):
@@ -83,7 +83,9 @@ def token_divergence(
         ignore_index: label of rows that contribute exactly 0 to values and gradients, whatever their logits hold.
         temperature: both logits are divided by it.
         softcap: if given, both logits become softcap * tanh(logits / softcap) first.
-        shard: the slice of the vocabulary that these logits are, where it is sharded over a process group.
+        shard: the slice of the vocabulary that these logits are, where it is sharded over a process group. All ranks of
+            the group call, and get the same values; the gradient is of this rank's logits. Logits that are DTensors
+            sharded along their last dimension need no `shard`.
 
     Returns:
         TokenDivergence of the shape of `labels`. A row with q > 0 where p = 0 has an infinite kl.
@@ -91,6 +93,7 @@ def token_divergence(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or range; the message names it.
         IndexError: a label outside [0, V) that is not `ignore_index` (on CUDA a device assertion).
+        RuntimeError: another rank of the shard's group failed; the message is that rank's.
 
     Source: arXiv 2404.11999, sections 3 and 4; the arithmetic is in docs/math.md.
     """
@@ -100,10 +103,19 @@ def token_divergence(
     for name, tensor in (("ref_logits", ref_logits), ("labels", labels)):
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
+    parts = {"logits": logits, "ref_logits": ref_logits, "labels": labels}
+    parts, found = local_parts(("logits", "ref_logits"), parts, dim=-1)
+    shard = shard or found
+    where: tuple[int, int, str] = (0, parts["logits"].shape[-1], "")
+    if shard is None and where[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: the vocabulary is empty")
     if shard is not None:
-        raise NotImplementedError("shard: a sharded vocabulary is not supported yet")
+        for name in ("logits", "ref_logits"):
+            parts[name] = shard.narrow(name, parts[name], -1)
+        where = (shard.start, ops.UNKNOWN_SIZE, shard.group.group_name)
+    start, size, group_name = where
     logps, ref_logps, kl, entropy, _ = ops.token_divergence(
-        logits, ref_logits, labels, 0, logits.shape[-1], ignore_index, float(temperature), cap, ""
+        *parts.values(), start, size, ignore_index, float(temperature), cap, group_name
     )
     return TokenDivergence(logps, ref_logps.detach(), kl, entropy.detach())
 

@@ -10,15 +10,26 @@ from torch import Tensor
 from . import ops
 from .matmul import product
 from .plan import Costs
+from .shard import VocabShard
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the operators want to know beside the tensors; softcap 0 means none."""
+    """What the operators want to know beside the tensors; softcap 0 means none.
+
+    The heads' rows are entries vocab_start and following of a vocabulary of vocab_size; `shard` says how it is shared.
+    """
 
     ignore_index: int
     temperature: float
     softcap: float
+    vocab_start: int
+    vocab_size: int
+    shard: VocabShard | None = None
+
+    def slice_from(self, first: int) -> tuple[int, int, int, float, float]:
+        """The operators' last arguments for a slice that begins at the heads' row `first`."""
+        return self.vocab_start + first, self.vocab_size, self.ignore_index, self.temperature, self.softcap
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,6 @@ class Heads:
             raise TypeError(f"labels has dtype {labels.dtype} but torch.int64 is needed")
         if labels.device != self.hidden.device:
             raise ValueError(f"labels is on {labels.device} but hidden is on {self.hidden.device}")
-        if self.vocab == 0:
-            raise ValueError("weight has no rows: the vocabulary is empty")
         return self
 
     def flat(self) -> Heads:
@@ -100,11 +109,11 @@ class Heads:
     def logit_dtype(self) -> torch.dtype:
         return ops.state_dtype(self.hidden.dtype)
 
-    def costs(self) -> Costs:
-        """The sizes that the planner wants."""
+    def costs(self, vocab: int) -> Costs:
+        """The sizes that the planner wants, for `vocab` entries of the vocabulary."""
         grad = torch.is_grad_enabled()
         return Costs(
-            vocab=self.vocab,
+            vocab=vocab,
             width=self.weight.shape[1],
             ref_width=self.ref_weight.shape[1],
             element=self.weight.dtype.itemsize,

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from .divergence import TokenDivergence, check_options
 from .heads import Heads, Options
 from .losses import check_loss_options, tdpo_loss
-from .plan import default_budget, make_plan, streaming_plan
+from .plan import Costs, default_budget, make_plan, streaming_plan
 from .resident import resident_loss
-from .rows import packed_rows, padded_rows
-from .shard import VocabShard
+from .rows import Rows, packed_rows, padded_rows
+from .shard import VocabShard, local_parts
 from .streaming import streamed_divergence
 
 Objective = Callable[[TokenDivergence, TokenDivergence], Tensor]
@@ -50,17 +51,20 @@ def linear_token_divergence(
         labels: int64, aligned with `hidden` (see `shift_labels`).
         logits_budget: bytes that temporaries may take (default: by device, see `plan.default_budget`). It changes
             memory and time, never results beyond rounding.
-        ignore_index, temperature, softcap, shard: as in `token_divergence`.
+        ignore_index, temperature, softcap: as in `token_divergence`.
+        shard: the rows of both heads that this rank holds, where the vocabulary is sharded over a process group. All
+            ranks of the group call with the same hidden states and labels, and get the same values; gradients of
+            weight and bias are this rank's, that of hidden is summed over the group. Heads that are DTensors sharded
+            along dimension 0 (torch's tensor parallel) need no `shard`.
 
     Raises:
         ValueError, TypeError, IndexError: as `token_divergence`; the message names the argument.
+        RuntimeError: another rank of the shard's group failed; the message is that rank's.
     """
-    heads, options = _prepare(locals())
-    flat = heads.flat()
-    rows = padded_rows(flat.labels, ignore_index, sequences=1)
-    budget = _budget(logits_budget, hidden.device)
-    plan = streaming_plan(len(rows.index), heads.costs(), budget, "per-token values are differentiable")
-    values = streamed_divergence(flat, rows, options, plan)
+    call = _prepare(locals(), lambda labels: padded_rows(labels, ignore_index, sequences=1))
+    why = "per-token values are differentiable"
+    plan = streaming_plan(len(call.rows.index), call.costs, call.budget, why)
+    values = streamed_divergence(call.heads, call.rows, call.options, plan)
     return TokenDivergence(*(value.view(labels.shape) for value in values))
 
 
@@ -102,23 +106,13 @@ def linear_preference_loss(
     Raises:
         ValueError, TypeError, IndexError: a bad argument, named in the message; an objective that couples pairs.
     """
-    heads, options = _prepare({name: value for name, value in locals().items() if name != "cu_seqlens"})
-    flat = heads.flat()
-    if cu_seqlens is None:
-        if labels.dim() != 2:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; (2B, T) is needed, or cu_seqlens with (N,)")
-        rows = padded_rows(flat.labels, ignore_index, sequences=labels.shape[0])
-    else:
-        rows = packed_rows(flat.labels, ignore_index, cu_seqlens)
-    if rows.pairs == 0 or len(rows.lengths) % 2:
-        raise ValueError(
-            f"labels hold {len(rows.lengths)} sequences; an even, positive number is needed: chosen, then rejected"
-        )
     _check_objective(objective, hidden.device)
-    plan = make_plan(rows.pair_lengths, heads.costs(), logits_budget, hidden.device)
+    call = _prepare(locals(), lambda flat: _pairs_of(labels, flat, ignore_index, cu_seqlens))
+    heads, rows, options = call.heads, call.rows, call.options
+    plan = make_plan(rows.pair_lengths, call.costs, call.budget, hidden.device)
     if plan.kind == "resident":
-        return resident_loss(objective, flat, rows, options, plan)
-    values = TokenDivergence(*streamed_divergence(flat, rows, options, plan))
+        return resident_loss(objective, heads, rows, options, plan)
+    values = TokenDivergence(*streamed_divergence(heads, rows, options, plan))
     sums = TokenDivergence(*(rows.sequence_sums(value[rows.index]) for value in values))
     chosen, rejected = sums.chunk(2)
     return objective(chosen, rejected).mean(), chosen.detach(), rejected.detach()
@@ -175,14 +169,65 @@ class LinearTDPOLoss(nn.Module):
         )
 
 
-def _prepare(arguments: dict) -> tuple[Heads, Options]:
-    """The tensors and the options of a public call, checked."""
-    if arguments["shard"] is not None:
-        raise NotImplementedError("shard: a sharded vocabulary is not supported yet")
-    cap = check_options(arguments["temperature"], arguments["softcap"])
+@dataclass(frozen=True)
+class _Call:
+    """A public call, checked: flat heads, the rows that reach them, and what the planner wants to know."""
+
+    heads: Heads
+    rows: Rows
+    options: Options
+    costs: Costs
+    budget: int
+
+
+def _prepare(arguments: dict, find_rows: Callable[[Tensor], Rows]) -> _Call:
+    """`arguments` are those of the public function; `find_rows` tells the rows from flat labels."""
     names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "labels")
-    heads = Heads(**{name: arguments[name] for name in names}).autocast().check()
-    return heads, Options(arguments["ignore_index"], float(arguments["temperature"]), cap)
+    over_vocabulary = ("weight", "bias", "ref_weight", "ref_bias")
+    tensors, shard = local_parts(over_vocabulary, {name: arguments[name] for name in names}, dim=0)
+    shard = arguments["shard"] or shard
+    device = tensors["hidden"].device
+
+    def check() -> tuple[tuple[Heads, Rows, int, float], dict[str, int]]:
+        cap = check_options(arguments["temperature"], arguments["softcap"])
+        budget = _budget(arguments["logits_budget"], device)
+        local = dict(tensors)
+        for name in over_vocabulary:
+            if shard is not None and local[name] is not None:
+                local[name] = shard.narrow(name, local[name], 0)
+        heads = Heads(**local).autocast().check()
+        if shard is None and heads.vocab == 0:
+            raise ValueError("weight has no rows: the vocabulary is empty")
+        flat = heads.flat()
+        rows = find_rows(flat.labels)
+        facts = {"rows": len(rows.index), "vocab": heads.vocab, "budget": budget, "bytes": heads.weight.dtype.itemsize}
+        return (flat, rows, budget, cap), facts
+
+    if shard is None:
+        (heads, rows, budget, cap), _ = check()
+        widest = vocab_size = heads.vocab
+    else:
+        (heads, rows, budget, cap), found = shard.agree(device, check)
+        shard.check_same(found, {"rows": "labels", "bytes": "weight"})
+        # One plan for all ranks: that of the widest shard and the smallest budget.
+        widest, budget, vocab_size = max(found["vocab"]), min(found["budget"]), found["vocab_size"][0]
+    start = 0 if shard is None else shard.start
+    options = Options(arguments["ignore_index"], float(arguments["temperature"]), cap, start, vocab_size, shard)
+    return _Call(heads, rows, options, heads.costs(widest), budget)
+
+
+def _pairs_of(labels: Tensor, flat: Tensor, ignore_index: int, cu_seqlens: Tensor | None) -> Rows:
+    if cu_seqlens is not None:
+        rows = packed_rows(flat, ignore_index, cu_seqlens)
+    elif labels.dim() == 2:
+        rows = padded_rows(flat, ignore_index, sequences=labels.shape[0])
+    else:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; (2B, T) is needed, or cu_seqlens with (N,)")
+    if rows.pairs == 0 or len(rows.lengths) % 2:
+        raise ValueError(
+            f"labels hold {len(rows.lengths)} sequences; an even, positive number is needed: chosen, then rejected"
+        )
+    return rows
 
 
 def _budget(logits_budget: int | None, device: torch.device) -> int:

@@ -3,17 +3,20 @@
 Everything here is internal; the public functions are in `divergence`, `linear` and `losses`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
 from ._load import load
+from .shard import VocabShard
 
 compiled = load()
 _ops = torch.ops.tdpo_ext
 
 STATE_SIZE = 9  # numbers in a row state, csrc/row_state.h
+UNKNOWN_SIZE = 1 << 62  # the size of a sharded vocabulary, until its ranks have met
 
 row_states = _ops.row_states
 merge_row_states = _ops.merge_row_states
@@ -84,12 +87,32 @@ def _(logits, ref_logits, labels, *_):
     return (*values, logits.new_empty((*labels.shape, STATE_SIZE), dtype=dtype))
 
 
+def merge_over(shard: VocabShard | None, local: Callable[[], Tensor], labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The states that `local` makes of this rank's slice, (*labels.shape, state size), merged with the other ranks'."""
+    if shard is None:
+        return local()
+    shape = (*labels.shape, STATE_SIZE)
+    like = torch.empty(0, dtype=dtype, device=labels.device)
+    return merge_row_states(shard.gather(lambda out: out.copy_(local()), shape, like))
+
+
 def _token_divergence(
     logits, ref_logits, labels, vocab_start, vocab_size, ignore_index, temperature, softcap, group_name
 ):
-    states = row_states(logits, ref_logits, labels, vocab_start, vocab_size, ignore_index, temperature, softcap)
+    dtype = state_dtype(logits.dtype)
+    shard = None
     if group_name:
-        raise NotImplementedError("a vocabulary sharded over a process group is not supported yet")
+        shard = VocabShard(vocab_start, vocab_start + logits.shape[-1], dist._resolve_process_group(group_name))
+        facts = {"rows": labels.numel(), "bytes": dtype.itemsize}
+        _, found = shard.agree(labels.device, lambda: (None, facts))
+        shard.check_same(found, {"rows": "labels", "bytes": "logits"})
+        vocab_size = found["vocab_size"][0]
+
+    def local() -> Tensor:
+        options = (vocab_start, vocab_size, ignore_index, temperature, softcap)
+        return row_states(logits, ref_logits, labels, *options)
+
+    states = merge_over(shard, local, labels, dtype)
     return (*finalize_row_states(states, labels, ignore_index, temperature), states)
 
 

@@ -17,6 +17,7 @@ from .heads import Heads, Options, logits_into
 from .matmul import product
 from .plan import Plan
 from .rows import Rows
+from .shard import VocabShard
 from .workspace import scratch
 
 
@@ -61,8 +62,9 @@ class _Gradients:
     """dhidden, dW and dbias of a call. Low-precision dW is never summed in low precision: it is one product over all
     rows, or is summed in the float32 `weight_sum` and rounded at the end."""
 
-    def __init__(self, heads: Heads, wanted: list[bool], weight_sum: Tensor | None):
+    def __init__(self, heads: Heads, wanted: list[bool], weight_sum: Tensor | None, shard: VocabShard | None):
         self.heads = heads
+        self.shard = shard if shard is not None and shard.sum_hidden_grad else None
         self.wanted = any(wanted)
         hidden, weight = heads.hidden, heads.weight
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
@@ -72,12 +74,20 @@ class _Gradients:
         self.bias = torch.zeros(heads.vocab, dtype=heads.logit_dtype, device=weight.device) if wanted[2] else None
         self.empty = True
 
-    def add(self, index: Tensor, dz: Tensor) -> None:
-        """The rows' share of dhidden and dbias."""
-        if self.hidden is not None:
+    def add(self, index: Tensor, hidden: Tensor, dz: Tensor, with_weight: bool) -> None:
+        """The rows' share of dhidden and dbias and, where asked for, of dW; ranks sum dhidden meanwhile."""
+        summed = None
+        if self.hidden is not None and self.shard is not None:
+            like = torch.empty(0, dtype=self.heads.logit_dtype, device=hidden.device)
+            summed = self.shard.sum(lambda out: product(dz, self.heads.weight, out), hidden.shape, like)
+        elif self.hidden is not None:
             self.hidden.index_copy_(0, index, torch.mm(dz, self.heads.weight))
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
+        if with_weight:
+            self.add_weight(hidden, dz)
+        if self.hidden is not None and summed is not None:
+            self.hidden.index_copy_(0, index, summed().to(self.hidden.dtype))
 
     def add_weight(self, hidden: Tensor, dz: Tensor) -> None:
         """The rows' share of dW."""
@@ -108,7 +118,7 @@ def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, want
         needed.append((heads.weight.shape, dtype))
     z_buffer, r_buffer, *more = scratch(needed, heads.hidden.device)
     dz_buffer = more[0] if separate_dz else z_buffer
-    gradients = _Gradients(heads, wanted, more[1] if len(more) > 1 else None)
+    gradients = _Gradients(heads, wanted, more[1] if len(more) > 1 else None, options.shard)
     loss, sums = _run_chunks(objective, heads, rows, options, plan, (z_buffer, r_buffer, dz_buffer), gradients)
     return loss, sums, gradients.finish()
 
@@ -121,10 +131,8 @@ def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Pla
         chunk = rows.of_pairs(first, stop)
         count = len(chunk.index)
         hidden, labels = heads.hidden[chunk.index], heads.labels[chunk.index]
-        z = logits_into(z_buffer[:count], hidden, heads.weight, heads.bias)
-        r = logits_into(r_buffer[:count], heads.ref_hidden[chunk.index], heads.ref_weight, heads.ref_bias)
-        slice_options = (0, heads.vocab, options.ignore_index, options.temperature, options.softcap)
-        states = ops.row_states(z, r, labels, *slice_options)
+        z, r = z_buffer[:count], r_buffer[:count]
+        states = _chunk_states(heads, chunk.index, options, z, r)
         values = ops.finalize_row_states(states, labels, options.ignore_index, options.temperature)
         sequences = TokenDivergence(*(chunk.sequence_sums(value) for value in values))
 
@@ -134,13 +142,11 @@ def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Pla
         if gradients.wanted and count:
             dz = dz_buffer[done : done + count]
             upstream = (chunk.spread(logp_grad), chunk.spread(kl_grad))
-            ops.logit_gradient_out(z, r, labels, states, *upstream, *slice_options, dz)
-            gradients.add(chunk.index, dz)
+            ops.logit_gradient_out(z, r, labels, states, *upstream, *options.slice_from(0), dz)
+            gradients.add(chunk.index, hidden, dz, with_weight=not plan.keeps_dz)
             if plan.keeps_dz:
                 kept.append(hidden)
                 done += count
-            else:
-                gradients.add_weight(hidden, dz)
     if kept:
         gradients.add_weight(torch.cat(kept), dz_buffer[:done])
 
@@ -149,6 +155,18 @@ def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Pla
 
     whole = [torch.cat(sides) for sides in zip(joined(0), joined(1))]
     return torch.stack(losses).sum(), whole
+
+
+def _chunk_states(heads: Heads, index: Tensor, options: Options, z: Tensor, r: Tensor) -> Tensor:
+    """States of the rows at `index` over the whole vocabulary; leaves this rank's logits in `z` and `r`."""
+    hidden, ref_hidden, labels = heads.hidden[index], heads.ref_hidden[index], heads.labels[index]
+
+    def local() -> Tensor:
+        logits_into(z, hidden, heads.weight, heads.bias)
+        logits_into(r, ref_hidden, heads.ref_weight, heads.ref_bias)
+        return ops.row_states(z, r, labels, *options.slice_from(0))
+
+    return ops.merge_over(options.shard, local, labels, heads.logit_dtype)
 
 
 def _objective_gradients(objective, sequences: TokenDivergence, pairs: int, differentiable: bool):

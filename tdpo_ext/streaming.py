@@ -7,6 +7,9 @@ responses) skip the reference's product.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from .heads import Heads, Options, logits_into
 from .matmul import product
 from .plan import Plan
 from .rows import Rows
+from .shard import VocabShard
 from .workspace import scratch
 
 
@@ -52,6 +56,21 @@ class _Streaming(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
+def _sum_over(shard: VocabShard, grad: Tensor, failure: Exception | None = None) -> Callable[[], object]:
+    """Starts to sum `grad` over the ranks; what is returned waits for the sum and puts it in its place.
+
+    With a `failure` of this rank, it is that which all ranks get.
+    """
+
+    def local(out: Tensor) -> None:
+        if failure is not None:
+            raise failure
+        out.copy_(grad)
+
+    finish = shard.sum(local, grad.shape, grad)
+    return lambda: grad.copy_(finish())
+
+
 def _slices(total: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(total, first + size)) for first in range(0, total, max(1, size))]
 
@@ -61,21 +80,25 @@ def _states(heads: Heads, index: Tensor, options: Options, plan: Plan) -> Tensor
     dtype = heads.logit_dtype
     merged = torch.empty(len(index), ops.STATE_SIZE, dtype=dtype, device=heads.hidden.device)
     buffer = ((plan.rows * plan.columns,), dtype)
-    z_buffer, r_buffer = scratch([buffer, buffer], heads.hidden.device)
+    buffers = scratch([buffer, buffer], heads.hidden.device)
     for begin, end in _slices(len(index), plan.rows):
         block = index[begin:end]
-        hidden, ref_hidden, labels = heads.hidden[block], heads.ref_hidden[block], heads.labels[block]
-        total = None
-        for first, stop in _slices(heads.vocab, plan.columns):
-            shape = (end - begin, stop - first)
-            z = logits_into(_view(z_buffer, shape), hidden, heads.weight, heads.bias, first)
-            r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
-            state = ops.row_states(
-                z, r, labels, first, heads.vocab, options.ignore_index, options.temperature, options.softcap
-            )
-            total = state if total is None else ops.merge_row_states(torch.stack([total, state]))
-        merged[begin:end] = total
+        local = functools.partial(_block_states, heads, block, options, plan.columns, buffers)
+        merged[begin:end] = ops.merge_over(options.shard, local, heads.labels[block], dtype)
     return merged
+
+
+def _block_states(heads: Heads, block: Tensor, options: Options, columns: int, buffers: list[Tensor]) -> Tensor:
+    """States of the rows at `block` over what this rank holds of the vocabulary."""
+    hidden, ref_hidden, labels = heads.hidden[block], heads.ref_hidden[block], heads.labels[block]
+    total = None
+    for first, stop in _slices(heads.vocab, columns) or [(0, 0)]:
+        shape = (len(block), stop - first)
+        z = logits_into(_view(buffers[0], shape), hidden, heads.weight, heads.bias, first)
+        r = logits_into(_view(buffers[1], shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
+        state = ops.row_states(z, r, labels, *options.slice_from(first))
+        total = state if total is None else ops.merge_row_states(torch.stack([total, state]))
+    return total
 
 
 def _view(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -99,29 +122,41 @@ def _gradients(heads: Heads, index, states, logp_grad, kl_grad, with_reference, 
     sum_size = (plan.columns if sums_slices else 0, weight.shape[1])
     needed = [(size, dtype), (size, dtype), (dz_size, weight.dtype), (sum_size, dtype)]
     z_buffer, r_buffer, dz_buffer, sum_buffer = scratch(needed, device)
-    for first, stop in _slices(heads.vocab, plan.columns) if any(wanted) else []:
-        for begin, end in blocks:
-            block, shape = index[begin:end], (end - begin, stop - first)
-            hidden = heads.hidden[block]
-            z = logits_into(_view(z_buffer, shape), hidden, weight, heads.bias, first)
-            r = z  # not read where the KL has no gradient
-            if begin < with_reference:
-                ref_hidden = heads.ref_hidden[block]
-                r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
-            dz = z if weight.dtype == dtype else _view(dz_buffer, shape)
-            ops.logit_gradient_out(
-                *(z, r, heads.labels[block], states[begin:end], logp_grad[begin:end], kl_grad[begin:end]),
-                *(first, heads.vocab, options.ignore_index, options.temperature, options.softcap, dz),
-            )
-            if hidden_grad is not None:
-                product(dz, weight[first:stop], hidden_grad[begin:end], accumulate=True)
-            if weight_grad is not None:
-                target = sum_buffer[: stop - first] if sums_slices else weight_grad[first:stop]
-                product(dz.t(), hidden, target, accumulate=begin > 0)
-            if bias_grad is not None:
-                bias_grad[first:stop] += dz.sum(0, dtype=dtype)
-        if weight_grad is not None and sums_slices:
-            weight_grad[first:stop] = sum_buffer[: stop - first]
+    shard = options.shard if wanted[0] and options.shard is not None and options.shard.sum_hidden_grad else None
+    summed: list[Callable[[], object]] = []  # by blocks, each started as soon as this rank's share is whole
+    slices = (_slices(heads.vocab, plan.columns) or [(0, 0)]) if any(wanted) else []
+    try:
+        for first, stop in slices:
+            for begin, end in blocks:
+                block, shape = index[begin:end], (end - begin, stop - first)
+                hidden = heads.hidden[block]
+                z = logits_into(_view(z_buffer, shape), hidden, weight, heads.bias, first)
+                r = z  # not read where the KL has no gradient
+                if begin < with_reference:
+                    ref_hidden = heads.ref_hidden[block]
+                    r = logits_into(_view(r_buffer, shape), ref_hidden, heads.ref_weight, heads.ref_bias, first)
+                dz = z if weight.dtype == dtype else _view(dz_buffer, shape)
+                ops.logit_gradient_out(
+                    *(z, r, heads.labels[block], states[begin:end], logp_grad[begin:end], kl_grad[begin:end]),
+                    *(*options.slice_from(first), dz),
+                )
+                if hidden_grad is not None:
+                    product(dz, weight[first:stop], hidden_grad[begin:end], accumulate=True)
+                    if shard is not None and stop == heads.vocab:
+                        summed.append(_sum_over(shard, hidden_grad[begin:end]))
+                if weight_grad is not None:
+                    target = sum_buffer[: stop - first] if sums_slices else weight_grad[first:stop]
+                    product(dz.t(), hidden, target, accumulate=begin > 0)
+                if bias_grad is not None:
+                    bias_grad[first:stop] += dz.sum(0, dtype=dtype)
+            if weight_grad is not None and sums_slices:
+                weight_grad[first:stop] = sum_buffer[: stop - first]
+    except Exception as error:
+        if shard is None or hidden_grad is None:
+            raise
+        summed += [_sum_over(shard, hidden_grad[begin:end], error) for begin, end in blocks[len(summed) :]]
+    for finish in summed:
+        finish()
 
     if hidden_grad is not None:
         spread = torch.zeros_like(heads.hidden)

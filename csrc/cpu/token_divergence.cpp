@@ -42,7 +42,7 @@ struct Tasks {
   // `backwards` starts with the rows that an earlier pass left in the cache.
   template <typename F>
   void run(F f, bool backwards = false) const {
-    const int64_t length = (vocab + slices - 1) / slices;
+    const int64_t length = std::max<int64_t>(1, (vocab + slices - 1) / slices);
     const int64_t grain = std::max<int64_t>(1, kMinSlice / length);
     at::parallel_for(0, rows * slices, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {

@@ -80,7 +80,7 @@ int64_t row_slices(int64_t rows, int64_t vocab, int multiprocessors) {
 void launch_row_states(const Problem& problem, void* states, int64_t slices, cudaStream_t stream) {
   if (problem.rows == 0) return;
   // A multiple of 64 entries keeps the slices of an aligned row aligned.
-  const int64_t length = ceil_div(ceil_div(problem.vocab, slices), 64) * 64;
+  const int64_t length = std::max<int64_t>(64, ceil_div(ceil_div(problem.vocab, slices), 64) * 64);
   with_dtype(problem.dtype, [&](auto scalar, auto real) {
     using T = decltype(scalar);
     using Real = decltype(real);
@@ -113,7 +113,7 @@ void launch_finalize(const void* states, bool is_double, const int64_t* labels, 
 }
 
 void launch_gradient(const Problem& problem, const Gradient& gradient, cudaStream_t stream) {
-  if (problem.rows == 0) return;
+  if (problem.rows == 0 || problem.vocab == 0) return;
   with_dtype(problem.dtype, [&](auto scalar, auto real) {
     using T = decltype(scalar);
     using Real = decltype(real);
