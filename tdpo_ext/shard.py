@@ -167,10 +167,9 @@ class VocabShard:
         return payload, None
 
     def _gather(self, payload: Tensor) -> Tensor:
-        ranks = dist.get_world_size(self.group)
-        gathered = payload.new_empty(ranks * len(payload))
-        dist.all_gather_into_tensor(gathered, payload, group=self.group)
-        return gathered.view(ranks, -1)
+        gathered = payload.new_empty(dist.get_world_size(self.group), len(payload))
+        dist.all_gather(list(gathered.unbind()), payload, group=self.group)
+        return gathered
 
     def _fail(self, failure: Exception | None) -> None:
         """Raises this rank's own failure or, where others failed, theirs."""

@@ -185,7 +185,7 @@ def check_failures_reach_every_rank(rank, world, device):
 def check_communication_is_independent_of_the_vocabulary(rank, world, device):
     counted = []
     for vocab in (64, 6400):
-        moved, originals = [], (dist.all_gather_into_tensor, dist.all_reduce)
+        moved, originals = [], (dist.all_gather, dist.all_reduce)
 
         def gather(out, payload, moved=moved, real=originals[0], **options):
             moved.append(payload.nbytes)
@@ -195,7 +195,7 @@ def check_communication_is_independent_of_the_vocabulary(rank, world, device):
             moved.append(payload.nbytes)
             return real(payload, **options)
 
-        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+        dist.all_gather, dist.all_reduce = gather, reduce
         try:
             case = make_case(torch.float32, vocab=vocab, ignored=0.0)
             tensors = {n: t.to(device) for n, t in vars(case).items() if t is not None}
@@ -206,7 +206,7 @@ def check_communication_is_independent_of_the_vocabulary(rank, world, device):
             tensors["hidden"].requires_grad_()
             tdpo_ext.linear_preference_loss(OBJECTIVES["tdpo2"], **tensors, shard=shard)[0].backward()
         finally:
-            dist.all_gather_into_tensor, dist.all_reduce = originals
+            dist.all_gather, dist.all_reduce = originals
         counted.append(sum(moved))
     rows, width = 2 * 3 * 11, 16
     assert counted[0] == counted[1] == 4 * rows * (9 + width) + 4 * 2 + 8 * 12
