@@ -31,26 +31,42 @@ PROMPT_TOKENS = 5
 def run(settings: DemoSettings) -> None:
     """Runs what is not done yet of the experiment that `settings` describe, then reports."""
     started = time.monotonic()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
-    out = Path(settings.out).absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    _keep_settings(settings, out)
-
-    print("Reviews and reward classifier ...", flush=True)
-    reviews = load_reviews(settings.reviews, settings.seed)
-    reward = Reward.fit(reviews)
-    print(f"  {len(reviews):,} reviews; the classifier is right on {reward.held_out_accuracy:.1%} of held-out ones")
-    texts = sentences(reviews["text"].tolist())
-
-    model, tokenizer = _base_model(settings, out, texts)
-    prompts = _prompts(tokenizer, texts, settings.prompts + settings.eval_prompts)
-    pairs = _pairs(settings, out, model, tokenizer, reward, prompts[: settings.prompts])
-    judge = Judge(settings, tokenizer, reward, prompts[settings.prompts :], model)
+    experiment = Experiment(settings)
     for method in settings.methods:
-        _train(settings, out, method, pairs, tokenizer, judge)
-    report(settings, out, judge.examples(out, settings.methods), time.monotonic() - started)
+        experiment.train(method, method, settings.alpha)
+    report(settings, experiment.out, experiment.examples(), time.monotonic() - started)
+
+
+class Experiment:
+    """The start that all methods share: reviews, reward, base model, preference pairs, and a judge."""
+
+    def __init__(self, settings: DemoSettings):
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        disable_progress_bars()
+        self.settings, self.out = settings, Path(settings.out).absolute()
+        self.out.mkdir(parents=True, exist_ok=True)
+        _keep_settings(settings, self.out)
+
+        print("Reviews and reward classifier ...", flush=True)
+        reviews = load_reviews(settings.reviews, settings.seed)
+        reward = Reward.fit(reviews)
+        print(f"  {len(reviews):,} reviews; the classifier is right on {reward.held_out_accuracy:.1%} of held-out ones")
+        texts = sentences(reviews["text"].tolist())
+
+        model, self.tokenizer = _base_model(settings, self.out, texts)
+        prompts = _prompts(self.tokenizer, texts, settings.prompts + settings.eval_prompts)
+        self.pairs = _pairs(settings, self.out, model, self.tokenizer, reward, prompts[: settings.prompts])
+        self.judge = Judge(settings, self.tokenizer, reward, prompts[settings.prompts :], model)
+
+    def train(self, name: str, variant: str, alpha: float) -> list[dict]:
+        """Trains one method from the base model under `out`/`name`, unless that is done; its frontier."""
+        _train(self, self.out / name, variant, alpha)
+        return json.loads((self.out / name / "frontier.json").read_text())
+
+    def examples(self) -> dict[str, list[str]]:
+        """A few prompts continued by the base model and by each trained policy."""
+        return self.judge.examples(self.out, self.settings.methods)
 
 
 def _write(path: Path, content: dict | list) -> None:
@@ -176,17 +192,17 @@ class FrontierCallback(TrainerCallback):
         _write(self.path, [*(p for p in points if p["step"] < step), point])
 
 
-def _train(settings: DemoSettings, out: Path, method: str, pairs: Dataset, tokenizer, judge: Judge) -> None:
+def _train(experiment: Experiment, home: Path, variant: str, alpha: float) -> None:
     """One method from the base model, through the public trainer; goes on from its last checkpoint."""
-    home = out / method
+    settings, tokenizer = experiment.settings, experiment.tokenizer
     if (home / "model").exists():
         return
-    model = GPT2LMHeadModel.from_pretrained(out / "base")
+    model = GPT2LMHeadModel.from_pretrained(experiment.out / "base")
     args = TDPOConfig(
         output_dir=str(home / "checkpoints"),
-        variant=method,
+        variant=variant,
         beta=settings.beta,
-        alpha=settings.alpha,
+        alpha=alpha,
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.batch_pairs,
         max_steps=settings.steps,
@@ -202,9 +218,11 @@ def _train(settings: DemoSettings, out: Path, method: str, pairs: Dataset, token
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
-    with tqdm(total=settings.steps, desc=f"Training {method.upper():5s}") as progress:
-        callback = FrontierCallback(judge, home / "frontier.json", settings.eval_every, progress)
-        trainer = TDPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer, callbacks=[callback])
+    with tqdm(total=settings.steps, desc=f"Training {home.name.upper():5s}") as progress:
+        callback = FrontierCallback(experiment.judge, home / "frontier.json", settings.eval_every, progress)
+        trainer = TDPOTrainer(
+            model, args=args, train_dataset=experiment.pairs, processing_class=tokenizer, callbacks=[callback]
+        )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=last)
     _write(home / "log.json", trainer.state.log_history)
