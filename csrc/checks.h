@@ -109,10 +109,12 @@ inline void check_stacked_states(const at::Tensor& states) {
                     "; (slices, ..., ", kRowStateSize, ") is needed");
 }
 
+using FinalValues = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
 // States of the whole vocabulary, with room for the values they stand for.
 struct CheckedValues {
   at::Tensor states, labels;
-  std::array<at::Tensor, 4> values;  // logps, ref_logps, kl, entropy
+  std::array<at::Tensor, kTokenValues> values;  // in the order of TokenValues
 
   CheckedValues(const at::Tensor& given_states, const at::Tensor& given_labels)
       : states(given_states.contiguous()), labels(given_labels.contiguous()) {
@@ -121,9 +123,7 @@ struct CheckedValues {
     check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), states.scalar_type(), labels);
     for (auto& value : values) value = at::empty(labels.sizes(), states.options());
   }
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> tuple() const {
-    return {values[0], values[1], values[2], values[3]};
-  }
+  FinalValues tuple() const { return {values[0], values[1], values[2], values[3], values[4]}; }
 };
 
 struct CheckedGradient {

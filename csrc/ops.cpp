@@ -14,10 +14,10 @@ TORCH_LIBRARY(tdpo_ext, m) {
       "float temperature, float softcap) -> Tensor");
   // States of several slices -> states of the whole: (slices, ..., state size) -> (..., state size).
   m.def("merge_row_states(Tensor states) -> Tensor");
-  // States of the whole vocabulary -> (logps, ref_logps, kl, entropy).
+  // States of the whole vocabulary -> values; correct is 1 where no entry of the policy beats the label, else 0.
   m.def(
       "finalize_row_states(Tensor states, Tensor labels, int ignore_index, float temperature) -> (Tensor logps, Tensor "
-      "ref_logps, Tensor kl, Tensor entropy)");
+      "ref_logps, Tensor kl, Tensor entropy, Tensor correct)");
   // dL/dlogits from dL/dlogps and dL/dkl; the second form writes into `out`, which may be `logits` itself.
   m.def(
       "logit_gradient(Tensor logits, Tensor ref_logits, Tensor labels, Tensor states, Tensor logp_grad, Tensor "

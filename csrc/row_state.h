@@ -150,7 +150,9 @@ struct Rescale {
 template <typename Real>
 struct TokenValues {
   Real logp, ref_logp, kl, entropy;
+  Real correct;  // 1 where no entry of the policy beats the label, else 0
 };
+constexpr int kTokenValues = 5;
 
 template <typename Real>
 struct RowState {
@@ -201,7 +203,7 @@ struct RowState {
     const double binary = temper.binary, log_z = std::log2(double(sums.z_sum)), log_r = std::log2(r_sum);
     return {Real((z_label * binary - shift_of(z_max) - log_z) * kLn2),
             Real((r_label * binary - shift_of(r_max) - log_r) * kLn2), Real(kl),
-            Real((log_z - sums.z_dot / double(sums.z_sum)) * kLn2)};
+            Real((log_z - sums.z_dot / double(sums.z_sum)) * kLn2), Real(z_label * temper.binary >= z_max)};
   }
 
  private:

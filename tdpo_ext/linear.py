@@ -64,7 +64,7 @@ def linear_token_divergence(
     call = _prepare(locals(), lambda labels: padded_rows(labels, ignore_index, sequences=1))
     why = "per-token values are differentiable"
     plan = streaming_plan(len(call.rows.index), call.costs, call.budget, why)
-    values = streamed_divergence(call.heads, call.rows, call.options, plan)
+    *values, _correct = streamed_divergence(call.heads, call.rows, call.options, plan)
     return TokenDivergence(*(value.view(labels.shape) for value in values))
 
 
@@ -85,6 +85,7 @@ def linear_preference_loss(
     softcap: float | None = None,
     logits_budget: int | None = None,
     shard: VocabShard | None = None,
+    metrics: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
     """Mean pairwise preference loss of B pairs from hidden states, with a memory budget instead of logits.
 
@@ -97,6 +98,8 @@ def linear_preference_loss(
         objective: `objective(chosen, rejected) -> (pairs,)` on per-sequence sums, such as
             `functools.partial(tdpo_loss, beta=0.1)`. It sees any number of pairs at a time and must treat each alone.
         cu_seqlens: for packed rows, int32 or int64 offsets of the 2B sequences (flash-attention's convention).
+        metrics: if given, "correct" is put into it: how many tokens of each sequence have the policy's highest
+            probability, (2B,).
         others: as in `linear_token_divergence`.
 
     Returns:
@@ -111,11 +114,16 @@ def linear_preference_loss(
     heads, rows, options = call.heads, call.rows, call.options
     plan = make_plan(rows.pair_lengths, call.costs, call.budget, hidden.device)
     if plan.kind == "resident":
-        return resident_loss(objective, heads, rows, options, plan)
-    values = TokenDivergence(*streamed_divergence(heads, rows, options, plan))
-    sums = TokenDivergence(*(rows.sequence_sums(value[rows.index]) for value in values))
-    chosen, rejected = sums.chunk(2)
-    return objective(chosen, rejected).mean(), chosen.detach(), rejected.detach()
+        loss, *sums, correct = resident_loss(objective, heads, rows, options, plan)
+        chosen, rejected = TokenDivergence(*sums).chunk(2)
+    else:
+        values = streamed_divergence(heads, rows, options, plan)
+        *sums, correct = (rows.sequence_sums(value[rows.index]) for value in values)
+        chosen, rejected = TokenDivergence(*sums).chunk(2)
+        loss = objective(chosen, rejected).mean()
+    if metrics is not None:
+        metrics["correct"] = correct.detach()
+    return loss, chosen.detach(), rejected.detach()
 
 
 class LinearTDPOLoss(nn.Module):
@@ -153,7 +161,9 @@ class LinearTDPOLoss(nn.Module):
             "softcap": softcap,
         }
 
-    def forward(self, hidden, weight, ref_hidden, ref_weight, labels, *, bias=None, ref_bias=None, cu_seqlens=None):
+    def forward(
+        self, hidden, weight, ref_hidden, ref_weight, labels, *, bias=None, ref_bias=None, cu_seqlens=None, metrics=None
+    ):
         """As `linear_preference_loss`: (loss, chosen, rejected)."""
         return linear_preference_loss(
             self.objective,
@@ -165,6 +175,7 @@ class LinearTDPOLoss(nn.Module):
             bias=bias,
             ref_bias=ref_bias,
             cu_seqlens=cu_seqlens,
+            metrics=metrics,
             **self.options,
         )
 

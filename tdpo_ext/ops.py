@@ -57,7 +57,7 @@ def _(states):
 
 @torch.library.register_fake("tdpo_ext::finalize_row_states")
 def _(states, labels, ignore_index, temperature):
-    return tuple(states.new_empty(labels.shape) for _ in range(4))
+    return tuple(states.new_empty(labels.shape) for _ in range(5))
 
 
 @torch.library.register_fake("tdpo_ext::logit_gradient")
@@ -113,7 +113,8 @@ def _token_divergence(
         return row_states(logits, ref_logits, labels, *options)
 
     states = merge_over(shard, local, labels, dtype)
-    return (*finalize_row_states(states, labels, ignore_index, temperature), states)
+    *values, _correct = finalize_row_states(states, labels, ignore_index, temperature)
+    return (*values, states)
 
 
 def _logit_gradient(logits, *others):

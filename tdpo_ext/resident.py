@@ -22,15 +22,13 @@ from .workspace import scratch
 
 
 def resident_loss(objective, heads: Heads, rows: Rows, options: Options, plan: Plan):
-    """(loss, chosen, rejected) as `linear_preference_loss` returns them; `heads` are flat."""
+    """(loss, and per-sequence sums (2B,) of logps, ref_logps, kl, entropy, correct); `heads` are flat."""
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (heads.hidden, heads.weight, heads.bias)
     )
-    loss, *sums = _Resident.apply(
+    return _Resident.apply(
         heads.hidden, heads.weight, heads.bias, heads, objective, rows, options, plan, differentiable
     )
-    chosen, rejected = TokenDivergence(*sums).chunk(2)
-    return loss, chosen, rejected
 
 
 class _Resident(torch.autograd.Function):
@@ -134,11 +132,12 @@ def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Pla
         z, r = z_buffer[:count], r_buffer[:count]
         states = _chunk_states(heads, chunk.index, options, z, r)
         values = ops.finalize_row_states(states, labels, options.ignore_index, options.temperature)
-        sequences = TokenDivergence(*(chunk.sequence_sums(value) for value in values))
+        chunk_sums = [chunk.sequence_sums(value) for value in values]
+        sequences = TokenDivergence(*chunk_sums[:4])
 
         loss, logp_grad, kl_grad = _objective_gradients(objective, sequences, rows.pairs, gradients.wanted)
         losses.append(loss)
-        sums.append(sequences)
+        sums.append(chunk_sums)
         if gradients.wanted and count:
             dz = dz_buffer[done : done + count]
             upstream = (chunk.spread(logp_grad), chunk.spread(kl_grad))
@@ -150,10 +149,9 @@ def _run_chunks(objective, heads: Heads, rows: Rows, options: Options, plan: Pla
     if kept:
         gradients.add_weight(torch.cat(kept), dz_buffer[:done])
 
-    def joined(side: int) -> list[Tensor]:
-        return [torch.cat(parts) for parts in zip(*(sequences.chunk(2)[side] for sequences in sums))]
-
-    whole = [torch.cat(sides) for sides in zip(joined(0), joined(1))]
+    # Chunks hold chosen before rejected; all together do too.
+    halves = [[value.chunk(2) for value in values] for values in zip(*sums)]
+    whole = [torch.cat([half[side] for side in (0, 1) for half in value]) for value in halves]
     return torch.stack(losses).sum(), whole
 
 

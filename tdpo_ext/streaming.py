@@ -23,7 +23,7 @@ from .workspace import scratch
 
 
 def streamed_divergence(heads: Heads, rows: Rows, options: Options, plan: Plan) -> tuple[Tensor, ...]:
-    """(logps, ref_logps, kl, entropy), each (N,) over all rows of the flat `heads`, 0 at rows left out."""
+    """(logps, ref_logps, kl, entropy, correct), each (N,) over all rows of the flat `heads`, 0 at rows left out."""
     return _Streaming.apply(heads.hidden, heads.weight, heads.bias, heads, rows, options, plan)
 
 
@@ -39,12 +39,12 @@ class _Streaming(torch.autograd.Function):
         values = []
         for value in kept:
             values.append(value.new_zeros(len(heads.labels)).index_copy_(0, rows.index, value))
-        ctx.mark_non_differentiable(values[1], values[3])
+        ctx.mark_non_differentiable(values[1], values[3], values[4])
         return tuple(values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, logp_grad, _ref_logp_grad, kl_grad, _entropy_grad):
+    def backward(ctx, logp_grad, _ref_logp_grad, kl_grad, *_):
         *_, index, states = ctx.saved_tensors  # unpacking them finds inputs modified in place
         a, k = logp_grad[index], kl_grad[index]
         # Rows with a KL gradient come first; rows with no gradient at all are left out.

@@ -245,3 +245,15 @@ def test_module():
     for options in ({"beta": 0}, {"alpha": -1}, {"variant": "x"}, {"temperature": 0}, {"softcap": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             LinearTDPOLoss(**options)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_correct_tokens(budget):
+    case = make_case(vocab=5)
+    metrics = {}
+    linear_preference_loss(
+        OBJECTIVES["tdpo2"], **case.tensors(), logits_budget=BUDGETS[budget], metrics=metrics
+    )
+    right = ((case.hidden @ case.weight.T).argmax(-1) == case.labels).sum(-1)
+    assert metrics["correct"].tolist() == right.tolist()
+    assert right.sum() > 5

@@ -109,18 +109,16 @@ at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, co
   return tasks.slices == 1 ? states.squeeze(0) : merge_row_states(states);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> finalize_row_states(const at::Tensor& given_states,
-                                                                               const at::Tensor& given_labels,
-                                                                               int64_t ignore_index,
-                                                                               double temperature) {
+FinalValues finalize_row_states(const at::Tensor& given_states, const at::Tensor& given_labels, int64_t ignore_index,
+                                double temperature) {
   const CheckedValues checked(given_states, given_labels);
   AT_DISPATCH_FLOATING_TYPES(checked.states.scalar_type(), "finalize_row_states", [&] {
     const auto* in = checked.states.const_data_ptr<scalar_t>();
     const auto* labels = checked.labels.const_data_ptr<int64_t>();
-    scalar_t* out[4];
-    for (int i = 0; i < 4; ++i) out[i] = checked.values[i].data_ptr<scalar_t>();
+    scalar_t* out[kTokenValues];
+    for (int i = 0; i < kTokenValues; ++i) out[i] = checked.values[i].data_ptr<scalar_t>();
     for (int64_t row = 0; row < checked.labels.numel(); ++row) {
-      TokenValues<scalar_t> values{0, 0, 0, 0};
+      TokenValues<scalar_t> values{};
       if (labels[row] != ignore_index) {
         RowState<scalar_t> state;
         std::memcpy(&state, in + row * kRowStateSize, sizeof(state));
@@ -130,6 +128,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> finalize_row_states(c
       out[1][row] = values.ref_logp;
       out[2][row] = values.kl;
       out[3][row] = values.entropy;
+      out[4][row] = values.correct;
     }
   });
   return checked.tuple();

@@ -45,14 +45,12 @@ at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, co
   return slices == 1 ? states.squeeze(0) : merge_row_states(states);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> finalize_row_states(const at::Tensor& given_states,
-                                                                               const at::Tensor& given_labels,
-                                                                               int64_t ignore_index,
-                                                                               double temperature) {
+FinalValues finalize_row_states(const at::Tensor& given_states, const at::Tensor& given_labels, int64_t ignore_index,
+                                double temperature) {
   const CheckedValues checked(given_states, given_labels);
   const c10::cuda::CUDAGuard guard(checked.states.device());
-  void* outputs[4];
-  for (int i = 0; i < 4; ++i) outputs[i] = checked.values[i].data_ptr();
+  void* outputs[kTokenValues];
+  for (int i = 0; i < kTokenValues; ++i) outputs[i] = checked.values[i].data_ptr();
   launch_finalize(checked.states.data_ptr(), checked.states.scalar_type() == at::kDouble,
                   checked.labels.const_data_ptr<int64_t>(), checked.labels.numel(), ignore_index, temperature, outputs,
                   current_stream());

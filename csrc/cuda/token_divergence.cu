@@ -101,12 +101,13 @@ void launch_merge(const void* states, bool is_double, int64_t slices, int64_t ro
 }
 
 void launch_finalize(const void* states, bool is_double, const int64_t* labels, int64_t rows, int64_t ignore_index,
-                     double temperature, void* const outputs[4], cudaStream_t stream) {
+                     double temperature, void* const outputs[5], cudaStream_t stream) {
   if (rows == 0) return;
   with_real(is_double, [&](auto real) {
     using Real = decltype(real);
     const ValueOutputs<Real> out{static_cast<Real*>(outputs[0]), static_cast<Real*>(outputs[1]),
-                                 static_cast<Real*>(outputs[2]), static_cast<Real*>(outputs[3])};
+                                 static_cast<Real*>(outputs[2]), static_cast<Real*>(outputs[3]),
+                                 static_cast<Real*>(outputs[4])};
     TDPO_LAUNCH((finalize_kernel<Real>), blocks_for(rows), kThreads, stream, static_cast<const RowState<Real>*>(states),
                 labels, rows, ignore_index, temperature, out);
   });

@@ -170,7 +170,7 @@ __global__ void merge_kernel(const RowState<Real>* states, int64_t slices, int64
 
 template <typename Real>
 struct ValueOutputs {
-  Real *logps, *ref_logps, *kl, *entropy;
+  Real *logps, *ref_logps, *kl, *entropy, *correct;
 };
 
 template <typename Real>
@@ -178,12 +178,13 @@ __global__ void finalize_kernel(const RowState<Real>* states, const int64_t* lab
                                 double temperature, ValueOutputs<Real> out) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  TokenValues<Real> values{0, 0, 0, 0};
+  TokenValues<Real> values{};
   if (labels[row] != ignore_index) values = states[row].finalize(Temper<Real>(temperature));
   out.logps[row] = values.logp;
   out.ref_logps[row] = values.ref_logp;
   out.kl[row] = values.kl;
   out.entropy[row] = values.entropy;
+  out.correct[row] = values.correct;
 }
 
 // Group task = row * tiles + tile writes entries [tile * length, (tile + 1) * length). `out` may be the logits

@@ -80,9 +80,9 @@ void check(const Shape& shape) {
   std::vector<RowState<Real>> states(rows * slices), merged(rows);
   cuda::launch_row_states(problem, states.data(), slices, nullptr);
   cuda::launch_merge(states.data(), sizeof(Real) == 8, slices, rows, merged.data(), nullptr);
-  std::vector<Real> values[4];
-  void* outputs[4];
-  for (int i = 0; i < 4; ++i) values[i].resize(rows), outputs[i] = values[i].data();
+  std::vector<Real> values[kTokenValues];
+  void* outputs[kTokenValues];
+  for (int i = 0; i < kTokenValues; ++i) values[i].resize(rows), outputs[i] = values[i].data();
   cuda::launch_finalize(merged.data(), sizeof(Real) == 8, labels.data(), rows, -100, temperature, outputs, nullptr);
 
   std::vector<Real> logp_grad(rows), kl_grad(rows);
@@ -114,11 +114,12 @@ void check(const Shape& shape) {
     const bool ignored = labels[row] == -100;
     if (!ignored)
       state.z_label = capped(z_data[row * stride + label]), state.r_label = capped(r_data[row * stride + label]);
-    const auto wanted = ignored ? TokenValues<double>{0, 0, 0, 0} : state.finalize(Temper<double>(temperature));
+    const auto wanted = ignored ? TokenValues<double>{} : state.finalize(Temper<double>(temperature));
     expect_near(values[0][row], wanted.logp, value_tolerance, "logp");
     expect_near(values[1][row], wanted.ref_logp, value_tolerance, "ref_logp");
     expect_near(values[2][row], wanted.kl, value_tolerance, "kl");
     expect_near(values[3][row], wanted.entropy, value_tolerance, "entropy");
+    expect_near(values[4][row], wanted.correct, 0, "correct");
     const RowGradient<double> exact(state, logp_grad[row], kl_grad[row], Temper<double>(temperature));
     for (int64_t v = 0; v < vocab; ++v) {
       const double z_entry = capped(z_data[row * stride + v]);

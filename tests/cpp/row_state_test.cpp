@@ -66,7 +66,7 @@ tdpo::TokenValues<double> direct(const Row& row, double temperature = 1) {
     if (std::exp(log_p) > 0) entropy -= std::exp(log_p) * log_p;
   }
   return {double(row.z[row.label] / temperature - z_lse), double(row.r[row.label] / temperature - r_lse), double(kl),
-          double(entropy)};
+          double(entropy), double(row.z[row.label] == *std::max_element(row.z.begin(), row.z.end()))};
 }
 
 template <typename Real>
@@ -77,6 +77,7 @@ void check_values(const RowState<Real>& state, const Row& row, double tolerance,
   expect_near(got.logp, wanted.logp, tolerance, what);
   expect_near(got.ref_logp, wanted.ref_logp, tolerance, what);
   expect_near(got.entropy, wanted.entropy, tolerance, what);
+  expect_near(got.correct, wanted.correct, 0, what);
   const bool kl_good = std::fabs(got.kl - wanted.kl) <= kl_tolerance * wanted.kl + 1e-12;
   expect(kl_good, what, got.kl, wanted.kl);
 }
