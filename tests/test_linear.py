@@ -251,9 +251,7 @@ def test_module():
 def test_correct_tokens(budget):
     case = make_case(vocab=5)
     metrics = {}
-    linear_preference_loss(
-        OBJECTIVES["tdpo2"], **case.tensors(), logits_budget=BUDGETS[budget], metrics=metrics
-    )
+    linear_preference_loss(OBJECTIVES["tdpo2"], **case.tensors(), logits_budget=BUDGETS[budget], metrics=metrics)
     right = ((case.hidden @ case.weight.T).argmax(-1) == case.labels).sum(-1)
     assert metrics["correct"].tolist() == right.tolist()
     assert right.sum() > 5

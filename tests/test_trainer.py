@@ -12,7 +12,7 @@ from datasets import Dataset
 from model_families import FAMILIES, make_model, make_tokenizer
 from tdpo import LanguageModelHead, PreferenceCollator, TDPOConfig, TDPOTrainer, tokenize_preferences
 
-from tdpo_ext import reference, shift_labels
+from tdpo_ext import reference
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +60,19 @@ def losses(trainer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fused_loss_equals_the_logits_path(family, tmp_path, tokenizer, preferences):
     trainer = make_trainer(tmp_path, tokenizer, preferences, make_model(family, 0), make_model(family, 1))
-    assert trainer._fused, trainer._policy_head.obstacle
+    assert trainer.loss.obstacle is None
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.eval()
-    fused, chosen, _ = trainer.preference_loss(batch)
-    fused.backward()
+    fused = trainer.model(preference=batch)
+    fused.loss.backward()
     grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
-    trainer._fused = False
-    plain, plain_chosen, _ = trainer.preference_loss(batch)
-    plain.backward()
-    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(chosen.kl, plain_chosen.kl, rtol=1e-4, atol=1e-5)
+    trainer.loss.obstacle = "for this test"
+    plain = trainer.model(preference=batch)
+    plain.loss.backward()
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fused.chosen.kl, plain.chosen.kl, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fused.correct, plain.correct)
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -79,12 +80,12 @@ def test_fused_loss_equals_the_logits_path(family, tmp_path, tokenizer, preferen
 def test_logits_path_equals_the_oracle(tmp_path, tokenizer, preferences):
     trainer = make_trainer(tmp_path, tokenizer, preferences, make_model("gpt2", 0), make_model("gpt2", 1))
     batch = next(iter(trainer.get_train_dataloader()))
-    loss, _, _ = trainer.preference_loss(batch)
+    loss = trainer.model(preference=batch).loss
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels.view(-1)[batch["rows"]] = batch["targets"]
     divergence = reference.token_divergence(
-        trainer.model(**inputs).logits.double(),
-        trainer.ref_model(**inputs).logits.double(),
-        shift_labels(batch["labels"]),
+        trainer.model(**inputs).logits.double(), trainer.ref_model(**inputs).logits.double(), labels
     )
     expected = trainer.args.objective()(*divergence.per_sequence().chunk(2)).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
@@ -138,7 +139,8 @@ def test_metrics_have_their_names(tmp_path, tokenizer, preferences):
     trainer = make_trainer(tmp_path, tokenizer, preferences, max_steps=2)
     trainer.train()
     wanted = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
-    wanted |= {"kl/chosen", "kl/rejected", "kl/margin", "logps/chosen", "logps/rejected", "entropy"}
+    wanted |= {"kl/chosen", "kl/rejected", "kl/margin", "logps/chosen", "logps/rejected"}
+    wanted |= {"entropy", "mean_token_accuracy"}
     assert wanted <= set(trainer.state.log_history[0])
     evaluated = trainer.evaluate()
     assert {f"eval_{name}" for name in wanted} <= set(evaluated)
@@ -195,12 +197,19 @@ def test_tokenization(tokenizer):
 def test_collator_puts_chosen_first():
     rows = [
         {"prompt_ids": [1, 2], "chosen_ids": [3, 9], "rejected_ids": [4, 5, 9]},
-        {"prompt_ids": [6], "chosen_ids": [7, 9], "rejected_ids": [9]},
+        {"prompt_ids": [], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
     ]
     batch = PreferenceCollator(pad_token_id=0)(rows)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 0], [6, 7, 9, 0, 0], [1, 2, 4, 5, 9], [6, 9, 0, 0, 0]]
-    assert batch["attention_mask"].sum(-1).tolist() == [4, 3, 5, 2]
-    assert batch["labels"].tolist()[2] == [-100, -100, 4, 5, 9]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 0], [7, 9, 0, 0, 0], [1, 2, 4, 5, 9], [8, 9, 0, 0, 0]]
+    assert batch["attention_mask"].sum(-1).tolist() == [4, 2, 5, 2]
+    assert batch["cu_seqlens"].tolist() == [0, 2, 3, 6, 7]
+    assert batch["rows"].tolist() == [1, 2, 5, 11, 12, 13, 15]
+    assert batch["targets"].tolist() == [3, 9, 9, 4, 5, 9, 9]
+    packed = PreferenceCollator(pad_token_id=0, padding_free=True)(rows)
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 9, 7, 9, 1, 2, 4, 5, 9, 8, 9]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 0, 1]]
+    assert packed["targets"].tolist() == batch["targets"].tolist()
+    assert packed["rows"].tolist() == [1, 2, 4, 7, 8, 9, 11]
 
 
 @pytest.mark.parametrize(

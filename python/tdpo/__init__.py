@@ -5,19 +5,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TDPOConfig
-    from .data import PreferenceCollator, tokenize_preferences
+    from .data import PreferenceCollator, load_preferences, tokenize_preferences
     from .head import LanguageModelHead
+    from .reference import ReferenceCache, cache_reference
     from .trainer import TDPOTrainer
-
-__all__ = ["LanguageModelHead", "PreferenceCollator", "TDPOConfig", "TDPOTrainer", "tokenize_preferences"]
 
 _HOMES = {
     "LanguageModelHead": "head",
     "PreferenceCollator": "data",
+    "ReferenceCache": "reference",
     "TDPOConfig": "config",
     "TDPOTrainer": "trainer",
+    "cache_reference": "reference",
+    "load_preferences": "data",
     "tokenize_preferences": "data",
 }
+
+__all__ = [
+    "LanguageModelHead",
+    "PreferenceCollator",
+    "ReferenceCache",
+    "TDPOConfig",
+    "TDPOTrainer",
+    "cache_reference",
+    "load_preferences",
+    "tokenize_preferences",
+]
 
 
 def __getattr__(name: str):

@@ -147,9 +147,9 @@ class Judge:
         labels = tokens[:, 1:].clone()
         labels[:, : PROMPT_TOKENS - 1] = -100
         divergence = linear_token_divergence(
-            policy.hidden(tokens, mask)[:, :-1],
+            policy.hidden(input_ids=tokens, attention_mask=mask)[:, :-1],
             policy.weight,
-            reference.hidden(tokens, mask)[:, :-1],
+            reference.hidden(input_ids=tokens, attention_mask=mask)[:, :-1],
             reference.weight,
             labels,
         )
