@@ -8,6 +8,13 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+_COMMANDS = {
+    "train": "train a policy on preference pairs",
+    "evaluate": "metrics of a policy against a reference",
+    "cache-reference": "run the reference once and keep its hidden states",
+    "demo": "the paper's controlled-sentiment experiment, in small",
+}
+
 
 def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
     """A flag for every field of a dataclass, its help and default being the field's own."""
@@ -23,40 +30,58 @@ def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _demo(arguments: list[str]) -> None:
     from .demo.settings import DemoSettings
 
-    parser = argparse.ArgumentParser(prog="tdpo", description="Token-level Direct Preference Optimization.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="the paper's controlled-sentiment experiment, in small",
+    parser = argparse.ArgumentParser(
+        prog="tdpo demo",
         description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 in small, on IMDb reviews: "
         "a classifier as reward, a GPT-2 trained from scratch, preference pairs, then DPO, TDPO1 and TDPO2 from the "
         "same start. Interrupted, it goes on from the last finished stage or checkpoint when called again.",
     )
-    _add_fields(demo, DemoSettings)
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
-    # Small models spend their time in short parallel regions: threads that spin between them starve each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options = vars(_parser().parse_args(arguments))
-    options.pop("command")
-    from .demo.experiment import run
-    from .demo.settings import DemoSettings
-
+    _add_fields(parser, DemoSettings)
+    options = vars(parser.parse_args(arguments))
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }
+    settings = DemoSettings(**values)
+    from .demo.experiment import run
+
+    run(settings)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command == "demo":
+        return _demo(arguments)
+    from . import commands
+
+    {"train": commands.train, "evaluate": commands.evaluate, "cache-reference": commands.cache}[command](arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 2 for bad input, 1 for a run that failed, 130 for an interrupted one."""
+    # Small models spend their time in short parallel regions: threads that spin between them starve each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = argparse.ArgumentParser(
+        prog="tdpo",
+        description="Token-level Direct Preference Optimization.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<16s} {what}" for name, what in _COMMANDS.items())
+        + "\n\n`tdpo COMMAND --help` documents every option of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND")
+    words = sys.argv[1:] if arguments is None else arguments
+    command = parser.parse_args(words[:1]).command
     try:
-        run(DemoSettings(**values))
+        _run(command, words[1:])
     except KeyboardInterrupt:
         print("\nInterrupted; call the same command again to go on from here.", file=sys.stderr)
         return 130
     except ValueError as error:
         print(f"tdpo: {error}", file=sys.stderr)
         return 2
+    except (FloatingPointError, RuntimeError, OSError) as error:
+        print(f"tdpo: {error}", file=sys.stderr)
+        return 1
     return 0

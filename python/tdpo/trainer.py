@@ -48,6 +48,9 @@ class TDPOTrainer(Trainer):
         FloatingPointError: while training, a loss that isn't finite; the message names the rows of the batch.
     """
 
+    data_collator: Any
+    _staging: str | None = None  # where a checkpoint is being written
+
     def __init__(
         self,
         model: nn.Module,
@@ -158,7 +161,7 @@ class TDPOTrainer(Trainer):
             raise ValueError(
                 "precompute_reference: this dataset was not given to the trainer, so nothing is cached of it"
             )
-        collator: Any = self.data_collator
+        collator = self.data_collator
         try:
             if cache is not None:
                 self.data_collator = replace(collator, reference_cache=cache)
@@ -223,8 +226,6 @@ class TDPOTrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         return self._staging or super()._get_output_dir(trial)
-
-    _staging: str | None = None
 
     def _save_checkpoint(self, model, trial) -> None:
         """A checkpoint appears under its name only when all of it is written."""

@@ -1,0 +1,164 @@
+"""Preference data in every form: what becomes of prompts, responses and what is too long."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from model_families import make_tokenizer
+from tdpo import PreferenceCollator, load_preferences, tokenize_preferences
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tokenize(rows, tokenizer, **limits):
+    limits = {"max_length": 60, "max_prompt_length": 30, **limits}
+    return tokenize_preferences(Dataset.from_list(rows), tokenizer, **limits)
+
+
+def texts(row, tokenizer):
+    return [tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+
+
+def test_tokenization(tokenizer):
+    rows = Dataset.from_list([{"prompt": "the film was great", "chosen": " good fun", "rejected": " bad" * 50}])
+    row = tokenize_preferences(rows, tokenizer, max_length=12, max_prompt_length=3)[0]
+    prompt = tokenizer("the film was great")["input_ids"]
+    assert row["prompt_ids"] == prompt[-3:]
+    assert row["chosen_ids"] == [*tokenizer(" good fun")["input_ids"], tokenizer.eos_token_id]
+    assert len(row["rejected_ids"]) == 9
+    assert row["rejected_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_collator_puts_chosen_first():
+    rows = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3, 9], "rejected_ids": [4, 5, 9]},
+        {"prompt_ids": [], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
+    ]
+    batch = PreferenceCollator(pad_token_id=0)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 0], [7, 9, 0, 0, 0], [1, 2, 4, 5, 9], [8, 9, 0, 0, 0]]
+    assert batch["attention_mask"].sum(-1).tolist() == [4, 2, 5, 2]
+    assert batch["cu_seqlens"].tolist() == [0, 2, 3, 6, 7]
+    assert batch["rows"].tolist() == [1, 2, 5, 11, 12, 13, 15]
+    assert batch["targets"].tolist() == [3, 9, 9, 4, 5, 9, 9]
+    packed = PreferenceCollator(pad_token_id=0, padding_free=True)(rows)
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 9, 7, 9, 1, 2, 4, 5, 9, 8, 9]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 0, 1]]
+    assert packed["targets"].tolist() == batch["targets"].tolist()
+    assert packed["rows"].tolist() == [1, 2, 4, 7, 8, 9, 11]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "chosen": "b"}], "rejected"),
+        ([{"prompt": "a", "chosen": "", "rejected": "c"}], "chosen"),
+    ],
+)
+def test_bad_data_is_named(rows, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        tokenize_preferences(Dataset.from_list(rows), tokenizer, 20, 10)
+
+
+def test_tokenizer_without_an_end():
+    with pytest.raises(ValueError, match="eos_token"):
+        tokenize_preferences(
+            Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]), make_tokenizer(eos=None), 20, 10
+        )
+
+
+def test_implicit_prompt(tokenizer):
+    row = tokenize([{"chosen": "the film was great", "rejected": "the film was good fun"}], tokenizer)[0]
+    assert texts(row, tokenizer) == ["the film was", " great<|end|>", " good fun<|end|>"]
+
+
+def test_transcripts(tokenizer):
+    start = "\n\nHuman: the film?\n\nAssistant: good\n\nHuman: really?\n\nAssistant:"
+    rows = [{"chosen": start + " good fun", "rejected": start + " good plot"}]
+    row = tokenize(rows, tokenizer, max_length=200, max_prompt_length=150)[0]
+    assert texts(row, tokenizer) == [start, " good fun<|end|>", " good plot<|end|>"]
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_chat_messages(chat_tokenizer, explicit):
+    prompt = [message("user", "the film?")]
+    chosen, rejected = [message("assistant", "great")], [message("assistant", "bad")]
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if not explicit:
+        row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+    row = tokenize([row], chat_tokenizer)[0]
+    assert texts(row, chat_tokenizer) == ["[user] the film?<|end|>[assistant] ", "great<|end|>", "bad<|end|>"]
+
+
+def test_tools_reach_the_template(chat_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if tools %}<{{ tools | length }} tools>{% endif %}" + CHAT
+    row = {
+        "prompt": [message("user", "a")],
+        "chosen": [message("assistant", "b")],
+        "rejected": [message("assistant", "c")],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    }
+    assert texts(tokenize([row], tokenizer)[0], tokenizer)[0].startswith("<1 tools>")
+
+
+def test_chat_messages_want_a_template(tokenizer):
+    row = {"chosen": [message("assistant", "a")], "rejected": [message("assistant", "b")]}
+    with pytest.raises(ValueError, match="chat template"):
+        tokenize([row], tokenizer)
+
+
+def test_dropped_rows_are_told(tokenizer, caplog):
+    good = {"prompt": "the film", "chosen": " great", "rejected": " bad"}
+    rows = [
+        good,
+        {**good, "chosen": ""},
+        {**good, "rejected": " great"},
+        {**good, "prompt": "the film was" * 20},
+        {**good, "chosen": " great" * 60},
+    ]
+    with caplog.at_level("WARNING"):
+        kept = tokenize(rows, tokenizer, overlong="drop")
+    assert kept["index"] == [0]
+    said = caplog.text
+    for reason in ("dropped 4 of 5", "an empty 'chosen'", "equal responses", "a prompt over 30", "over 60 tokens"):
+        assert reason in said
+    assert len(tokenize(rows, tokenizer)) == 3  # truncated rows stay
+    assert all(len(row["prompt_ids"]) + len(row["chosen_ids"]) <= 60 for row in tokenize(rows, tokenizer))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_files(suffix, tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "json":
+        path.write_text(json.dumps(rows.to_list()))
+    else:
+        {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](str(path))
+    assert load_preferences(str(path)).to_list() == rows.to_list()
+
+
+def test_saved_folders_and_missing_data(tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    rows.save_to_disk(tmp_path / "saved")
+    assert load_preferences(str(tmp_path / "saved")).to_list() == rows.to_list()
+    with pytest.raises(ValueError, match="does not exist"):
+        load_preferences(str(tmp_path / "none.jsonl"))
