@@ -22,11 +22,15 @@ if os.environ.get("ACCELERATE_USE_FSDP"):  # accelerate shards on accelerators o
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = accelerate.state.DistributedType.FSDP, fsdp_plugin
     accelerate.state.AcceleratorState.__init__ = sharding
-trainer = make_trainer(out, make_tokenizer(), make_preferences(), make_model("llama"), make_model("llama", 1), **options)
+models = make_model("llama"), make_model("llama", 1)
+trainer = make_trainer(out, make_tokenizer(), make_preferences(), *models, **options)
 trainer.train()
 if os.environ.get("ACCELERATE_USE_FSDP"):
     from torch.distributed.tensor import DTensor
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    # What accelerate would gather on an accelerator.
+    whole = lambda model: {name: value.full_tensor() for name, value in model.state_dict().items()}
+    trainer.accelerator.get_state_dict = whole
 evaluated = trainer.evaluate()
 trainer.save_model(out + "/final")
 if trainer.args.should_save:
