@@ -1,11 +1,14 @@
 """The commands train, evaluate and cache-reference, as a user types them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from model_families import make_model, make_tokenizer
 from tdpo.cli import main
+from tdpo.commands import KINDS
+from tdpo.options import parse_options
 from trainer_cases import make_preferences
 
 
@@ -86,6 +89,17 @@ def test_unknown_keys_of_a_file(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("alhpa: 0.3\n")
     assert main(["train", str(tmp_path / "config.yaml")]) == 2
     assert "did you mean 'alpha'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "cached_reference", "fsdp2"])
+def test_examples_parse(name, tmp_path):
+    example = yaml.safe_load((Path(__file__).parent.parent / "examples" / f"{name}.yaml").read_text())
+    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump({**example, "use_cpu": True, "bf16": False}))
+    models, data, args = parse_options("train", KINDS, "", [str(tmp_path / "cpu.yaml"), "--beta", "0.3"])
+    assert args.beta == 0.3
+    assert models.model == example["model"]
+    assert data.dataset == example["dataset"]
+    assert args.learning_rate == example["learning_rate"]
 
 
 def test_help_documents_the_options(capsys):

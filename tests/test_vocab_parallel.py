@@ -10,6 +10,7 @@ import torch.distributed as dist
 from conftest import random_rows
 from distributed import run_on_ranks
 from linear_cases import OBJECTIVES, make_case
+from tdpo import PreferenceCollator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -265,6 +266,32 @@ def check_tensor_parallel_training(rank, world, device):
         for (name, parameter), expected in zip(model.named_parameters(), single.parameters()):
             full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             torch.testing.assert_close(full, expected, rtol=1e-7, atol=1e-8, msg=f"{name}, {layout}")
+
+
+def check_trainer_loss_with_a_sharded_head(rank, world, device):
+    from tdpo.head import LanguageModelHead
+    from tdpo.loss import PreferenceLoss
+
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 9, i], "rejected_ids": [4, 5]} for i in range(3)]
+    batch = {name: value.to(device) for name, value in PreferenceCollator(0)(rows).items()}
+    objective, mesh = functools.partial(tdpo_loss, beta=0.1), init_device_mesh(device, (world,))
+    found = []
+    for sharded in (False, True):
+        models = small_model().to(device), small_model().to(device)
+        for parameter in models[0].parameters():
+            parameter.data.add_(0.02)
+        if sharded:
+            plan = {"lm_head": ColwiseParallel(use_local_output=False)}
+            models = [parallelize_module(model, mesh, plan) for model in models]
+        loss = PreferenceLoss(*(LanguageModelHead.of(model) for model in models), objective)
+        assert loss.obstacle is None
+        output = loss(batch)
+        output.loss.backward()
+        grads = [parameter.grad for parameter in models[0].parameters()]
+        found.append((output, [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]))
+    (plain, grads), (ours, our_grads) = found
+    torch.testing.assert_close(ours.loss, plain.loss)
+    torch.testing.assert_close(our_grads, grads, rtol=1e-6, atol=1e-9)
 
 
 def check_compile(rank, world, device):

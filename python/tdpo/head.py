@@ -79,10 +79,11 @@ class LanguageModelHead:
         try:
             tokens = torch.tensor([[1, 2]], device=self.model.get_output_embeddings().weight.device) % self.vocab
             batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            logits = nn.functional.linear(self.hidden(**batch), self.weight, self.bias).float()
+            bias = None if self.bias is None else _whole(self.bias)
+            logits = nn.functional.linear(self.hidden(**batch), _whole(self.weight), bias).float()
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            actual = self.logits(**batch).float()
+            actual = _whole(self.logits(**batch)).float()
         except (AttributeError, TypeError, RuntimeError):
             return False
         finally:
@@ -111,6 +112,11 @@ class FrozenHead:
     @property
     def vocab(self) -> int:
         return len(self.weight)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A head that is sharded over ranks, or its logits, gathered."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict:
