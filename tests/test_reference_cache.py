@@ -125,7 +125,7 @@ def test_nothing_in_a_cache_is_unpickled(tmp_path, tokens):
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from trainer_cases import make_preferences, make_trainer
 from model_families import make_tokenizer
@@ -135,7 +135,7 @@ config = LlamaConfig(vocab_size=300, **sizes)
 trainer = make_trainer(sys.argv[1], make_tokenizer(), make_preferences(), LlamaForCausalLM(config), max_steps=1,
                        optim="sgd", precompute_reference=sys.argv[2] == "cached", reference_cache=sys.argv[3])
 trainer.train()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
 """
 
 
