@@ -13,13 +13,28 @@ SOURCES := $(shell find csrc buildtools tdpo_ext python -name '*.py' -o -name '*
 	-o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') setup.py pyproject.toml CMakeLists.txt
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench cuda-report cuda-test cuda-sanitize clean
+.PHONY: demo test test-nightly sanitize docs lint format bench cuda-report cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo
 	$(BIN)/tdpo demo $(DEMO_ARGS)
 
 test: $(VENV)/dev
 	$(BIN)/pytest
+
+# Many more random cases than `make test` draws.
+test-nightly: $(VENV)/dev
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/test_divergence.py tests/test_linear.py
+
+# The CPU kernels under the address and undefined-behaviour sanitizers, over the tests' shapes.
+sanitize: $(VENV)/dev
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTDPO_TESTS=ON -DTDPO_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+# The API reference, in docs/api; and whether every link of the documentation leads somewhere.
+docs: $(VENV)/dev
+	$(BIN)/pdoc --output-directory docs/api tdpo_ext tdpo
+	$(BIN)/python buildtools/check_docs.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -35,6 +50,9 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_logits.py
 	$(BIN)/python benchmarks/bench_linear.py
+	$(BIN)/python benchmarks/bench_vocab_parallel.py
+	$(BIN)/python benchmarks/bench_trainer.py
+	$(BIN)/python benchmarks/tables.py
 
 # Registers, spills and shared memory of every CUDA kernel (needs nvcc, no GPU).
 cuda-report:

@@ -6,8 +6,14 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
+
+# `HYPOTHESIS_PROFILE=nightly` draws ten times as many cases (`make test-nightly`).
+hypothesis.settings.register_profile("ci", max_examples=200, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # One size per regime: a single entry, below one vector, unaligned, aligned, GPT-2's and Qwen's vocabulary.

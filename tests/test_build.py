@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,37 @@ def test_kernels_of_lesser_processors(capability):
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout
+
+
+CLEAN = """
+import torch, tdpo_ext
+assert tdpo_ext.__file__.startswith({home!r}), tdpo_ext.__file__
+logits = torch.randn(4, 11, requires_grad=True)
+chosen, rejected = tdpo_ext.token_divergence(logits, torch.randn(4, 11), torch.tensor([1, 2, 3, 4])).chunk(2)
+tdpo_ext.tdpo_loss(chosen, rejected).mean().backward()
+print("grad", logits.grad.abs().sum().item() > 0)
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_in_a_fresh_environment(tmp_path):
+    """Built as a user's pip builds it, installed where nothing of the source tree is, run from another directory."""
+    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT))
+    assert built.returncode == 0, built.stderr
+    home = tmp_path / "fresh"
+    assert run(sys.executable, "-m", "venv", str(home)).returncode == 0
+    python = str(home / "bin" / "python")
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    # torch and what it needs, without installing gigabytes once more; the fresh environment's own packages come first.
+    (site / "others.pth").write_text(str(Path(torch.__file__).parent.parent))
+    wheel = next(tmp_path.glob("*.whl"))
+    assert run(python, "-m", "pip", "install", "--no-deps", str(wheel)).returncode == 0
+    done = run(python, "-c", CLEAN.format(home=str(home)), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "grad True"
+    with zipfile.ZipFile(wheel) as file:
+        names = [name for name in file.namelist() if ".dist-info" not in name]
+    assert all(name.endswith((".py", ".so", "py.typed")) for name in names), names
 
 
 def test_build_info(tmp_path):

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BUDGETS, OBJECTIVES, ipo_loss, loss_and_gradients, make_case
 
@@ -72,7 +72,6 @@ def test_small_shapes(budget, shape):
     assert_matches_oracle(make_case(**shape), OBJECTIVES["tdpo2"], logits_budget=BUDGETS[budget])
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     pairs=st.integers(1, 4),
     tokens=st.integers(1, 9),

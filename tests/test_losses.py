@@ -4,7 +4,7 @@ import mpmath
 import pytest
 import torch
 
-from tdpo_ext import TokenDivergence, dpo_loss, rewards, tdpo_loss
+from tdpo_ext import TokenDivergence, dpo_loss, rewards, tdpo_loss, token_divergence
 
 mpmath.mp.dps = 50
 BETA, ALPHA = 0.3, 0.7
@@ -98,3 +98,59 @@ def test_bad_options_are_named(function, options, name):
 def test_bad_beta_of_rewards():
     with pytest.raises(ValueError, match="beta"):
         rewards(side(CHOSEN), beta=0.0)
+
+
+# Two pairs of two tokens each over a vocabulary of three, worked out from the logits.
+LOGITS = [[[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]], [[-0.75, 0.0, 1.25], [2.5, -2.0, 0.125]]]
+REF_LOGITS = [[[0.25, -0.5, 1.0], [1.0, 0.75, -1.5]], [[0.5, 0.5, 0.5], [2.0, -1.0, 1.0]]]
+LABELS = [[2, 0], [1, 2]]  # the first sequence is chosen, the second rejected
+
+
+def loss_from_logits(loss, logits, stopped_kl=None):
+    """The paper's equations from the start, in 50 digits: (loss, KL of the chosen sequence).
+
+    `logits` are mpmath numbers by (sequence, token, entry); `stopped_kl` stands for what a stopgrad holds fast.
+    """
+    sums = []
+    for sequence in range(2):
+        logratio = kl = mpmath.mpf(0)
+        for token in range(2):
+            z = [logits[sequence, token, v] for v in range(3)]
+            r = [mpmath.mpf(v) for v in REF_LOGITS[sequence][token]]
+            log_p, log_q = ([x - mpmath.log(sum(map(mpmath.exp, row))) for x in row] for row in (z, r))
+            label = LABELS[sequence][token]
+            logratio += log_p[label] - log_q[label]
+            kl += sum(mpmath.exp(q) * (q - p) for p, q in zip(log_p, log_q))
+        sums.append((logratio, kl))
+    (chosen, kl_chosen), (rejected, kl_rejected) = sums
+    weight = {"dpo": 0, "tdpo1": 1, "tdpo2": mpmath.mpf(ALPHA)}[loss]
+    held = kl_chosen if stopped_kl is None else stopped_kl
+    margin = chosen - rejected - weight * (kl_rejected - held)
+    return mpmath.log(1 + mpmath.exp(-mpmath.mpf(BETA) * margin)), kl_chosen
+
+
+@pytest.mark.parametrize("loss", ["dpo", "tdpo1", "tdpo2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_hand_sized_logits(loss, dtype):
+    point = {(s, t, v): mpmath.mpf(LOGITS[s][t][v]) for s in range(2) for t in range(2) for v in range(3)}
+    value, kl_chosen = loss_from_logits(loss, point)
+    stopped_kl = kl_chosen if loss == "tdpo2" else None
+    gradient = torch.zeros(2, 2, 3, dtype=torch.float64)
+    for key in point:
+
+        def along(x, key=key):
+            return loss_from_logits(loss, {**point, key: x}, stopped_kl)[0]
+
+        gradient[key] = float(mpmath.diff(along, point[key]))
+
+    leaf = torch.tensor(LOGITS, dtype=dtype, requires_grad=True)
+    divergence = token_divergence(leaf, torch.tensor(REF_LOGITS, dtype=dtype), torch.tensor(LABELS))
+    chosen, rejected = divergence.per_sequence().chunk(2)
+    if loss == "dpo":
+        ours = dpo_loss(chosen, rejected, beta=BETA)
+    else:
+        ours = tdpo_loss(chosen, rejected, beta=BETA, alpha=ALPHA, variant=loss)
+    ours.sum().backward()
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    assert ours.item() == pytest.approx(float(value), rel=tolerance)
+    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=tolerance, atol=tolerance)

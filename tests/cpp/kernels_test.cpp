@@ -1,140 +1,45 @@
-// The real CUDA kernels on the emulator, against the scalar monoid in float64, for every regime of shape, alignment
-// and dtype, in both thread orders.
-#include <algorithm>
+// The real CUDA kernels on the emulator, for every regime of shape, alignment and dtype, in both thread orders.
 #include <array>
-#include <random>
 
 #include "../../csrc/cuda/token_divergence.cu"  // the launchers and, through them, the kernels
+#include "row_cases.h"
 
 namespace {
 
-using namespace tdpo;
-using tdpo::cuda::to_real;
-int failures = 0;
+using namespace row_cases;
 
-void expect_near(double got, double wanted, double tolerance, const char* what) {
-  if (got == wanted || std::fabs(got - wanted) <= tolerance * (1 + std::fabs(wanted))) return;
-  std::printf("FAILED: %s: %.9g, wanted %.9g\n", what, got, wanted);
-  ++failures;
-}
+struct CudaKernels {
+  template <typename Real>
+  std::vector<RowState<Real>> states(const Problem& problem, int64_t slices) const {
+    std::vector<RowState<Real>> states(problem.rows * slices), merged(problem.rows);
+    cuda::launch_row_states(problem, states.data(), slices, nullptr);
+    cuda::launch_merge(states.data(), sizeof(Real) == 8, slices, problem.rows, merged.data(), nullptr);
+    check_finalize(problem, merged);
+    return merged;
+  }
+  void gradient(const Problem& problem, const Gradient& gradient) const {
+    cuda::launch_gradient(problem, gradient, nullptr);
+  }
 
-template <typename T>
-struct Kind;
-template <>
-struct Kind<float> {
-  static constexpr DType dtype = DType::f32;
-  static constexpr double rounding = 1e-6;
-};
-template <>
-struct Kind<double> {
-  static constexpr DType dtype = DType::f64;
-  static constexpr double rounding = 1e-12;
-};
-template <>
-struct Kind<cuda::bf16> {
-  static constexpr DType dtype = DType::bf16;
-  static constexpr double rounding = 4e-3;
-};
-template <>
-struct Kind<cuda::f16> {
-  static constexpr DType dtype = DType::f16;
-  static constexpr double rounding = 5e-4;
-};
-
-struct Shape {
-  int64_t rows, vocab, slices, z_offset, r_offset, padding;  // offsets in entries from a 16-byte boundary
-  double softcap, temperature;
-  int64_t out_offset = 0;
+  template <typename Real>
+  void check_finalize(const Problem& problem, const std::vector<RowState<Real>>& states) const {
+    std::vector<Real> columns[kTokenValues];
+    void* outputs[kTokenValues];
+    for (int i = 0; i < kTokenValues; ++i) columns[i].resize(problem.rows), outputs[i] = columns[i].data();
+    cuda::launch_finalize(states.data(), sizeof(Real) == 8, problem.labels, problem.rows, problem.ignore_index,
+                          problem.temperature, outputs, nullptr);
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      TokenValues<Real> wanted{};
+      if (problem.labels[row] != problem.ignore_index) wanted = states[row].finalize(Temper<Real>(problem.temperature));
+      const Real* value = &wanted.logp;
+      for (int i = 0; i < kTokenValues; ++i) expect_near(columns[i][row], value[i], 0, "finalize kernel");
+    }
+  }
 };
 
 template <typename T>
 void check(const Shape& shape) {
-  using Real = decltype(to_real(T{}));
-  const auto [rows, vocab, slices, z_offset, r_offset, padding, softcap, temperature, out_offset] = shape;
-  const int64_t stride = vocab + padding;
-  std::mt19937 random(17);
-  std::normal_distribution<double> normal;
-  std::vector<T> z(rows * stride + 64), r(z.size());
-  for (size_t i = 0; i < z.size(); ++i) {
-    z[i] = cuda::Rounded<T>::of(Real(2 * normal(random)));
-    r[i] = cuda::Rounded<T>::of(Real(to_real(z[i]) + 0.3 * normal(random)));
-  }
-  T* const z_data = z.data() + z_offset;
-  T* const r_data = r.data() + r_offset;
-  if (vocab > 3) z_data[2] = r_data[2] = cuda::Rounded<T>::of(Real(-INFINITY));
-  std::vector<int64_t> labels(rows);
-  for (int64_t row = 0; row < rows; ++row) labels[row] = row == 1 ? -100 : (row * 37 + 3) % vocab + 5;
-  if (vocab > 3 && labels[0] == 7) labels[0] = 5;  // not the masked entry
-  const Problem problem{{z_data, 1, stride, stride},
-                        {r_data, 1, stride, stride},
-                        labels.data(),
-                        rows,
-                        vocab,
-                        5,
-                        vocab + 5,
-                        -100,
-                        temperature,
-                        softcap,
-                        Kind<T>::dtype};
-
-  std::vector<RowState<Real>> states(rows * slices), merged(rows);
-  cuda::launch_row_states(problem, states.data(), slices, nullptr);
-  cuda::launch_merge(states.data(), sizeof(Real) == 8, slices, rows, merged.data(), nullptr);
-  std::vector<Real> values[kTokenValues];
-  void* outputs[kTokenValues];
-  for (int i = 0; i < kTokenValues; ++i) values[i].resize(rows), outputs[i] = values[i].data();
-  cuda::launch_finalize(merged.data(), sizeof(Real) == 8, labels.data(), rows, -100, temperature, outputs, nullptr);
-
-  std::vector<Real> logp_grad(rows), kl_grad(rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    logp_grad[row] = Real(normal(random));
-    kl_grad[row] = row == 2 ? Real(0) : Real(normal(random));
-  }
-  // Out of place into poisoned memory, then in place.
-  std::vector<T> out(z.size(), cuda::Rounded<T>::of(Real(NAN)));
-  Gradient gradient{merged.data(),  logp_grad.data(),
-                    kl_grad.data(), {out.data() + out_offset, 1, stride, stride},
-                    Kind<T>::dtype, false};
-  cuda::launch_gradient(problem, gradient, nullptr);
-  std::vector<T> in_place = z;
-  Problem in_place_problem = problem;
-  in_place_problem.logits.data = in_place.data() + z_offset;
-  gradient.out.data = in_place_problem.logits.data;
-  cuda::launch_gradient(in_place_problem, gradient, nullptr);
-
-  const double value_tolerance = sizeof(Real) == 8 ? 1e-12 : 3e-6;
-  for (int64_t row = 0; row < rows; ++row) {
-    const auto capped = [&](T x) {
-      return softcap > 0 ? softcap * std::tanh(to_real(x) / softcap) : double(to_real(x));
-    };
-    auto state = RowState<double>::empty();
-    for (int64_t v = 0; v < vocab; ++v)
-      state.update(capped(z_data[row * stride + v]), capped(r_data[row * stride + v]), Temper<double>(temperature));
-    const int64_t label = labels[row] - 5;
-    const bool ignored = labels[row] == -100;
-    if (!ignored)
-      state.z_label = capped(z_data[row * stride + label]), state.r_label = capped(r_data[row * stride + label]);
-    const auto wanted = ignored ? TokenValues<double>{} : state.finalize(Temper<double>(temperature));
-    expect_near(values[0][row], wanted.logp, value_tolerance, "logp");
-    expect_near(values[1][row], wanted.ref_logp, value_tolerance, "ref_logp");
-    expect_near(values[2][row], wanted.kl, value_tolerance, "kl");
-    expect_near(values[3][row], wanted.entropy, value_tolerance, "entropy");
-    expect_near(values[4][row], wanted.correct, 0, "correct");
-    const RowGradient<double> exact(state, logp_grad[row], kl_grad[row], Temper<double>(temperature));
-    for (int64_t v = 0; v < vocab; ++v) {
-      const double z_entry = capped(z_data[row * stride + v]);
-      double dz = exact.policy_part<ScalarMath<double>>(z_entry);
-      if (kl_grad[row] != 0) dz -= exact.reference_part<ScalarMath<double>>(capped(r_data[row * stride + v]));
-      if (v == label) dz += exact.label_extra;
-      if (softcap > 0) dz *= 1 - z_entry / softcap * z_entry / softcap;
-      if (ignored) dz = 0;
-      const T got = out[out_offset + row * stride + v], got_in_place = in_place[z_offset + row * stride + v];
-      expect_near(to_real(got), dz, Kind<T>::rounding, "gradient");
-      if (std::memcmp(&got, &got_in_place, sizeof(T)) != 0) expect_near(0, 1, 0, "in place differs");
-    }
-    for (int64_t v = vocab; v < stride; ++v)
-      if (!std::isnan(double(to_real(out[out_offset + row * stride + v])))) expect_near(0, 1, 0, "wrote past a row");
-  }
+  row_cases::check<T>(shape, CudaKernels());
 }
 
 template <typename T>
