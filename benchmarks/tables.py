@@ -1,0 +1,221 @@
+"""Writes every measured figure of README.md and docs/ from the JSON of benchmarks/results, between its markers.
+
+    python benchmarks/tables.py [--check]
+
+A page holds `<!-- table: NAME -->` ... `<!-- end -->`; what stands between is what the function NAME here makes of the
+results. With --check nothing is written, and a page that differs is an error: figures can't drift from what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/performance.md", "docs/paper.md"]
+
+
+def load(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def logits() -> str:
+    """Logit-level forward and backward."""
+    columns = ["published, eager", "published, compiled", "oracle, eager", "oracle, compiled"]
+    rows = []
+    for result in load("bench_logits")["results"]:
+        memory, share = result["peak_memory_in_gradients"], result["of_copy_bandwidth"]
+        rows.append(
+            [
+                f"{result['rows']} x {result['vocab']:,}",
+                result["dtype"],
+                f"{result['milliseconds']['tdpo_ext']:.1f}",
+                *(f"{result['faster_than'][name]:.3g}x" for name in columns),
+                f"{share['tdpo_ext']:.0%}",
+                f"{memory['tdpo_ext']:.2f}",
+                f"{memory['published, eager']:.1f}",
+            ]
+        )
+    return markdown(["rows x V", "dtype", "ms", *columns, "of copy", "memory", "published's memory"], rows)
+
+
+def _steps() -> dict[str, dict[str, dict]]:
+    return {
+        step["dtype"]: {row["candidate"]: row for row in step["candidates"]} for step in load("bench_linear")["steps"]
+    }
+
+
+def linear() -> str:
+    """Hidden states to gradients."""
+    steps = _steps()
+    rows = []
+    for name in steps["float32"]:
+        cells = [name]
+        for dtype in ("float32", "bfloat16"):
+            row = steps[dtype][name]
+            cells += [f"{row['seconds']:.2f}", f"{row['over_products']:.2f}"]
+            cells.append("" if name == "products" else f"{row['extra_mb']:,.0f}")
+        rows.append(cells)
+    header = [f"{dtype}: {what}" for dtype in ("float32", "bfloat16") for what in ("s", "over products", "extra MiB")]
+    return markdown(["", *header], rows)
+
+
+def near_equality() -> str:
+    """Errors near p = q."""
+    found = load("bench_linear")["near_equality"]
+    rows = [[name, f"{error['kl']:.1e}", f"{error['dhidden']:.1e}"] for name, error in found.items()]
+    return markdown(["", "KL", "KL's part of dL/dhidden"], rows)
+
+
+def vocab_parallel() -> str:
+    """Shards of the vocabulary on 1, 2 and 4 processes."""
+    rows = [
+        [
+            str(row["ranks"]),
+            f"{row['vocab']:,}",
+            f"{row['seconds']:.2f}",
+            f"{row['bytes_per_row']:,.0f}",
+            f"{row['logits_mb']:.0f}",
+            f"{row['extra_mb']:.0f}",
+        ]
+        for row in load("bench_vocab_parallel")["results"]
+    ]
+    return markdown(["ranks", "V", "s", "bytes a row", "logits, MiB a rank", "extra, MiB a rank"], rows)
+
+
+def trainer_speed() -> str:
+    """Padding and the reference."""
+    found = load("bench_trainer")["speed"]
+    slowest = max(found["seconds"].values())
+    rows = [
+        [name, f"{found['positions'][name]:,}", f"{seconds:.2f}", f"{slowest / seconds:.2f}x"]
+        for name, seconds in found["seconds"].items()
+    ]
+    return markdown(["", "positions", "s", "faster"], rows)
+
+
+def trainer_memory() -> str:
+    """Peak memory with a live and with a cached reference."""
+    found = load("bench_trainer")
+    peak = found["peak_mb"]
+    saved = peak["live"] - peak["cached"]
+    return (
+        f"Peak resident memory of one training step: {peak['live']:,.0f} MiB with a live reference, "
+        f"{peak['cached']:,.0f} MiB from the cache, {saved:,.0f} MiB less (the model's weights are "
+        f"{found['large_model_mb']:,.0f} MiB)."
+    )
+
+
+def storage() -> str:
+    """What bfloat16 storage of the reference costs."""
+    rows = [
+        [
+            f"{row['perturbation']:g}",
+            f"{row['kl_per_sequence']:.1e}",
+            f"{row['kl_error']:.1e}",
+            f"{row['gradient_error']:.1e}",
+        ]
+        for row in load("bench_trainer")["storage"]
+    ]
+    return markdown(
+        ["policy's weights perturbed by", "KL a sequence", "error of the KL", "error of the gradient"], rows
+    )
+
+
+def frontier() -> str:
+    """Reward at matched KL, mean and standard deviation over seeds."""
+    found = load("sentiment_frontier")
+    names = list(found["methods"])
+    rows = [
+        [f"{row['kl']:.2f}", *(f"{row[name]:.3f} ± {row[f'{name} sd']:.3f}" for name in names)]
+        for row in found["matched_kl"]
+    ]
+    return markdown(["sequence KL", *names], rows)
+
+
+def frontier_end() -> str:
+    """Where every method ends."""
+    found = load("sentiment_frontier")["curves"]
+    rows = []
+    for name, curves in found.items():
+        ends = [points[-1] for points in curves["frontiers"]]
+        last = [series[-1] for series in curves["kl"]]
+        mean = [
+            sum(end[key] for end in group) / len(group)
+            for group, key in ((ends, "reward"), (ends, "kl"), (last, "kl/chosen"), (last, "kl/rejected"))
+        ]
+        rows.append([name, f"{mean[0]:.3f}", *(f"{value:.2f}" for value in mean[1:])])
+    return markdown(["", "reward", "KL of samples", "KL of chosen", "KL of rejected"], rows)
+
+
+def summary() -> str:
+    """The README's figures."""
+    logit, steps = load("bench_logits")["results"][0], _steps()
+    ours, eager = steps["float32"]["tdpo_ext resident"], steps["float32"]["published, eager"]
+    bf16 = steps["bfloat16"]["tdpo_ext resident"]
+    near = load("bench_linear")["near_equality"]
+    trainer = load("bench_trainer")
+    seconds = trainer["speed"]["seconds"]
+    rows = [
+        [
+            f"logits, forward + backward, {logit['rows']} x {logit['vocab']:,}",
+            f"{logit['faster_than']['published, eager']:.0f}x faster than the published arithmetic in eager torch, "
+            f"{logit['faster_than']['published, compiled']:.1f}x than compiled; "
+            f"{logit['of_copy_bandwidth']['tdpo_ext']:.0%} of the bandwidth of a copy; no temporary beyond the gradient",
+        ],
+        [
+            "hidden states to gradients, 1,024 rows x D 768 x V 50,257",
+            f"{ours['over_products']:.2f}x its four matrix products alone ({bf16['over_products']:.2f}x in bfloat16), in "
+            f"{ours['extra_mb']:,.0f} MiB beyond inputs and gradients; eager: {eager['over_products']:.2f}x and "
+            f"{eager['extra_mb']:,.0f} MiB",
+        ],
+        [
+            "KL near p = q, bfloat16 inputs",
+            f"relative error {near['tdpo_ext']['kl']:.0e}; eager bfloat16: {near['eager']['kl']:.0e}",
+        ],
+        [
+            "trainer, ragged batches",
+            f"{seconds['padded, live reference'] / seconds['packed, live reference']:.2f}x faster without padding, "
+            f"{seconds['padded, live reference'] / seconds['packed, cached reference']:.2f}x with the reference cached too",
+        ],
+    ]
+    return markdown(["", ""], rows)
+
+
+def rendered(text: str) -> str:
+    """A page's text with every table as the results make it."""
+
+    def replace(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{globals()[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
+    check = parser.parse_args().check
+    stale = []
+    for name in PAGES:
+        path = ROOT / name
+        text = path.read_text()
+        if rendered(text) != text:
+            stale.append(name)
+            if not check:
+                path.write_text(rendered(text))
+    if check and stale:
+        print(f"figures differ from benchmarks/results: {', '.join(stale)}; run `python benchmarks/tables.py`")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
