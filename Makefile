@@ -33,7 +33,7 @@ sanitize: $(VENV)/dev
 
 # The API reference, in docs/api; and whether every link of the documentation leads somewhere.
 docs: $(VENV)/dev
-	$(BIN)/pdoc --output-directory docs/api tdpo_ext tdpo
+	$(BIN)/python buildtools/api_reference.py
 	$(BIN)/python buildtools/check_docs.py
 
 lint: $(VENV)/dev

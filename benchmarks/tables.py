@@ -3,7 +3,8 @@
     python benchmarks/tables.py [--check]
 
 A page holds `<!-- table: NAME -->` ... `<!-- end -->`; what stands between is what the function NAME here makes of the
-results. With --check nothing is written, and a page that differs is an error: figures can't drift from what was measured.
+results. With --check nothing is written, and a page that differs is an error: figures can't drift from what was
+measured.
 """
 
 from __future__ import annotations
@@ -169,12 +170,12 @@ def summary() -> str:
             f"logits, forward + backward, {logit['rows']} x {logit['vocab']:,}",
             f"{logit['faster_than']['published, eager']:.0f}x faster than the published arithmetic in eager torch, "
             f"{logit['faster_than']['published, compiled']:.1f}x than compiled; "
-            f"{logit['of_copy_bandwidth']['tdpo_ext']:.0%} of the bandwidth of a copy; no temporary beyond the gradient",
+            f"{logit['of_copy_bandwidth']['tdpo_ext']:.0%} of a copy's bandwidth; no temporary beyond the gradient",
         ],
         [
             "hidden states to gradients, 1,024 rows x D 768 x V 50,257",
-            f"{ours['over_products']:.2f}x its four matrix products alone ({bf16['over_products']:.2f}x in bfloat16), in "
-            f"{ours['extra_mb']:,.0f} MiB beyond inputs and gradients; eager: {eager['over_products']:.2f}x and "
+            f"{ours['over_products']:.2f}x its four matrix products alone ({bf16['over_products']:.2f}x in bfloat16), "
+            f"in {ours['extra_mb']:,.0f} MiB beyond inputs and gradients; eager: {eager['over_products']:.2f}x and "
             f"{eager['extra_mb']:,.0f} MiB",
         ],
         [
@@ -184,7 +185,7 @@ def summary() -> str:
         [
             "trainer, ragged batches",
             f"{seconds['padded, live reference'] / seconds['packed, live reference']:.2f}x faster without padding, "
-            f"{seconds['padded, live reference'] / seconds['packed, cached reference']:.2f}x with the reference cached too",
+            f"{seconds['padded, live reference'] / seconds['packed, cached reference']:.2f}x with the reference cached",
         ],
     ]
     return markdown(["", ""], rows)

@@ -20,7 +20,7 @@ def broken_links(page: Path) -> list[str]:
     found = []
     for target in (_MARKDOWN if page.suffix == ".md" else _HTML).findall(page.read_text()):
         path = unquote(target.split("#")[0])
-        if path and not re.match(r"[a-z]+:", path) and not (page.parent / path).exists():
+        if path and "${" not in path and not re.match(r"[a-z]+:", path) and not (page.parent / path).exists():
             found.append(target)
     return found
 

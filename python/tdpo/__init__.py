@@ -37,4 +37,5 @@ def __getattr__(name: str):
     # On first use only: the command line has settings to make before torch is loaded.
     if name not in _HOMES:
         raise AttributeError(f"module 'tdpo' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return globals()[name]
