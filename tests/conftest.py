@@ -25,6 +25,21 @@ def _seed():
     torch.manual_seed(0)
 
 
+# What the trainer's tests share; imported on first use, for the sake of the tests that need no transformers.
+@pytest.fixture(scope="session")
+def tokenizer():
+    from model_families import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def preferences():
+    from trainer_cases import make_preferences
+
+    return make_preferences()
+
+
 def random_rows(rows, vocab, dtype=torch.float32, perturbation=0.5, ignored=()):
     """Logits, reference logits near them, and labels."""
     logits = (3 * torch.randn(rows, vocab)).to(dtype)

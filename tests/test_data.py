@@ -14,11 +14,6 @@ CHAT = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def chat_tokenizer():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT

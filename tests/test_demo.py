@@ -1,8 +1,10 @@
 """The demo as its users call it, in the smallest of sizes."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,28 @@ def test_demo_runs_resumes_and_refuses_other_settings(tmp_path):
     assert (out / "frontier.png").stat().st_size > 5000
     assert "matched KL" in second.stdout
     assert demo("--out", str(out), *SMALL_DEMO, "--seed", "1").returncode == 2
+
+
+@pytest.mark.slow
+def test_interrupted_demo_goes_on(tmp_path):
+    out = tmp_path / "demo"
+    code = "import sys; from tdpo.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "demo", "--out", str(out), *SMALL_DEMO, "--methods", "dpo", "--steps", "40"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        checkpoints = out / "dpo" / "checkpoints"
+        while running.poll() is None and not list(checkpoints.glob("checkpoint-*")):
+            time.sleep(0.02)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate()
+    assert running.returncode == 130, errors
+    assert "to go on from here" in errors
+    assert not (out / "dpo" / "model").exists()
+    before = {path.name for path in checkpoints.glob("checkpoint-*")}
+    assert before
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = [point["step"] for point in json.loads((out / "dpo" / "frontier.json").read_text())]
+    assert steps == list(range(0, 41, 2))
 
 
 def test_demo_help_documents_its_knobs():

@@ -8,20 +8,10 @@ import numpy as np
 import pytest
 import tdpo.reference
 import torch
-from model_families import make_model, make_tokenizer
+from model_families import make_model
 from tdpo import cache_reference, tokenize_preferences
 from tdpo.reference import ReferenceCache
-from trainer_cases import losses, make_preferences, make_trainer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def preferences():
-    return make_preferences()
+from trainer_cases import losses, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +38,21 @@ def test_training_from_the_cache_equals_a_live_reference(own, padding_free, tmp_
     assert curves[1] == pytest.approx(curves[0], rel=1e-5, abs=1e-7)
     for name in ("eval_loss", "eval_kl/chosen", "eval_rewards/margins"):
         assert evaluations[1][name] == pytest.approx(evaluations[0][name], rel=1e-4, abs=1e-6), name
+
+
+def test_every_evaluation_split_has_its_metrics(tmp_path, tokenizer, preferences):
+    splits = {"short": preferences.select(range(4)), "long": preferences.select(range(4, 12))}
+    found = []
+    for cached in (False, True):
+        trainer = make_trainer(
+            *(tmp_path / str(cached), tokenizer, preferences, make_model("llama", 0), make_model("llama", 1)),
+            **{"eval_dataset": splits, "precompute_reference": cached, "reference_dtype": "float32"},
+        )
+        found.append(trainer.evaluate())
+    for split in splits:
+        for name in (f"eval_{split}_loss", f"eval_{split}_kl/chosen"):
+            assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
+    assert found[0]["eval_short_loss"] != found[0]["eval_long_loss"]
 
 
 def test_bfloat16_storage_moves_the_kl_little(tmp_path, tokenizer, preferences):

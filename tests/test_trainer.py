@@ -1,24 +1,15 @@
 """The trainer on tiny models: the fused path against logits, resume, metrics, and bad input."""
 
+import copy
 import warnings
 
 import pytest
 import torch
-from model_families import FAMILIES, make_model, make_tokenizer
+from model_families import FAMILIES, make_model
 from tdpo import LanguageModelHead, TDPOConfig
-from trainer_cases import losses, make_preferences, make_trainer
+from trainer_cases import losses, make_trainer
 
 from tdpo_ext import reference
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def preferences():
-    return make_preferences()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,6 +44,19 @@ def test_logits_path_equals_the_oracle(tmp_path, tokenizer, preferences):
     )
     expected = trainer.args.objective()(*divergence.per_sequence().chunk(2)).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_of_the_policy_stands_alone(tmp_path, tokenizer, preferences):
+    trainer = make_trainer(tmp_path, tokenizer, preferences, make_model("llama", 0), make_model("llama", 1))
+    batch = next(iter(trainer.get_train_dataloader()))
+    other = copy.deepcopy(trainer.model)
+    before = trainer.model(preference=batch).loss
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    assert torch.equal(trainer.model(preference=batch).loss, before)
+    assert not torch.equal(other(preference=batch).loss, before)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert not torch.equal(other(input_ids=tokens).logits, trainer.model(input_ids=tokens).logits)
 
 
 class ScaledHead(torch.nn.Module):

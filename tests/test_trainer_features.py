@@ -6,19 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_families import make_model, make_tokenizer
+from model_families import make_model
 from peft import LoraConfig, PeftModel
-from trainer_cases import losses, make_preferences, make_trainer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def preferences():
-    return make_preferences()
+from trainer_cases import losses, make_trainer
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

@@ -31,14 +31,14 @@ def make_trainer(path, tokenizer, preferences, model=None, ref_model=None, train
         "max_prompt_length": 16,
         "save_strategy": "no",
     }
-    peft_config = options.pop("peft_config", None)
+    peft_config, evaluation = options.pop("peft_config", None), options.pop("eval_dataset", None)
     args = TDPOConfig(output_dir=str(path), **{**settings, **options})
     return trainer(
         model or make_model("gpt2"),
         ref_model,
         args,
         train_dataset=preferences,
-        eval_dataset=preferences.select(range(8)),
+        eval_dataset=preferences.select(range(8)) if evaluation is None else evaluation,
         processing_class=tokenizer,
         peft_config=peft_config,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -101,9 +102,12 @@ class PreferenceLoss:
 def install(model: nn.Module, loss: PreferenceLoss) -> None:
     """Lets `model(preference=batch)` return `loss(batch)`, whatever wraps the model later."""
     core = unwrapped(model)
-    plain = core.forward
+    core._plain_forward, core._preference_loss = core.forward, loss  # type: ignore[assignment]
+    # A bound method, so that a deep copy of the model forwards through itself.
+    core.forward = MethodType(_forward, core)
 
-    def forward(*args, preference: dict[str, Tensor] | None = None, **kwargs):
-        return plain(*args, **kwargs) if preference is None else loss(preference)
 
-    core.forward = forward
+def _forward(self, *args, preference: dict[str, Tensor] | None = None, **kwargs):
+    if preference is None:
+        return self._plain_forward(*args, **kwargs)
+    return self._preference_loss(preference)
