@@ -71,9 +71,11 @@ def test_import_with_another_torch(tmp_path):
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_kernels_of_lesser_processors(capability):
     """One build holds every instruction set: what this processor has beyond `capability` is not needed."""
-    tests = ["tests/test_divergence.py", "tests/test_ops.py", "-k", "not large_offsets and not compiles"]
+    tests = ["test_divergence.py", "test_ops.py", "-k", "not large_offsets and not compiles"]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=ROOT, env=environment)
+    done = run(
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=ROOT / "tests", env=environment
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -95,11 +97,11 @@ def test_the_wheel_alone_in_a_fresh_environment(tmp_path):
     home = tmp_path / "fresh"
     assert run(sys.executable, "-m", "venv", str(home)).returncode == 0
     python = str(home / "bin" / "python")
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
-    # torch and what it needs, without installing gigabytes once more; the fresh environment's own packages come first.
-    (site / "others.pth").write_text(str(Path(torch.__file__).parent.parent))
     wheel = next(tmp_path.glob("*.whl"))
     assert run(python, "-m", "pip", "install", "--no-deps", str(wheel)).returncode == 0
+    # torch and what it needs, without installing gigabytes once more; the fresh environment's own packages come first.
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    (site / "others.pth").write_text(str(Path(torch.__file__).parent.parent))
     done = run(python, "-c", CLEAN.format(home=str(home)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "grad True"
