@@ -22,11 +22,16 @@ ROOT = Path(__file__).resolve().parent
 
 
 def program(name: str) -> str:
-    """Path of a build program, from the PATH or from the Python package that brings it."""
+    """Path of a build program: from the Python package that brings it, or else from the PATH.
+
+    In this order, for what such a package puts on the PATH is a script that an isolated build can't run.
+    """
+    if find_spec(name) is not None:
+        module = __import__(name)
+        bundled = Path(getattr(module, f"{name.upper()}_BIN_DIR", None) or module.BIN_DIR) / name
+        if bundled.exists():
+            return str(bundled)
     found = shutil.which(name)
-    if found is None and find_spec(name) is not None:
-        bundled = Path(getattr(__import__(name), f"{name.upper()}_BIN_DIR", None) or __import__(name).BIN_DIR) / name
-        found = str(bundled) if bundled.exists() else None
     if found is None:
         raise SystemExit(f"tdpo_ext: {name} is needed to build; run `pip install {name}`")
     return found

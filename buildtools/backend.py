@@ -46,9 +46,15 @@ def _torch_in_reach() -> bool:
     return True
 
 
+def _runs(program: str) -> bool:
+    """Whether a program is on the PATH and works here: a script of the target environment does not, in isolation."""
+    found = shutil.which(program)
+    return found is not None and subprocess.run([found, "--version"], capture_output=True).returncode == 0
+
+
 def _requirements() -> list[str]:
     needed = ["setuptools>=77", "pybind11>=2.12", "ninja"]
-    if shutil.which("cmake") is None:
+    if not _runs("cmake"):
         needed.append("cmake>=3.18")
     if not _torch_in_reach():
         needed.append(os.environ.get("TDPO_BUILD_TORCH", "torch>=2.11"))

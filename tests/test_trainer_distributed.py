@@ -54,9 +54,9 @@ def run(out, processes, environment=None, **options):
     Path(out).mkdir(parents=True, exist_ok=True)
     script.write_text(RUN)
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(out), json.dumps(options)]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=out)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.split("RESULT")[1].splitlines()[0])
 
