@@ -45,7 +45,8 @@ def test_interrupted_demo_goes_on(tmp_path):
     out = tmp_path / "demo"
     code = "import sys; from tdpo.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "demo", "--out", str(out), *SMALL_DEMO, "--methods", "dpo", "--steps", "40"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    here = Path(__file__).parent
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here) as running:
         checkpoints = out / "dpo" / "checkpoints"
         while running.poll() is None and not list(checkpoints.glob("checkpoint-*")):
             time.sleep(0.02)
@@ -56,7 +57,7 @@ def test_interrupted_demo_goes_on(tmp_path):
     assert not (out / "dpo" / "model").exists()
     before = {path.name for path in checkpoints.glob("checkpoint-*")}
     assert before
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stderr
     steps = [point["step"] for point in json.loads((out / "dpo" / "frontier.json").read_text())]
     assert steps == list(range(0, 41, 2))
