@@ -69,6 +69,25 @@ def linear() -> str:
     return markdown(["", *header], rows)
 
 
+def where_time_goes() -> str:
+    """Shares of a logit-level step and of a fused one."""
+    first = load("bench_logits")["results"][0]
+    times = first["milliseconds"]
+    rest = times["tdpo_ext"] - times["forward"] - times["backward"]
+    rows = [
+        [
+            f"logits, {first['rows']} x {first['vocab']:,}, {first['dtype']}",
+            f"row states {times['forward']:.1f} ms, gradient {times['backward']:.1f} ms, torch and the rest {rest:.1f} ms",
+        ]
+    ]
+    for dtype, step in _steps().items():
+        total, products = step["tdpo_ext resident"]["seconds"], step["products"]["seconds"]
+        rows.append(
+            [f"hidden states, {dtype}", f"{total:.2f} s; the four products by torch.mm alone take {products:.2f} s"]
+        )
+    return markdown(["step", "where its time goes"], rows)
+
+
 def near_equality() -> str:
     """Errors near p = q."""
     found = load("bench_linear")["near_equality"]
