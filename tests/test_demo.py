@@ -43,7 +43,9 @@ def test_demo_runs_resumes_and_refuses_other_settings(tmp_path):
 @pytest.mark.slow
 def test_interrupted_demo_goes_on(tmp_path):
     out = tmp_path / "demo"
-    code = "import sys; from tdpo.cli import main; sys.exit(main())"
+    # A job in the background is started deaf to interrupts.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = listen + "import sys; from tdpo.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "demo", "--out", str(out), *SMALL_DEMO, "--methods", "dpo", "--steps", "40"]
     here = Path(__file__).parent
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here) as running:
