@@ -27,6 +27,11 @@ class Options:
     vocab_size: int
     shard: VocabShard | None = None
 
+    @property
+    def hidden_grad_shard(self) -> VocabShard | None:
+        """The shard over whose ranks dhidden is summed, if it is."""
+        return self.shard if self.shard is not None and self.shard.sum_hidden_grad else None
+
     def slice_from(self, first: int) -> tuple[int, int, int, float, float]:
         """The operators' last arguments for a slice that begins at the heads' row `first`."""
         return self.vocab_start + first, self.vocab_size, self.ignore_index, self.temperature, self.softcap

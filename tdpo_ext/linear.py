@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .divergence import TokenDivergence, check_options
 from .heads import Heads, Options
 from .losses import check_loss_options, tdpo_loss
-from .plan import Costs, default_budget, make_plan, streaming_plan
+from .plan import Costs, budget_or_default, make_plan, streaming_plan
 from .resident import resident_loss
 from .rows import Rows, packed_rows, padded_rows
 from .shard import VocabShard, local_parts
@@ -201,7 +201,7 @@ def _prepare(arguments: dict, find_rows: Callable[[Tensor], Rows]) -> _Call:
 
     def check() -> tuple[tuple[Heads, Rows, int, float], dict[str, int]]:
         cap = check_options(arguments["temperature"], arguments["softcap"])
-        budget = _budget(arguments["logits_budget"], device)
+        budget = budget_or_default(arguments["logits_budget"], device)
         local = dict(tensors)
         for name in over_vocabulary:
             if shard is not None and local[name] is not None:
@@ -239,12 +239,6 @@ def _pairs_of(labels: Tensor, flat: Tensor, ignore_index: int, cu_seqlens: Tenso
             f"labels hold {len(rows.lengths)} sequences; an even, positive number is needed: chosen, then rejected"
         )
     return rows
-
-
-def _budget(logits_budget: int | None, device: torch.device) -> int:
-    if logits_budget is not None and logits_budget <= 0:
-        raise ValueError(f"logits_budget is {logits_budget}; it must be a positive number of bytes, or None")
-    return default_budget(device) if logits_budget is None else logits_budget
 
 
 _found_good: weakref.WeakSet = weakref.WeakSet()

@@ -22,6 +22,17 @@ def default_budget(device: torch.device) -> int:
     return 512 << 20
 
 
+def budget_or_default(budget: int | None, device: torch.device) -> int:
+    """The caller's budget, once it is found good, or the default.
+
+    Raises:
+        ValueError: `budget` is given and not positive.
+    """
+    if budget is not None and budget <= 0:
+        raise ValueError(f"logits_budget is {budget}; it must be a positive number of bytes, or None")
+    return default_budget(device) if budget is None else budget
+
+
 @dataclass(frozen=True)
 class Plan:
     """What was chosen, and why.
@@ -107,10 +118,7 @@ def make_plan(lengths: Sequence[int], costs: Costs, budget: int | None, device: 
     Raises:
         ValueError: `budget` is given and not positive.
     """
-    if budget is None:
-        budget = default_budget(device)
-    if budget <= 0:
-        raise ValueError(f"logits_budget is {budget}; it must be a positive number of bytes, or None")
+    budget = budget_or_default(budget, device)
     rows = sum(lengths)
     longest = max(lengths, default=0)
     row_bytes = costs.vocab * costs.entry + costs.row

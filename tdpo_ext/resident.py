@@ -62,7 +62,7 @@ class _Gradients:
 
     def __init__(self, heads: Heads, wanted: list[bool], weight_sum: Tensor | None, shard: VocabShard | None):
         self.heads = heads
-        self.shard = shard if shard is not None and shard.sum_hidden_grad else None
+        self.shard = shard  # over whose ranks dhidden is summed
         self.wanted = any(wanted)
         hidden, weight = heads.hidden, heads.weight
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
@@ -116,7 +116,7 @@ def _run(objective, heads: Heads, rows: Rows, options: Options, plan: Plan, want
         needed.append((heads.weight.shape, dtype))
     z_buffer, r_buffer, *more = scratch(needed, heads.hidden.device)
     dz_buffer = more[0] if separate_dz else z_buffer
-    gradients = _Gradients(heads, wanted, more[1] if len(more) > 1 else None, options.shard)
+    gradients = _Gradients(heads, wanted, more[1] if len(more) > 1 else None, options.hidden_grad_shard)
     loss, sums = _run_chunks(objective, heads, rows, options, plan, (z_buffer, r_buffer, dz_buffer), gradients)
     return loss, sums, gradients.finish()
 

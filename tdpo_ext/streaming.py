@@ -122,7 +122,7 @@ def _gradients(heads: Heads, index, states, logp_grad, kl_grad, with_reference, 
     sum_size = (plan.columns if sums_slices else 0, weight.shape[1])
     needed = [(size, dtype), (size, dtype), (dz_size, weight.dtype), (sum_size, dtype)]
     z_buffer, r_buffer, dz_buffer, sum_buffer = scratch(needed, device)
-    shard = options.shard if wanted[0] and options.shard is not None and options.shard.sum_hidden_grad else None
+    shard = options.hidden_grad_shard if wanted[0] else None
     summed: list[Callable[[], object]] = []  # by blocks, each started as soon as this rank's share is whole
     slices = (_slices(heads.vocab, plan.columns) or [(0, 0)]) if any(wanted) else []
     try:

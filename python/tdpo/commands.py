@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from . import checkpoints
 from .config import TDPOConfig
-from .data import load_preferences, tokenize_preferences
+from .data import load_preferences, padding_token, tokenize_preferences
 from .options import DataOptions, ModelOptions, needed, parse_options
 from .reference import cache_reference
 from .trainer import TDPOTrainer
@@ -75,8 +75,7 @@ def cache(arguments: list[str]) -> None:
     needed(data, "dataset")
     tokenizer = AutoTokenizer.from_pretrained(models.model, trust_remote_code=models.trust_remote_code)
     model = models.load(models.ref_model or models.model).to(args.device)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    folder = Path(args.reference_cache or Path(args.output_dir, "reference-cache"))
+    folder = args.reference_folder
     splits = {"train": (data.dataset, data.split)}
     if data.eval_dataset is not None:
         splits["eval"] = (data.eval_dataset, data.eval_split)
@@ -84,5 +83,5 @@ def cache(arguments: list[str]) -> None:
         tokens = tokenize_preferences(
             load_preferences(source, split), tokenizer, args.max_length, args.max_prompt_length, args.overlong
         )
-        cache_reference(folder / name, model, tokens, pad, args.reference_dtype)
+        cache_reference(folder / name, model, tokens, padding_token(tokenizer), args.reference_dtype)
         print(f"cached {len(tokens)} rows in {folder / name}")

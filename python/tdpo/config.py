@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import TrainingArguments
 
@@ -69,6 +70,11 @@ class TDPOConfig(TrainingArguments):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         super().__post_init__()
+
+    @property
+    def reference_folder(self) -> Path:
+        """Where the reference's hidden states are kept, a folder a split."""
+        return Path(self.reference_cache or Path(self.output_dir or "", "reference-cache"))
 
     def objective(self):
         """The pairwise loss that these options name, as `tdpo_ext.linear_preference_loss` takes it."""

@@ -165,6 +165,11 @@ def tokenize_preferences(
     return encoded.remove_columns("dropped").add_column("position", list(range(len(encoded))))
 
 
+def padding_token(tokenizer) -> int:
+    """The id that pads batches: the tokenizer's, or its end token where it has none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 @dataclass
 class PreferenceCollator:
     """Batches of tokenized preferences: the chosen sequences first, then the rejected ones.

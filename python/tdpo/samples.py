@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -26,19 +27,16 @@ def show_samples(trainer, loader, prefix: str) -> None:
         return
     rows = loader.dataset.select(range(min(args.eval_samples, len(loader.dataset))))
     model = trainer.accelerator.unwrap_model(trainer.model)
-    writers = {"policy": (model, False)}
+    writers = {"policy": (model, contextlib.nullcontext)}
     if trainer.ref_model is not None:
-        writers["reference"] = (trainer.ref_model, False)
+        writers["reference"] = (trainer.ref_model, contextlib.nullcontext)
     elif hasattr(model, "disable_adapter") and not args.precompute_reference:
-        writers["reference"] = (model, True)
+        writers["reference"] = (model, model.disable_adapter)
     found = []
     for row in rows:
         sample = {"prompt": tokenizer.decode(row["prompt_ids"])}
-        for name, (writer, bare) in writers.items():
-            if bare:
-                with writer.disable_adapter():
-                    sample[name] = _continued(writer, row["prompt_ids"], tokenizer, args)
-            else:
+        for name, (writer, context) in writers.items():
+            with context():
                 sample[name] = _continued(writer, row["prompt_ids"], tokenizer, args)
         found.append(sample)
     folder = Path(args.output_dir, "samples")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import Trainer
 
 from . import checkpoints
 from .config import TDPOConfig
-from .data import PreferenceCollator, tokenize_preferences
+from .data import PreferenceCollator, padding_token, tokenize_preferences
 from .head import FrozenHead, LanguageModelHead
 from .loss import PreferenceLoss, install
 from .metrics import MetricMeans, preference_metrics
@@ -25,7 +24,6 @@ from .model_card import model_card
 from .reference import ReferenceCache, cache_reference
 from .samples import show_samples
 
-logger = logging.getLogger(__name__)
 Splits = dict[str, Dataset]
 
 
@@ -65,8 +63,7 @@ class TDPOTrainer(Trainer):
         args = TDPOConfig(output_dir="out") if args is None else args
         if processing_class is None:
             raise ValueError("processing_class is None; a tokenizer is needed")
-        pad = processing_class.pad_token_id
-        self._pad_token_id = processing_class.eos_token_id if pad is None else pad
+        self._pad_token_id = padding_token(processing_class)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -141,7 +138,7 @@ class TDPOTrainer(Trainer):
 
     def _cached_reference(self, model: nn.Module) -> FrozenHead:
         """Fills or opens the cache of every split; of the reference only the head is kept."""
-        folder = Path(self.args.reference_cache or Path(self.args.output_dir, "reference-cache"))
+        folder = self.args.reference_folder
         evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         splits = {"train": self.train_dataset, **{name: split for name, split in evals.items()}}
         without = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
