@@ -1,26 +1,27 @@
 """Exact, memory-efficient Token-level Direct Preference Optimization (TDPO, arXiv 2404.11999)."""
 
-from . import ops, reference
+from . import eager, ops
 from .divergence import TokenDivergence, shift_labels, token_divergence
+from .fused.plan import ChunkedPlan, StreamingPlan, make_plan
 from .info import build_info
 from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_divergence
 from .losses import dpo_loss, rewards, tdpo_loss
-from .ops import release_scratch
-from .plan import Plan, make_plan
-from .shard import VocabShard
+from .ops.memory import release_scratch
+from .vocab_parallel import VocabShard
 
 __all__ = [
+    "ChunkedPlan",
     "LinearTDPOLoss",
-    "Plan",
+    "StreamingPlan",
     "TokenDivergence",
     "VocabShard",
     "build_info",
     "dpo_loss",
+    "eager",
     "linear_preference_loss",
     "linear_token_divergence",
     "make_plan",
     "ops",
-    "reference",
     "release_scratch",
     "rewards",
     "shift_labels",

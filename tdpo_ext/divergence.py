@@ -1,42 +1,57 @@
-"""Per-token log-probabilities and full-vocabulary KL from logits."""
+"""Per-token log-probabilities and full-vocabulary KL from logits: the values, the operator and its autograd."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
-from . import ops
-from .shard import VocabShard, local_parts
+from .ops import operators
+from .ops.operators import RowOptions
+from .vocab_parallel import VocabShard, local_tensors, merged_row_states
+
+_UNKNOWN_SIZE = 1 << 62  # the size of a sharded vocabulary, until its ranks have exchanged their shards
 
 
 class TokenDivergence(NamedTuple):
     """Per-token quantities of a policy against a reference; gradient flows through `logps` and `kl` only.
 
-    All have the shape of the labels and are float32 (float64 for float64 inputs), in nats, and exactly 0 where the
-    label is `ignore_index`.
+    All have the shape of the labels and are float32 (float64 for float64 inputs), and exactly 0 where the label is
+    `ignore_index`. Logarithms are natural.
 
     Attributes:
         logps: log p(label), p being the policy.
         ref_logps: log q(label), q being the reference.
         kl: KL(q || p) over the whole vocabulary: forward KL, reference first (arXiv 2404.11999, eq. 12).
         entropy: entropy of p, a metric.
+        correct: 1 where the label is the policy's most likely token, else 0; sums count correct tokens.
+        tokens: 1 where the label counts, 0 where it is ignored; sums are lengths.
     """
 
+    # The order of TokenValues in csrc/row_state.h.
     logps: Tensor
     ref_logps: Tensor
     kl: Tensor
     entropy: Tensor
+    correct: Tensor
+    tokens: Tensor
 
     @property
     def logratio(self) -> Tensor:
         """log p(label) - log q(label), in nats."""
         return self.logps - self.ref_logps
 
+    @classmethod
+    def unstack(cls, values: Tensor) -> TokenDivergence:
+        """From all fields in one tensor, (fields, ...); metrics and the reference's values are detached."""
+        logps, ref_logps, kl, entropy, correct, tokens = values.unbind(0)
+        return cls(logps, ref_logps.detach(), kl, entropy.detach(), correct.detach(), tokens.detach())
+
     def per_sequence(self) -> TokenDivergence:
         """Sums over the last dimension: (B, T) -> (B,)."""
-        return TokenDivergence(*(value.sum(-1) for value in self))
+        return TokenDivergence._make(value.sum(-1) for value in self)
 
     def chunk(self, chunks: int) -> tuple[TokenDivergence, ...]:
         """Splits dimension 0; `chosen, rejected = d.chunk(2)`.
@@ -48,20 +63,19 @@ class TokenDivergence(NamedTuple):
             raise ValueError(
                 f"chunks is {chunks} but dimension 0 of shape {tuple(self.logps.shape)} doesn't divide by it"
             )
-        return tuple(TokenDivergence(*parts) for parts in zip(*(value.chunk(chunks) for value in self)))
+        return tuple(TokenDivergence._make(parts) for parts in zip(*(value.chunk(chunks) for value in self)))
 
     def detach(self) -> TokenDivergence:
         """The same values without a graph."""
-        return TokenDivergence(*(value.detach() for value in self))
+        return TokenDivergence._make(value.detach() for value in self)
 
 
-def check_options(temperature: float, softcap: float | None) -> float:
-    """The softcap as the operators want it (0 for none), once both options are found good."""
+def check_options(temperature: float, softcap: float | None) -> None:
+    """Raises ValueError naming the option that is out of range."""
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None")
-    return 0.0 if softcap is None else float(softcap)
 
 
 def token_divergence(
@@ -97,27 +111,34 @@ def token_divergence(
 
     Source: arXiv 2404.11999, sections 3 and 4; the arithmetic is in docs/math.md.
     """
-    cap = check_options(temperature, softcap)
+    check_options(temperature, softcap)
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         raise ValueError("logits must be a tensor of shape (..., vocabulary)")
     for name, tensor in (("ref_logits", ref_logits), ("labels", labels)):
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
-    parts = {"logits": logits, "ref_logits": ref_logits, "labels": labels}
-    parts, found = local_parts(("logits", "ref_logits"), parts, dim=-1)
-    shard = shard or found
-    where: tuple[int, int, str] = (0, parts["logits"].shape[-1], "")
-    if shard is None and where[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}: the vocabulary is empty")
+    local, dtensor_shard = local_tensors({"logits": logits, "ref_logits": ref_logits}, {"labels": labels}, vocab_dim=-1)
+    shard = shard or dtensor_shard
+    logits, ref_logits, labels = local["logits"], local["ref_logits"], local["labels"]
+    vocab_start, vocab_size, group_name = 0, logits.shape[-1], ""
     if shard is not None:
-        for name in ("logits", "ref_logits"):
-            parts[name] = shard.narrow(name, parts[name], -1)
-        where = (shard.start, ops.UNKNOWN_SIZE, shard.group.group_name)
-    start, size, group_name = where
-    logps, ref_logps, kl, entropy, _ = ops.token_divergence(
-        *parts.values(), start, size, ignore_index, float(temperature), cap, group_name
+        logits = shard.narrow("logits", logits, -1)
+        ref_logits = shard.narrow("ref_logits", ref_logits, -1)
+        vocab_start, vocab_size, group_name = shard.start, _UNKNOWN_SIZE, shard.group.group_name
+    elif vocab_size == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: the vocabulary is empty")
+    values, _states = torch.ops.tdpo_ext.token_divergence(
+        logits,
+        ref_logits,
+        labels,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        temperature=float(temperature),
+        softcap=0.0 if softcap is None else float(softcap),
+        group_name=group_name,
     )
-    return TokenDivergence(logps, ref_logps.detach(), kl, entropy.detach())
+    return TokenDivergence.unstack(values)
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -133,3 +154,74 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     shifted = torch.full_like(labels, ignore_index)
     shifted[..., :-1] = labels[..., 1:]
     return shifted
+
+
+# ---- the operator tdpo_ext::token_divergence: values (fields, ...) and the row states that backward needs ----
+
+
+@torch.library.register_fake("tdpo_ext::token_divergence")
+def _(logits, ref_logits, labels, **_options):
+    dtype = operators.state_dtype(logits.dtype)
+    values = logits.new_empty((operators.TOKEN_VALUES, *labels.shape), dtype=dtype)
+    return values, logits.new_empty((*labels.shape, operators.STATE_SIZE), dtype=dtype)
+
+
+def _token_divergence(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    *,
+    vocab_start: int,
+    vocab_size: int,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = operators.state_dtype(logits.dtype)
+    shard = None
+    if group_name:
+        group = dist._resolve_process_group(group_name)
+        shard = VocabShard(vocab_start, vocab_start + logits.shape[-1], group)
+        facts = {"rows": labels.numel(), "bytes": dtype.itemsize}
+        _, ranks = shard.agree(labels.device, lambda: (None, facts))
+        ranks.check_same("rows", "labels")
+        ranks.check_same("bytes", "logits")
+        vocab_size = ranks.vocab_size
+    options = RowOptions(vocab_start, vocab_size, ignore_index, temperature, softcap)
+    states = merged_row_states(
+        shard, lambda: operators.row_states(logits, ref_logits, labels, options), labels.shape, dtype, labels.device
+    )
+    values = operators.finalize_row_states(states, labels, ignore_index=ignore_index, temperature=temperature)
+    return values, states
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("tdpo_ext::token_divergence", _device, _token_divergence)
+
+
+def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
+    logits, ref_logits, labels = inputs
+    _values, states = output
+    ctx.save_for_backward(logits, ref_logits, labels, states)
+    ctx.options = RowOptions(**{name: value for name, value in keyword_only_inputs.items() if name != "group_name"})
+
+
+def _token_divergence_backward(ctx, values_grad: Tensor, _states_grad) -> tuple[Tensor, None, None]:
+    logits, ref_logits, labels, states = ctx.saved_tensors
+    upstream = TokenDivergence._make(values_grad.to(states.dtype))
+    gradient = operators.logit_gradient(
+        logits,
+        ref_logits,
+        labels,
+        states,
+        logps_grad=upstream.logps,
+        kl_grad=upstream.kl,
+        options=ctx.options,
+    )
+    return gradient, None, None
+
+
+torch.library.register_autograd(
+    "tdpo_ext::token_divergence", _token_divergence_backward, setup_context=_save_for_backward
+)

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from . import ops
+from .ops import operators
 
 
 def build_info() -> dict[str, str]:
@@ -14,7 +14,7 @@ def build_info() -> dict[str, str]:
     ATEN_CPU_CAPABILITY) and cuda_archs (of the CUDA kernels; empty where there are none).
     """
     return {
-        **ops.compiled.build_info(),
+        **operators.compiled.build_info(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .divergence import TokenDivergence, check_options
-from .heads import Heads, Options
-from .losses import check_loss_options, tdpo_loss
-from .plan import Costs, budget_or_default, make_plan, streaming_plan
-from .resident import resident_loss
-from .rows import Rows, packed_rows, padded_rows
-from .shard import VocabShard, local_parts
-from .streaming import streamed_divergence
-
-Objective = Callable[[TokenDivergence, TokenDivergence], Tensor]
+from .fused.chunked import chunked_loss
+from .fused.inputs import FusedOptions, LMHead, prepare
+from .fused.plan import ChunkedPlan, make_plan, streaming_plan
+from .fused.rows import OneSequence, PackedPairs, PaddedPairs
+from .fused.streaming import streamed_divergence
+from .losses import Objective, check_objective, check_tdpo_options, tdpo_loss
+from .vocab_parallel import VocabShard
 
 
 @torch.compiler.disable
@@ -49,7 +43,7 @@ def linear_token_divergence(
         hidden, weight, bias: the policy's hidden states and LM head, of one dtype.
         ref_hidden, ref_weight, ref_bias: the reference's, whose width may differ.
         labels: int64, aligned with `hidden` (see `shift_labels`).
-        logits_budget: bytes that temporaries may take (default: by device, see `plan.default_budget`). It changes
+        logits_budget: bytes that temporaries may take (default: by device, see `fused.plan.default_budget`). It changes
             memory and time, never results beyond rounding.
         ignore_index, temperature, softcap: as in `token_divergence`.
         shard: the rows of both heads that this rank holds, where the vocabulary is sharded over a process group. All
@@ -61,11 +55,23 @@ def linear_token_divergence(
         ValueError, TypeError, IndexError: as `token_divergence`; the message names the argument.
         RuntimeError: another rank of the shard's group failed; the message is that rank's.
     """
-    call = _prepare(locals(), lambda labels: padded_rows(labels, ignore_index, sequences=1))
-    why = "per-token values are differentiable"
-    plan = streaming_plan(len(call.rows.index), call.costs, call.budget, why)
-    *values, _correct = streamed_divergence(call.heads, call.rows, call.options, plan)
-    return TokenDivergence(*(value.view(labels.shape) for value in values))
+    call = prepare(
+        policy=LMHead(hidden, weight, bias),
+        reference=LMHead(ref_hidden, ref_weight, ref_bias),
+        labels=labels,
+        sequences=OneSequence(),
+        options=FusedOptions(
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            logits_budget=logits_budget,
+            shard=shard,
+        ),
+    )
+    index = call.rows.index
+    plan = streaming_plan(len(index), call.sizes, call.budget, "per-token values are differentiable")
+    values = streamed_divergence(call.inputs, index, plan)
+    return TokenDivergence.unstack(values.view(-1, *labels.shape))
 
 
 @torch.compiler.disable
@@ -85,21 +91,18 @@ def linear_preference_loss(
     softcap: float | None = None,
     logits_budget: int | None = None,
     shard: VocabShard | None = None,
-    metrics: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
     """Mean pairwise preference loss of B pairs from hidden states, with a memory budget instead of logits.
 
     The first B sequences are the chosen responses, the last B the rejected ones. Prompt, padding and ignored rows never
     reach the head. The planner works on whole pairs at a time where their logits fit the budget: gradients are then
     formed in the forward pass and nothing is recomputed (4 matrix products, 3 with a frozen head). A longer pair is
-    streamed over slices of the vocabulary. See docs/math.md.
+    streamed over slices of the vocabulary. docs/math.md describes both plans.
 
     Args:
         objective: `objective(chosen, rejected) -> (pairs,)` on per-sequence sums, such as
             `functools.partial(tdpo_loss, beta=0.1)`. It sees any number of pairs at a time and must treat each alone.
         cu_seqlens: for packed rows, int32 or int64 offsets of the 2B sequences (flash-attention's convention).
-        metrics: if given, "correct" is put into it: how many tokens of each sequence have the policy's highest
-            probability, (2B,).
         others: as in `linear_token_divergence`.
 
     Returns:
@@ -109,21 +112,27 @@ def linear_preference_loss(
     Raises:
         ValueError, TypeError, IndexError: a bad argument, named in the message; an objective that couples pairs.
     """
-    _check_objective(objective, hidden.device)
-    call = _prepare(locals(), lambda flat: _pairs_of(labels, flat, ignore_index, cu_seqlens))
-    heads, rows, options = call.heads, call.rows, call.options
-    plan = make_plan(rows.pair_lengths, call.costs, call.budget, hidden.device)
-    if plan.kind == "resident":
-        loss, *sums, correct = resident_loss(objective, heads, rows, options, plan)
-        chosen, rejected = TokenDivergence(*sums).chunk(2)
-    else:
-        values = streamed_divergence(heads, rows, options, plan)
-        *sums, correct = (rows.sequence_sums(value[rows.index]) for value in values)
-        chosen, rejected = TokenDivergence(*sums).chunk(2)
-        loss = objective(chosen, rejected).mean()
-    if metrics is not None:
-        metrics["correct"] = correct.detach()
-    return loss, chosen.detach(), rejected.detach()
+    check_objective(objective, hidden.device)
+    call = prepare(
+        policy=LMHead(hidden, weight, bias),
+        reference=LMHead(ref_hidden, ref_weight, ref_bias),
+        labels=labels,
+        sequences=PaddedPairs() if cu_seqlens is None else PackedPairs(cu_seqlens),
+        options=FusedOptions(
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            logits_budget=logits_budget,
+            shard=shard,
+        ),
+    )
+    inputs, rows = call.inputs, call.rows
+    plan = make_plan(rows.pair_lengths, call.sizes, call.budget)
+    if isinstance(plan, ChunkedPlan):
+        return chunked_loss(objective, inputs, rows, plan)
+    values = streamed_divergence(inputs, rows.index, plan)
+    chosen, rejected = TokenDivergence.unstack(rows.segments.sum(values[:, rows.index])).chunk(2)
+    return objective(chosen, rejected).mean(), chosen.detach(), rejected.detach()
 
 
 class LinearTDPOLoss(nn.Module):
@@ -150,20 +159,24 @@ class LinearTDPOLoss(nn.Module):
         softcap: float | None = None,
     ) -> None:
         super().__init__()
-        check_loss_options(beta, alpha, variant)
+        check_tdpo_options(beta, alpha, variant)
         check_options(temperature, softcap)
         self.objective = functools.partial(tdpo_loss, beta=beta, alpha=alpha, variant=variant)
-        self.options = {
-            "logits_budget": logits_budget,
-            "shard": shard,
-            "ignore_index": ignore_index,
-            "temperature": temperature,
-            "softcap": softcap,
-        }
+        self.logits_budget, self.shard = logits_budget, shard
+        self.ignore_index, self.temperature, self.softcap = ignore_index, temperature, softcap
 
     def forward(
-        self, hidden, weight, ref_hidden, ref_weight, labels, *, bias=None, ref_bias=None, cu_seqlens=None, metrics=None
-    ):
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
         """As `linear_preference_loss`: (loss, chosen, rejected)."""
         return linear_preference_loss(
             self.objective,
@@ -172,96 +185,12 @@ class LinearTDPOLoss(nn.Module):
             ref_hidden,
             ref_weight,
             labels,
+            cu_seqlens=cu_seqlens,
             bias=bias,
             ref_bias=ref_bias,
-            cu_seqlens=cu_seqlens,
-            metrics=metrics,
-            **self.options,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature,
+            softcap=self.softcap,
+            logits_budget=self.logits_budget,
+            shard=self.shard,
         )
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A public call, checked: flat heads, the rows that reach them, and what the planner wants to know."""
-
-    heads: Heads
-    rows: Rows
-    options: Options
-    costs: Costs
-    budget: int
-
-
-def _prepare(arguments: dict, find_rows: Callable[[Tensor], Rows]) -> _Call:
-    """`arguments` are those of the public function; `find_rows` tells the rows from flat labels."""
-    names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "labels")
-    over_vocabulary = ("weight", "bias", "ref_weight", "ref_bias")
-    tensors, shard = local_parts(over_vocabulary, {name: arguments[name] for name in names}, dim=0)
-    shard = arguments["shard"] or shard
-    device = tensors["hidden"].device
-
-    def check() -> tuple[tuple[Heads, Rows, int, float], dict[str, int]]:
-        cap = check_options(arguments["temperature"], arguments["softcap"])
-        budget = budget_or_default(arguments["logits_budget"], device)
-        local = dict(tensors)
-        for name in over_vocabulary:
-            if shard is not None and local[name] is not None:
-                local[name] = shard.narrow(name, local[name], 0)
-        heads = Heads(**local).autocast().check()
-        if shard is None and heads.vocab == 0:
-            raise ValueError("weight has no rows: the vocabulary is empty")
-        flat = heads.flat()
-        rows = find_rows(flat.labels)
-        facts = {"rows": len(rows.index), "vocab": heads.vocab, "budget": budget, "bytes": heads.weight.dtype.itemsize}
-        return (flat, rows, budget, cap), facts
-
-    if shard is None:
-        (heads, rows, budget, cap), _ = check()
-        widest = vocab_size = heads.vocab
-    else:
-        (heads, rows, budget, cap), found = shard.agree(device, check)
-        shard.check_same(found, {"rows": "labels", "bytes": "weight"})
-        # One plan for all ranks: that of the widest shard and the smallest budget.
-        widest, budget, vocab_size = max(found["vocab"]), min(found["budget"]), found["vocab_size"][0]
-    start = 0 if shard is None else shard.start
-    options = Options(arguments["ignore_index"], float(arguments["temperature"]), cap, start, vocab_size, shard)
-    return _Call(heads, rows, options, heads.costs(widest), budget)
-
-
-def _pairs_of(labels: Tensor, flat: Tensor, ignore_index: int, cu_seqlens: Tensor | None) -> Rows:
-    if cu_seqlens is not None:
-        rows = packed_rows(flat, ignore_index, cu_seqlens)
-    elif labels.dim() == 2:
-        rows = padded_rows(flat, ignore_index, sequences=labels.shape[0])
-    else:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; (2B, T) is needed, or cu_seqlens with (N,)")
-    if rows.pairs == 0 or len(rows.lengths) % 2:
-        raise ValueError(
-            f"labels hold {len(rows.lengths)} sequences; an even, positive number is needed: chosen, then rejected"
-        )
-    return rows
-
-
-_found_good: weakref.WeakSet = weakref.WeakSet()
-
-
-def _check_objective(objective: Objective, device: torch.device) -> None:
-    """Tries the objective, once, on two made-up pairs: its losses must be two, and each its own pair's alone."""
-    with contextlib.suppress(TypeError):  # what can't be hashed or weakly referenced is tried at every call
-        if objective in _found_good:
-            return
-    with torch.enable_grad():
-        made_up = torch.tensor([[-9.0, -7.0], [-8.0, -6.5], [0.3, 0.5], [2.0, 1.5]], device=device)
-        sides = [TokenDivergence(*(made_up * scale).unbind()).detach() for scale in (1.0, 1.3)]
-        leaves = [value.requires_grad_() for side in sides for value in (side.logps, side.kl)]
-        losses = objective(*sides)
-        if not isinstance(losses, Tensor) or losses.shape != (2,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"objective returned {got} for 2 pairs; a loss per pair, shape (2,), is needed")
-        for pair, other in ((0, 1), (1, 0)):
-            if not losses.requires_grad:
-                break
-            grads = torch.autograd.grad(losses[pair], leaves, retain_graph=True, allow_unused=True)
-            if any(grad is not None and grad[other] != 0 for grad in grads):
-                raise ValueError("objective couples pairs: the loss of one pair depends on another pair's values")
-    with contextlib.suppress(TypeError):
-        _found_good.add(objective)

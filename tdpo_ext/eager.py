@@ -1,7 +1,7 @@
 """The oracle: TDPO in plain torch, straight from the paper, with every (tokens, vocabulary) tensor materialised.
 
 Slow and large on purpose. Pass float64 tensors for a ground truth. `tdpo_ext` is tested against these functions, and
-they are the "eager" side of the benchmarks.
+they are the "eager" peer of the benchmarks.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ def token_divergence(
     index = torch.where(kept, labels, 0)[..., None]
 
     p, q = log_p.exp(), log_q.exp()
-    kl = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
-    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
-    values = (log_p.gather(-1, index)[..., 0], log_q.gather(-1, index)[..., 0], kl, entropy.detach())
-    return TokenDivergence(*(torch.where(kept, value, 0.0) for value in values))
+    divergence = TokenDivergence(
+        logps=log_p.gather(-1, index)[..., 0],
+        ref_logps=log_q.gather(-1, index)[..., 0],
+        kl=torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1),
+        entropy=-torch.where(p > 0, p * log_p, 0.0).sum(-1).detach(),
+        correct=(log_p.gather(-1, index)[..., 0] == log_p.amax(-1)).to(log_p.dtype),
+        tokens=kept.to(log_p.dtype),
+    )
+    return TokenDivergence._make(torch.where(kept, value, 0.0) for value in divergence)
 
 
 def linear_token_divergence(

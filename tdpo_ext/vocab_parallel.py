@@ -1,9 +1,8 @@
 """A vocabulary sharded over the ranks of a process group, and every collective of the library.
 
-Kernels are local. Ranks exchange three things: a short header that says whether all are ready and what they agree on,
-the row states of a chunk (`STATE_SIZE` numbers a row and rank, whatever the vocabulary), and the sum of dhidden. Each
-carries a flag, so that a rank that fails takes the others with it, message and all, where they would otherwise wait for
-it forever.
+Kernels are local. Ranks exchange three things: a short header with what they must agree on and whether each is ready,
+the row states of a chunk (`STATE_SIZE` numbers per row and rank, whatever the vocabulary), and the sum of dhidden. Each
+carries a failure flag: when one rank fails, all raise its message instead of waiting for it forever.
 """
 
 from __future__ import annotations
@@ -11,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .ops import operators
 
 Result = TypeVar("Result")
 _HEADER = 12  # numbers in a header
@@ -25,9 +26,9 @@ _HEADER = 12  # numbers in a header
 class VocabShard:
     """The rows start to stop of both LM heads (or columns of both logits) that this rank holds.
 
-    The shards of a group's ranks tile the vocabulary, in any order and of any sizes, empty ones included. Labels are
+    The shards of a group's ranks tile the vocabulary, in any order and of any sizes, including empty ones. Labels are
     global token ids and, like hidden states, the same on every rank. A weight (or logits) with more rows than the shard
-    is taken to be padded at the end: what is beyond the shard takes no part and gets a zero gradient.
+    counts as padded at the end: the padding takes no part and gets a zero gradient.
 
     Args:
         start, stop: the shard's first token id and the one after its last.
@@ -98,10 +99,8 @@ class VocabShard:
 
     def agree(
         self, device: torch.device, prepare: Callable[[], tuple[Result, dict[str, int]]]
-    ) -> tuple[Result, dict[str, list[int]]]:
-        """Runs `prepare() -> (result, facts)` on every rank; returns this rank's result and all ranks' facts.
-
-        The facts named "vocab_size" are added: the whole vocabulary's size.
+    ) -> tuple[Result, RankFacts]:
+        """Runs `prepare() -> (result, facts)` on every rank; returns this rank's result and the facts of all ranks.
 
         Raises:
             RuntimeError: another rank failed; the message is that rank's. (The rank that failed raises its own error.)
@@ -116,48 +115,38 @@ class VocabShard:
         header = torch.zeros(_HEADER, dtype=torch.int64)
         header[:3] = torch.tensor([failure is None, self.start, self.stop])
         header[3 : 3 + len(facts)] = torch.tensor(list(facts.values()), dtype=torch.int64)
-        rows = self._gather(header.to(device)).tolist()
-        if not all(row[0] for row in rows):
-            self._fail(failure)
-        last = 0
-        for start, stop in sorted((row[1], row[2]) for row in rows if row[2] > row[1]):
-            if start != last:
-                bounds = ", ".join(f"{row[1]} to {row[2]}" for row in rows)
-                raise ValueError(f"the shards don't tile a vocabulary: {bounds}")
-            last = stop
-        found = {name: [row[3 + index] for row in rows] for index, name in enumerate(facts)}
-        return result, {**found, "vocab_size": [last] * len(rows)}  # type: ignore[return-value]
+        headers = self._gather(header.to(device)).tolist()
+        if not all(succeeded for succeeded, *_ in headers):
+            self._raise(failure)
+        vocab_size = _tiled_size([(start, stop) for _, start, stop, *_ in headers])
+        by_rank = {name: [row[3 + index] for row in headers] for index, name in enumerate(facts)}
+        return result, RankFacts(vocab_size, by_rank)  # type: ignore[return-value]
 
-    @staticmethod
-    def check_same(facts: dict[str, list[int]], arguments: dict[str, str]) -> None:
-        """Raises ValueError, on every rank, where ranks differ in a fact; `arguments` says whose fact it is."""
-        for fact, argument in arguments.items():
-            if len(set(facts[fact])) > 1:
-                raise ValueError(f"{argument} differs between the vocabulary's ranks: {fact} {facts[fact]}")
-
-    def gather(self, local: Callable[[Tensor], None], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def gather(self, local: Callable[[Tensor], object], shape: tuple[int, ...], like: Tensor) -> Tensor:
         """What `local` writes on each rank into a tensor of `shape`, stacked in rank order: (ranks, *shape)."""
-        payload, failure = self._guarded(local, shape, like)
+        payload, failure = self._run_local(local, shape, like)
         gathered = self._gather(payload)
         if gathered[:, -1].any():
-            self._fail(failure)
+            self._raise(failure)
         return gathered[:, :-1].reshape(-1, *shape)
 
-    def sum(self, local: Callable[[Tensor], None], shape: tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
-        """Starts to sum what `local` writes on each rank into a tensor of `shape`; what is returned waits for it."""
-        payload, failure = self._guarded(local, shape, like)
+    def sum(self, local: Callable[[Tensor], object], shape: tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
+        """Starts summing what `local` writes on each rank into a tensor of `shape`; the returned function waits."""
+        payload, failure = self._run_local(local, shape, like)
         work = dist.all_reduce(payload, group=self.group, async_op=True)
 
-        def finish() -> Tensor:
+        def wait() -> Tensor:
             work.wait()
             if payload[-1] != 0:
-                self._fail(failure)
+                self._raise(failure)
             return payload[:-1].view(shape)
 
-        return finish
+        return wait
 
-    def _guarded(self, local, shape, like) -> tuple[Tensor, Exception | None]:
-        """What `local` writes, flat, and behind it a number that is 1 where it failed instead."""
+    def _run_local(
+        self, local: Callable[[Tensor], object], shape: tuple[int, ...], like: Tensor
+    ) -> tuple[Tensor, Exception | None]:
+        """What `local` writes, flat, followed by a flag that is 1 where it raised instead."""
         payload = like.new_zeros(prod(shape) + 1)
         try:
             local(payload[:-1].view(shape))
@@ -171,42 +160,89 @@ class VocabShard:
         dist.all_gather(list(gathered.unbind()), payload, group=self.group)
         return gathered
 
-    def _fail(self, failure: Exception | None) -> None:
-        """Raises this rank's own failure or, where others failed, theirs."""
+    def _raise(self, failure: Exception | None) -> NoReturn:
+        """Raises this rank's own failure or, where only others failed, theirs."""
         messages: list[str | None] = [None] * dist.get_world_size(self.group)
-        mine = None if failure is None else f"{type(failure).__name__}: {failure}"
-        dist.all_gather_object(messages, mine, group=self.group)
+        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+        dist.all_gather_object(messages, message, group=self.group)
         if failure is not None:
             raise failure
         failed = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None)
         raise RuntimeError(f"tdpo_ext: failed on another rank of the vocabulary's group: {failed}")
 
 
-def _part(total: int, parts: int, index: int) -> tuple[int, int]:
-    size = -(-total // parts)
-    return min(total, index * size), min(total, (index + 1) * size)
+@dataclass(frozen=True)
+class RankFacts:
+    """What the ranks of a group reported to each other.
+
+    Attributes:
+        vocab_size: entries of the whole vocabulary.
+        by_rank: numbers by name, one for each rank.
+    """
+
+    vocab_size: int
+    by_rank: dict[str, list[int]]
+
+    def check_same(self, fact: str, argument: str) -> None:
+        """Raises ValueError, on every rank, where ranks differ in `fact`, which follows from `argument`."""
+        if len(set(self.by_rank[fact])) > 1:
+            raise ValueError(f"{argument} differs between the vocabulary's ranks: {fact} {self.by_rank[fact]}")
 
 
-def local_parts(names: tuple[str, ...], tensors: dict[str, Any], dim: int) -> tuple[dict[str, Any], VocabShard | None]:
-    """Where `tensors[names[0]]` is a DTensor sharded over the vocabulary: the local parts, and its shard.
+def merged_row_states(
+    shard: VocabShard | None,
+    local: Callable[[], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:  # (*shape, STATE_SIZE)
+    """The states of rows of `shape` that `local` computes over this rank's slice, merged with the other ranks'."""
+    if shard is None:
+        return local()
+    like = torch.empty(0, dtype=dtype, device=device)
+    states = shard.gather(lambda out: out.copy_(local()), (*shape, operators.STATE_SIZE), like)
+    return operators.merge_row_states(states)
 
-    The tensors in `names` are sharded along `dim` alike (or are None); all others are replicated. Gradients go back to
-    the DTensors. Plain tensors are returned as they are, with None.
+
+def local_tensors(
+    sharded: dict[str, Any], replicated: dict[str, Any], vocab_dim: int
+) -> tuple[dict[str, Any], VocabShard | None]:
+    """The local parts of all tensors by name and, where the `sharded` are DTensors, the shard that they are.
+
+    The `sharded` are split along `vocab_dim` alike, or are None; the `replicated` are the same on every rank. Gradients
+    flow back to the DTensors. Plain tensors are returned as they are, with None.
 
     Raises:
-        ValueError: one of `names` is not a DTensor, or sharded otherwise; the message names it.
+        ValueError: one of the `sharded` is a plain tensor beside DTensors, or sharded otherwise; the message names it.
     """
-    if not hasattr(tensors[names[0]], "placements"):
-        return tensors, None
-    shard = VocabShard.from_dtensor(tensors[names[0]], dim)
-    local = dict(tensors)
-    for name, tensor in tensors.items():
-        if name in names and tensor is not None:
-            if not hasattr(tensor, "placements"):
-                raise ValueError(f"{name} is a plain tensor but {names[0]} is a DTensor; both must be sharded alike")
-            other = VocabShard.from_dtensor(tensor, dim)
-            if (other.start, other.stop, other.group) != (shard.start, shard.stop, shard.group):
-                raise ValueError(f"{name} is sharded otherwise than {names[0]}")
-        if hasattr(tensor, "placements"):
-            local[name] = tensor.to_local()
-    return local, shard
+    first_name, first = next(iter(sharded.items()))
+    if not hasattr(first, "placements"):
+        return {**sharded, **replicated}, None
+    shard = VocabShard.from_dtensor(first, vocab_dim)
+    for name, tensor in sharded.items():
+        if tensor is None:
+            continue
+        if not hasattr(tensor, "placements"):
+            raise ValueError(f"{name} is a plain tensor but {first_name} is a DTensor; both must be sharded alike")
+        other = VocabShard.from_dtensor(tensor, vocab_dim)
+        if (other.start, other.stop, other.group) != (shard.start, shard.stop, shard.group):
+            raise ValueError(f"{name} is sharded otherwise than {first_name}")
+    tensors = {**sharded, **replicated}
+    return {name: t.to_local() if hasattr(t, "placements") else t for name, t in tensors.items()}, shard
+
+
+def _tiled_size(bounds: list[tuple[int, int]]) -> int:
+    """Entries of the vocabulary that shards with these bounds cover, each once."""
+    covered = 0
+    for start, stop in sorted((start, stop) for start, stop in bounds if stop > start):
+        if start != covered:
+            shards = ", ".join(f"{start} to {stop}" for start, stop in bounds)
+            raise ValueError(f"the shards don't tile a vocabulary: {shards}")
+        covered = stop
+    return covered
+
+
+def _part(total: int, parts: int, index: int) -> tuple[int, int]:
+    """Bounds of part `index` of `total` entries, as torch.chunk cuts them."""
+    size = -(-total // parts)
+    return min(total, index * size), min(total, (index + 1) * size)

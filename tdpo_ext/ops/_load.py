@@ -1,4 +1,4 @@
-"""Loads the compiled module, or says in one sentence why it can't be."""
+"""Loads the compiled module, or says in one sentence why it can't."""
 
 import importlib
 
@@ -16,7 +16,7 @@ def load():
         ImportError: it was never built, or it was built for another torch release than the one imported.
     """
     try:
-        from . import _built_with
+        from .. import _built_with
     except ImportError:
         raise ImportError(
             "tdpo_ext is not built here: its compiled module is missing; run `pip install .` in the source tree "

@@ -1,0 +1,48 @@
+"""Scratch memory: tensors as large as logits, weights and their gradients, whose CPU memory is used again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.tdpo_ext
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`; on the CPU, blocks of 8 MiB and more come from those that earlier tensors have let go of."""
+    if device.type == "cpu":
+        return _ops.scratch_empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def release_scratch() -> None:
+    """Frees the CPU memory of earlier logits and gradients that is kept for the next call (1 GiB at most)."""
+    _ops.release_scratch()
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Shape and dtype of a tensor that is yet to be allocated."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, rounded up to the alignment."""
+        return -(-prod(self.shape) * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def allocate(device: torch.device, buffers: dict[str, Buffer | None]) -> dict[str, Tensor]:
+    """Uninitialised tensors by name, all in one block so that the next call finds it again; None is left out."""
+    needed = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+    block = empty((sum(buffer.nbytes for buffer in needed.values()),), torch.uint8, device)
+    pieces = block.split([buffer.nbytes for buffer in needed.values()])
+    return {
+        name: piece[: prod(buffer.shape) * buffer.dtype.itemsize].view(buffer.dtype).view(buffer.shape)
+        for (name, buffer), piece in zip(needed.items(), pieces)
+    }

@@ -1,0 +1,207 @@
+"""One typed wrapper for each operator of csrc/ops.cpp, and its fake kernel (shapes and dtypes without data).
+
+The differentiable operator `token_divergence` is in `tdpo_ext.divergence`, beside its autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import memory
+from ._load import load
+
+compiled = load()
+_ops = torch.ops.tdpo_ext
+
+STATE_SIZE = 9  # numbers in a row state, csrc/row_state.h
+TOKEN_VALUES = 6  # fields of TokenValues there, and of TokenDivergence here
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows of logits are read.
+
+    Attributes:
+        vocab_start: token id of the first column.
+        vocab_size: entries of the whole vocabulary; labels are in [0, vocab_size).
+        ignore_index: label of rows that contribute nothing.
+        temperature: logits are divided by it.
+        softcap: logits become softcap * tanh(logits / softcap) first; 0 for none.
+    """
+
+    vocab_start: int
+    vocab_size: int
+    ignore_index: int = -100
+    temperature: float = 1.0
+    softcap: float = 0.0
+
+    def from_column(self, first: int) -> RowOptions:
+        """The same for a slice of the columns that begins at `first`."""
+        return replace(self, vocab_start=self.vocab_start + first)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Values and states are float64 for float64 logits, float32 otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_states(
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    options: RowOptions,
+) -> Tensor:  # (..., STATE_SIZE)
+    """States of rows over one slice of the vocabulary."""
+    return _ops.row_states(
+        logits,
+        ref_logits,
+        labels,
+        vocab_start=options.vocab_start,
+        vocab_size=options.vocab_size,
+        ignore_index=options.ignore_index,
+        temperature=options.temperature,
+        softcap=options.softcap,
+    )
+
+
+def merge_row_states(states: Tensor) -> Tensor:
+    """States of several slices of the vocabulary, (slices, ..., STATE_SIZE), merged: (..., STATE_SIZE)."""
+    return _ops.merge_row_states(states)
+
+
+def finalize_row_states(
+    states: Tensor,  # (..., STATE_SIZE)
+    labels: Tensor,  # (...)
+    *,
+    ignore_index: int,
+    temperature: float,
+) -> Tensor:  # (TOKEN_VALUES, ...)
+    """Values of rows from their states over the whole vocabulary, in the order of TokenDivergence."""
+    return _ops.finalize_row_states(states, labels, ignore_index=ignore_index, temperature=temperature)
+
+
+def logit_gradient(
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    states: Tensor,  # (..., STATE_SIZE)
+    *,
+    logps_grad: Tensor,  # (...)
+    kl_grad: Tensor,  # (...)
+    options: RowOptions,
+) -> Tensor:  # (..., V)
+    """dL/dlogits of one slice of the vocabulary from dL/dlogps and dL/dkl, in new memory."""
+    return _ops.logit_gradient(
+        logits,
+        ref_logits,
+        labels,
+        states,
+        logps_grad,
+        kl_grad,
+        vocab_start=options.vocab_start,
+        vocab_size=options.vocab_size,
+        ignore_index=options.ignore_index,
+        temperature=options.temperature,
+        softcap=options.softcap,
+    )
+
+
+def logit_gradient_out(
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V); not read where kl_grad is 0
+    labels: Tensor,  # (...)
+    states: Tensor,  # (..., STATE_SIZE)
+    *,
+    logps_grad: Tensor,  # (...)
+    kl_grad: Tensor,  # (...)
+    options: RowOptions,
+    out: Tensor,  # (..., V), of the logits' dtype or, for float32 logits, bfloat16 or float16
+) -> None:
+    """`logit_gradient` written into `out`, which may be `logits` itself."""
+    _ops.logit_gradient_out(
+        logits,
+        ref_logits,
+        labels,
+        states,
+        logps_grad,
+        kl_grad,
+        vocab_start=options.vocab_start,
+        vocab_size=options.vocab_size,
+        ignore_index=options.ignore_index,
+        temperature=options.temperature,
+        softcap=options.softcap,
+        out=out,
+    )
+
+
+def scale_unless_one(tensor: Tensor, factor: Tensor) -> None:
+    """tensor *= factor, in no time where factor is 1 and, on CUDA, without reading it on the host."""
+    _ops.scale_unless_one(tensor, factor)
+
+
+def matmul_float32(
+    a: Tensor,  # (M, K)
+    b: Tensor,  # (K, N)
+    *,
+    accumulate: bool,
+    out: Tensor,  # (M, N), float32
+) -> None:
+    """out = a @ b, or out += a @ b, in float32 (CPU: torch's own products round to the operands' dtype)."""
+    _ops.matmul_float32(a, b, accumulate=accumulate, out=out)
+
+
+@torch.library.register_fake("tdpo_ext::row_states")
+def _(logits, ref_logits, labels, **_options):
+    return logits.new_empty((*labels.shape, STATE_SIZE), dtype=state_dtype(logits.dtype))
+
+
+@torch.library.register_fake("tdpo_ext::merge_row_states")
+def _(states):
+    return states.new_empty(states.shape[1:])
+
+
+@torch.library.register_fake("tdpo_ext::finalize_row_states")
+def _(states, labels, **_options):
+    return states.new_empty((TOKEN_VALUES, *labels.shape))
+
+
+@torch.library.register_fake("tdpo_ext::logit_gradient")
+def _(logits, *_tensors, **_options):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("tdpo_ext::logit_gradient_out")
+def _(*_tensors, **_options):
+    return None
+
+
+@torch.library.register_fake("tdpo_ext::matmul_float32")
+def _(a, b, *, accumulate, out):
+    return None
+
+
+@torch.library.register_fake("tdpo_ext::scale_unless_one")
+def _(tensor, factor):
+    return None
+
+
+def _logit_gradient(logits: Tensor, *tensors: Tensor, **options) -> Tensor:
+    out = memory.empty(tuple(logits.shape), logits.dtype, logits.device)
+    _ops.logit_gradient_out(logits, *tensors, **options, out=out)
+    return out
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("tdpo_ext::logit_gradient", _device, _logit_gradient)
+
+
+def _no_double_backward(ctx, *_grads):
+    raise RuntimeError("tdpo_ext: double backward through token_divergence is not supported")
+
+
+torch.library.register_autograd(
+    "tdpo_ext::logit_gradient", _no_double_backward, setup_context=lambda ctx, **_call: None
+)

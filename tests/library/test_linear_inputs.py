@@ -1,0 +1,140 @@
+"""The fused losses with every form of input: packed, frozen, tied, strided, autocast, accumulated, compiled."""
+
+import pytest
+import torch
+from linear_cases import BUDGETS, Case, ipo_loss, loss_and_gradients, make_case
+
+from tdpo_ext import eager, linear_preference_loss
+
+
+@pytest.mark.parametrize("budget", ["one chunk", "several chunks", "streamed"])
+def test_packed_equals_padded(budget):
+    case = make_case()
+    lengths = torch.tensor([11, 4, 7, 9, 11, 1])
+    kept = torch.arange(11) < lengths[:, None]
+    case.labels[~kept] = -100
+    loss, sides, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss, logits_budget=BUDGETS[budget])
+    packed = Case(case.hidden[kept], case.weight, case.ref_hidden[kept], case.ref_weight, case.labels[kept], None, None)
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    other, other_sides, other_grads = loss_and_gradients(
+        linear_preference_loss, packed, ipo_loss, logits_budget=BUDGETS[budget], cu_seqlens=cu_seqlens
+    )
+    assert torch.equal(loss, other)
+    assert torch.equal(sides[1].kl, other_sides[1].kl)
+    torch.testing.assert_close(grads["weight"], other_grads["weight"])
+    torch.testing.assert_close(grads["hidden"][kept], other_grads["hidden"])
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden", "both"])
+@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
+def test_skips_what_nobody_asks_for(frozen, budget):
+    case = make_case()
+    full = loss_and_gradients(linear_preference_loss, case, ipo_loss, scale=1.0, logits_budget=BUDGETS[budget])
+    tensors = case.tensors()
+    for name in ("weight", "hidden") if frozen == "both" else (frozen,):
+        tensors[name].requires_grad_(False)
+    loss, _, _ = linear_preference_loss(ipo_loss, **tensors, logits_budget=BUDGETS[budget])
+    assert torch.equal(loss.detach(), full[0])
+    assert loss.requires_grad == (frozen != "both")
+    if frozen != "both":
+        loss.backward()
+        other = "hidden" if frozen == "weight" else "weight"
+        assert tensors[frozen].grad is None
+        torch.testing.assert_close(tensors[other].grad, full[2][other])
+
+
+def test_no_grad():
+    tensors = make_case().tensors()
+    with torch.no_grad():
+        loss, chosen, _ = linear_preference_loss(ipo_loss, **tensors)
+    assert not loss.requires_grad
+    assert not chosen.logps.requires_grad
+
+
+def test_tied_weights():
+    case = make_case(width=16, ref_width=16)
+    embedding = case.weight.clone().requires_grad_()
+    hidden = embedding[torch.arange(66) % 301].view(6, 11, 16)
+    loss, _, _ = linear_preference_loss(ipo_loss, hidden, embedding, case.ref_hidden, case.ref_weight, case.labels)
+    (grad,) = torch.autograd.grad(loss, embedding)
+    double = embedding.detach().double().requires_grad_()
+    truth, _, _ = eager.linear_preference_loss(
+        ipo_loss,
+        double[torch.arange(66) % 301].view(6, 11, 16),
+        double,
+        case.ref_hidden.double(),
+        case.ref_weight.double(),
+        case.labels,
+    )
+    (true_grad,) = torch.autograd.grad(truth, double)
+    assert (grad - true_grad).norm() / true_grad.norm() < 1e-5
+
+
+def test_non_contiguous_inputs():
+    case = make_case()
+    plain = loss_and_gradients(linear_preference_loss, case, ipo_loss)
+    tensors = case.tensors()
+    strided = {
+        "hidden": tensors["hidden"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
+        "weight": tensors["weight"].detach().t().contiguous().t().requires_grad_(),
+    }
+    loss, _, _ = linear_preference_loss(ipo_loss, **{**tensors, **strided})
+    torch.testing.assert_close(loss.detach(), plain[0])
+    (3 * loss).backward()
+    for name, leaf in strided.items():
+        torch.testing.assert_close(leaf.grad, plain[2][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
+def test_autocast(budget):
+    case = make_case()
+    tensors = case.tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, _ = linear_preference_loss(ipo_loss, **tensors, logits_budget=BUDGETS[budget])
+    loss.backward()
+    assert tensors["weight"].grad.dtype == torch.float32
+    low = make_case(torch.bfloat16)
+    for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
+        setattr(low, name, getattr(case, name).bfloat16())
+    low.labels = case.labels
+    expected, _, grads = loss_and_gradients(
+        linear_preference_loss, low, ipo_loss, scale=1.0, logits_budget=BUDGETS[budget]
+    )
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(tensors["weight"].grad, grads["weight"].float())
+
+
+def test_accumulated_gradients_add_up():
+    case = make_case(pairs=4)
+    tensors = case.tensors()
+    halves = [[0, 1, 4, 5], [2, 3, 6, 7]]
+    for half in halves:
+        part = {
+            name: value[half] if name in ("hidden", "ref_hidden", "labels") else value
+            for name, value in tensors.items()
+        }
+        (linear_preference_loss(ipo_loss, **part)[0] / 2).backward()
+    _, _, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss, scale=1.0)
+    torch.testing.assert_close(tensors["weight"].grad, grads["weight"])
+    torch.testing.assert_close(tensors["hidden"].grad, grads["hidden"])
+
+
+def test_gradients_are_handed_over_once():
+    loss, _, _ = linear_preference_loss(ipo_loss, **make_case().tensors(), logits_budget=1 << 30)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="earlier backward"):
+        loss.backward()
+
+
+def test_compiled_model_around_the_loss():
+    case = make_case()
+    layer = torch.nn.Linear(16, 16)
+
+    def step(hidden):
+        out = layer(hidden)
+        return linear_preference_loss(ipo_loss, out, case.weight, case.ref_hidden, case.ref_weight, case.labels)[0]
+
+    compiled = torch.compile(step, backend="eager")
+    torch.testing.assert_close(compiled(case.hidden), step(case.hidden))
+    compiled(case.hidden).backward()
+    assert layer.weight.grad.norm() > 0

@@ -1,0 +1,141 @@
+"""The operators themselves: schemas, fake kernels and instruction sets."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from logit_cases import random_rows
+
+from tdpo_ext.ops import operators
+from tdpo_ext.ops.operators import RowOptions
+
+HELPERS = Path(__file__).parent.parent / "helpers"
+
+
+def operator_samples():
+    """Arguments of every operator: (positional, keyword)."""
+    logits, ref_logits, labels = random_rows(4, 33, ignored=[2])
+    options = RowOptions(vocab_start=0, vocab_size=33, temperature=0.9)
+    states = operators.row_states(logits, ref_logits, labels, options)
+    rows = (logits, ref_logits, labels)
+    gradient = (*rows, states, torch.randn(4), torch.randn(4))
+    a, b = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
+    return {
+        "row_states": (rows, asdict(options)),
+        "merge_row_states": ((torch.stack([states, states]),), {}),
+        "finalize_row_states": ((states, labels), {"ignore_index": -100, "temperature": 0.9}),
+        "logit_gradient": (gradient, asdict(options)),
+        "logit_gradient_out": (gradient, {**asdict(options), "out": torch.empty_like(logits)}),
+        "token_divergence": (
+            (logits.clone().requires_grad_(), ref_logits, labels),
+            {**asdict(options), "group_name": ""},
+        ),
+        "matmul_float32": ((a, b), {"accumulate": False, "out": torch.zeros(5, 3)}),
+    }
+
+
+@pytest.mark.parametrize("name", list(operator_samples()))
+def test_opcheck(name):
+    positional, keyword = operator_samples()[name]
+    torch.library.opcheck(getattr(torch.ops.tdpo_ext, name).default, positional, keyword)
+
+
+@pytest.mark.parametrize("vocab", [33, 5000])
+def test_slices_merge_to_the_whole(vocab):
+    logits, ref_logits, labels = random_rows(6, vocab, torch.float64)
+    whole = operators.row_states(logits, ref_logits, labels, RowOptions(vocab_start=0, vocab_size=vocab))
+    slices = [
+        operators.row_states(
+            logits[:, first:stop], ref_logits[:, first:stop], labels, RowOptions(vocab_start=first, vocab_size=vocab)
+        )
+        for first, stop in itertools.pairwise([0, 1, vocab // 3, vocab])
+    ]
+    merged = operators.merge_row_states(torch.stack(slices))
+    values, expected = (
+        operators.finalize_row_states(states, labels, ignore_index=-100, temperature=1.0) for states in (merged, whole)
+    )
+    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_in_place_and_narrowed(out_dtype):
+    logits, ref_logits, labels = random_rows(5, 507)
+    options = RowOptions(vocab_start=0, vocab_size=507)
+    states = operators.row_states(logits, ref_logits, labels, options)
+    upstream = {"logps_grad": torch.randn(5), "kl_grad": torch.tensor([0.5, 0.0, -1.0, 0.0, 2.0])}
+    expected = operators.logit_gradient(logits, ref_logits, labels, states, **upstream, options=options)
+    out = logits.clone() if out_dtype == torch.float32 else torch.empty(5, 507, dtype=out_dtype)
+    source = out if out_dtype == torch.float32 else logits
+    operators.logit_gradient_out(source, ref_logits, labels, states, **upstream, options=options, out=out)
+    assert torch.equal(out, expected.to(out_dtype))
+
+
+def test_reference_is_not_read_without_a_kl_gradient():
+    logits, ref_logits, labels = random_rows(3, 100)
+    options = RowOptions(vocab_start=0, vocab_size=100)
+    states = operators.row_states(logits, ref_logits, labels, options)
+    upstream = {"logps_grad": torch.randn(3), "kl_grad": torch.zeros(3)}
+    expected = operators.logit_gradient(logits, ref_logits, labels, states, **upstream, options=options)
+    nothing = torch.full_like(ref_logits, torch.nan)
+    unread = operators.logit_gradient(logits, nothing, labels, states, **upstream, options=options)
+    assert torch.equal(expected, unread)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("m", [1, 5, 130])
+@pytest.mark.parametrize("k", [1, 64, 1025])
+@pytest.mark.parametrize("n", [3, 500])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul_float32(dtype, m, k, n, transposed):
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    if transposed:
+        a, b = a.t().contiguous().t(), b.t().contiguous().t()
+    truth = a.double() @ b.double()
+    out = torch.full((m, n), torch.nan)
+    operators.matmul_float32(a, b, accumulate=False, out=out)
+    tolerance = 4e-6 * k**0.5
+    torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
+    operators.matmul_float32(a, b, accumulate=True, out=out)
+    torch.testing.assert_close(out.double(), 2 * truth, rtol=tolerance, atol=2 * tolerance)
+
+
+PRINT_VALUES = """
+import json, torch, tdpo_ext
+from logit_cases import random_rows
+torch.manual_seed(0)
+found = {}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    logits, ref_logits, labels = random_rows(4, 507, dtype)
+    logits[0, 3], ref_logits[1, 5] = -torch.inf, -torch.inf
+    leaf = logits.requires_grad_()
+    d = tdpo_ext.token_divergence(leaf, ref_logits, labels, softcap=20.0 if dtype == torch.float16 else None)
+    (d.logps - 0.3 * torch.where(d.kl.isfinite(), d.kl, 0)).sum().backward()
+    found[str(dtype)] = [d.logps.tolist(), d.kl.nan_to_num(posinf=-1).tolist(), leaf.grad.double().norm().item()]
+print(json.dumps([tdpo_ext.build_info()["cpu_capability"], found]))
+"""
+
+
+def values_under(capability, folder):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(HELPERS)}
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_VALUES], env=environment, capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_instruction_set_gives_the_same(tmp_path):
+    baseline, expected = values_under("default", tmp_path)
+    assert baseline in ("DEFAULT", "NO AVX", "default")
+    for capability in ("avx2", "avx512"):
+        _, found = values_under(capability, tmp_path)
+        for dtype, (logps, kl, norm) in found.items():
+            torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[dtype][0]), rtol=1e-6, atol=2e-6)
+            torch.testing.assert_close(torch.tensor(kl), torch.tensor(expected[dtype][1]), rtol=1e-5, atol=1e-6)
+            assert norm == pytest.approx(expected[dtype][2], rel=1e-3)
