@@ -1,5 +1,6 @@
-# The two commands: `make demo` and `make test`. Both make their own virtual environment and need only Python >= 3.10
-# and a C++ compiler. Settings: PYTHON, VENV, TORCH_SPEC (which torch to install), DEMO_ARGS.
+# The two commands: `make demo` and `make test`. Both create a virtual environment and need only Python >= 3.10 and a C++
+# compiler. Settings: PYTHON, VENV, TORCH_SPEC (the torch to install), DEMO_ARGS; pip's own environment variables apply
+# (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu picks CPU wheels of torch).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
@@ -9,9 +10,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-SOURCES := $(shell find csrc buildtools tdpo_ext python -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
-	-o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') setup.py pyproject.toml CMakeLists.txt
+SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py' -o -name '*.cpp' -o -name '*.h' \
+	-o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') setup.py pyproject.toml CMakeLists.txt
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
 .PHONY: demo test test-nightly sanitize docs lint format bench cuda-report cuda-test cuda-sanitize clean
 
@@ -21,9 +23,9 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/pytest
 
-# Many more random cases than `make test` draws.
+# Ten times as many random cases as `make test`.
 test-nightly: $(VENV)/dev
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/test_divergence.py tests/test_linear.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py
 
 # The CPU kernels under the address and undefined-behaviour sanitizers, over the tests' shapes.
 sanitize: $(VENV)/dev
@@ -31,10 +33,10 @@ sanitize: $(VENV)/dev
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
-# The API reference, in docs/api; and whether every link of the documentation leads somewhere.
+# Builds the API reference into docs/api and checks every relative link of the documentation.
 docs: $(VENV)/dev
-	$(BIN)/python buildtools/api_reference.py
-	$(BIN)/python buildtools/check_docs.py
+	$(BIN)/python tools/api_reference.py
+	$(BIN)/python tools/check_docs.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -54,19 +56,20 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_trainer.py
 	$(BIN)/python benchmarks/tables.py
 
-# Registers, spills and shared memory of every CUDA kernel (needs nvcc, no GPU).
+# Registers, spills and shared memory of every CUDA kernel (needs nvcc, cmake and ninja; no GPU).
 cuda-report:
-	$(PYTHON) buildtools/cuda_report.py
+	$(PYTHON) tools/cuda_report.py
 
-# With a GPU and the package installed in the current environment.
+# These two need a GPU, and the package installed in the current environment. The tests run from tests/: in the root,
+# `-m pytest` would import the source tree, which has no compiled module.
 cuda-test:
-	$(PYTHON) -m pytest -m cuda tests
+	cd tests && $(PYTHON) -m pytest -m cuda .
 
 cuda-sanitize:
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) benchmarks/sanitizer_case.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) benchmarks/sanitizer_case.py
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(SANITIZER_CASE)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(SANITIZER_CASE)
 
-# torch first: the extension is built against the one that is there.
+# torch first: the extension is built for the torch that is already installed.
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed: make PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
@@ -78,7 +81,7 @@ $(VENV)/demo: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet ".[demo]"
 	touch $@
 
-# The tests run on what a user installs, not on the source tree.
+# The tests run against the installed package, as users get it, not against the source tree.
 $(VENV)/dev: $(VENV)/demo
 	$(BIN)/pip install --quiet ".[dev]"
 	touch $@

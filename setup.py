@@ -1,10 +1,10 @@
-"""Drives CMake (CMakeLists.txt) to build the extension `tdpo_ext._C` for the torch that is installed.
+"""Builds the extension `tdpo_ext._C` with CMake (CMakeLists.txt), for the torch that is installed.
 
 Environment:
-    TDPO_CUDA        auto (default: CUDA kernels when torch is a CUDA build and nvcc is found), 0 or 1
-    TDPO_CUDA_ARCHS  CUDA architectures, such as "90" or "80;90;100" (default: those)
+    TDPO_CUDA        auto (default: CUDA kernels if torch is a CUDA build and nvcc is found), 0 or 1
+    TDPO_CUDA_ARCHS  CUDA architectures, such as "90" or "80;90" (default: csrc/cuda/cuda.cmake)
     CUDA_HOME        the CUDA toolkit (default: the one whose nvcc is on the PATH)
-    CMAKE_ARGS       further arguments to CMake
+    CMAKE_ARGS       additional arguments for CMake
 """
 
 import os
@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 def program(name: str) -> str:
-    """Path of a build program: from the Python package that brings it, or else from the PATH.
+    """Path of a build program, from its Python package or else from the PATH.
 
-    In this order, for what such a package puts on the PATH is a script that an isolated build can't run.
+    The package comes first: the script that it puts on the PATH doesn't run in an isolated build.
     """
     if find_spec(name) is not None:
         module = __import__(name)
@@ -45,24 +45,26 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def cuda_decision(torch_cuda: str | None) -> tuple[list[str], str]:
-    """CMake arguments for the CUDA kernels, and the reason to be printed."""
-    wish, nvcc = os.environ.get("TDPO_CUDA", "auto"), find_nvcc()
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"tdpo_ext: TDPO_CUDA is {wish!r}; allowed are auto, 0 and 1")
-    missing = [
-        reason
-        for absent, reason in ((torch_cuda is None, "torch is a CPU build"), (nvcc is None, "nvcc was not found"))
-        if absent
-    ]
-    if wish == "1" and missing:
+def cuda_arguments(torch_cuda: str | None) -> tuple[list[str], str]:
+    """CMake arguments for the CUDA kernels, and a description of what is built."""
+    requested, nvcc = os.environ.get("TDPO_CUDA", "auto"), find_nvcc()
+    if requested not in ("auto", "0", "1"):
+        raise SystemExit(f"tdpo_ext: TDPO_CUDA is {requested!r}; allowed are auto, 0 and 1")
+    missing = []
+    if torch_cuda is None:
+        missing.append("torch is a CPU build")
+    if nvcc is None:
+        missing.append("nvcc was not found")
+    if requested == "1" and missing:
         raise SystemExit(f"tdpo_ext: TDPO_CUDA=1, but {' and '.join(missing)}")
-    if wish == "0" or missing:
-        return [], "CPU only: " + ("TDPO_CUDA=0" if wish == "0" else " and ".join(missing))
-    archs = os.environ.get("TDPO_CUDA_ARCHS", "80;90;100")
+    if requested == "0" or missing:
+        return ["-DTDPO_CUDA=OFF"], "CPU only: " + ("TDPO_CUDA=0" if requested == "0" else " and ".join(missing))
+    archs = os.environ.get("TDPO_CUDA_ARCHS")
+    # Without a request, an earlier one that CMake has cached must not remain.
+    archs_argument = f"-DTDPO_CUDA_ARCHS={archs}" if archs else "-UTDPO_CUDA_ARCHS"
     return (
-        [f"-DTDPO_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={nvcc}"],
-        f"CPU and CUDA {torch_cuda} ({archs}) with {nvcc}",
+        ["-DTDPO_CUDA=ON", archs_argument, f"-DCMAKE_CUDA_COMPILER={nvcc}"],
+        f"CPU and CUDA {torch_cuda} ({archs or 'default architectures'}) with {nvcc}",
     )
 
 
@@ -73,8 +75,8 @@ class CMakeBuild(build_ext):
 
         torch_root = Path(torch.__file__).parent
         include = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
-        cuda_arguments, cuda_reason = cuda_decision(torch.version.cuda)
-        print(f"tdpo_ext: building for torch {torch.__version__}, {cuda_reason}", file=sys.stderr, flush=True)
+        cuda, description = cuda_arguments(torch.version.cuda)
+        print(f"tdpo_ext: building for torch {torch.__version__}, {description}", file=sys.stderr, flush=True)
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
@@ -97,19 +99,19 @@ class CMakeBuild(build_ext):
             f"-DTDPO_TORCH_LIB={torch_root / 'lib'}",
             f"-DTDPO_TORCH_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
             f"-DCMAKE_INSTALL_PREFIX={destination}",
-            *cuda_arguments,
+            *cuda,
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         for command in (configure, [cmake, "--build", str(build)], [cmake, "--install", str(build)]):
             subprocess.run(command, check=True)
-        if self.editable_mode:  # setuptools copies the module itself into the source tree, and nothing else
+        if self.editable_mode:  # setuptools copies only the module itself into the source tree
             shutil.copy(destination / "_built_with.py", ROOT / "tdpo_ext")
 
 
 def torch_requirement() -> list[str]:
-    """The compiled module loads in the torch release (X.Y) it was built with and in no other."""
+    """The torch release (X.Y) that the extension is built for: the compiled module loads in no other."""
     if find_spec("torch") is None:
-        return ["torch>=2.11"]  # only metadata is being made, for a source distribution
+        return ["torch>=2.11"]  # only the metadata of a source distribution is needed
     from importlib.metadata import version
 
     major, minor = version("torch").split("+")[0].split(".")[:2]

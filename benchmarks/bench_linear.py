@@ -1,16 +1,16 @@
-"""The fused TDPO loss against its matrix products alone and against what else computes it.
+"""The fused TDPO loss against its matrix products alone and against other implementations of it.
 
     python benchmarks/bench_linear.py [--rounds 3] [--skip-sweep] [--device cuda]
 
 Step: 4 pairs, 1,024 response rows, D 768, V 50,257, float32 and bfloat16 (on a GPU: 1,024 to 16,384 rows, D 4,096,
-V 128,256 and 151,936, bfloat16); forward and backward of TDPO2 with gradients for hidden states and weight; every
-candidate in turn, in one run. Peers: the published arithmetic behind both heads, eager and compiled; Liger's chunked
-linear JSD (two heads, the same arithmetic with uniform cotangents; compiled on a GPU only) and, on a GPU, its fused
-linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked
+V 128,256 and 151,936, bfloat16); forward and backward of TDPO2 with gradients of hidden states and weight; the
+candidates alternate in one run. Peers: the published arithmetic behind both heads, eager and compiled; Liger's chunked
+linear JSD (two heads, the same arithmetic with uniform upstream gradients; compiled on a GPU only) and, on a GPU, its
+fused linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked
 linear cross entropy. "products": the four matrix products that any exact method needs, by torch.mm in the inputs'
 dtype.
 
-Errors: bfloat16 inputs, the reference's hidden states perturbed by 1e-2, against float64 on the same inputs: of the KL,
+Errors: relative to float64 on the same inputs (bfloat16, the reference's hidden states perturbed by 1e-2), of the KL
 and of the KL's part of dL/dhidden. Sweep: peak memory over rows and vocabulary, with a plot.
 Results go to benchmarks/results/bench_linear.json and bench_linear.png, or bench_linear_cuda.json.
 """
@@ -19,19 +19,31 @@ from __future__ import annotations
 
 import argparse
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, medians, peak_extra_bytes, save, table, working
+from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table
 from peers import published, published_linear
 
-from tdpo_ext import linear_preference_loss, linear_token_divergence, reference, tdpo_loss
+from tdpo_ext import eager, linear_preference_loss, linear_token_divergence, tdpo_loss
 
-# (pairs, tokens of a response, width, vocabulary), dtype
+
+class Shape(NamedTuple):
+    pairs: int
+    tokens: int  # of a response
+    width: int
+    vocab: int
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.pairs * self.tokens
+
+
 STEPS = {
-    "cpu": [((4, 128, 768, 50257), torch.float32), ((4, 128, 768, 50257), torch.bfloat16)],
+    "cpu": [(Shape(4, 128, 768, 50257), dtype) for dtype in (torch.float32, torch.bfloat16)],
     "cuda": [
-        ((rows // 512, 256, 4096, vocab), torch.bfloat16)
+        (Shape(rows // 512, 256, 4096, vocab), torch.bfloat16)
         for rows, vocab in ((1024, 128256), (4096, 128256), (16384, 128256), (4096, 151936))
     ],
 }
@@ -42,36 +54,52 @@ BUDGET = {"cpu": 256 << 20, "cuda": 1536 << 20}
 class Step:
     """Inputs of one training step, and the candidates that compute it."""
 
-    def __init__(self, dtype: torch.dtype, pairs, tokens, width, vocab, perturbation=0.1, device="cpu"):
-        self.hidden = torch.randn(2 * pairs, tokens, width, device=device).to(dtype).requires_grad_()
-        self.weight = (torch.randn(vocab, width, device=device) / width**0.5).to(dtype).requires_grad_()
-        near = self.hidden.detach().float() + perturbation * torch.randn(2 * pairs, tokens, width, device=device)
-        self.ref_hidden, self.ref_weight = near.to(dtype), self.weight.detach().clone()
-        self.labels = torch.randint(vocab, (2 * pairs, tokens), device=device)
-        self.inputs = (self.hidden, self.weight, self.ref_hidden, self.ref_weight, self.labels)
+    def __init__(self, shape: Shape, dtype: torch.dtype, perturbation: float = 0.1, device: str = "cpu"):
+        rows = (2 * shape.pairs, shape.tokens)
+        self.hidden = torch.randn(*rows, shape.width, device=device).to(dtype).requires_grad_()
+        self.weight = (torch.randn(shape.vocab, shape.width, device=device) / shape.width**0.5).to(dtype)
+        self.weight.requires_grad_()
+        noise = perturbation * torch.randn(*rows, shape.width, device=device)
+        self.ref_hidden = (self.hidden.detach().float() + noise).to(dtype)
+        self.ref_weight = self.weight.detach().clone()
+        self.labels = torch.randint(shape.vocab, rows, device=device)
+        self.inputs = {
+            "hidden": self.hidden,
+            "weight": self.weight,
+            "ref_hidden": self.ref_hidden,
+            "ref_weight": self.ref_weight,
+            "labels": self.labels,
+        }
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.hidden.nbytes + self.weight.nbytes
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
     def fused(self, budget: int) -> None:
-        linear_preference_loss(OBJECTIVE, *self.inputs, logits_budget=budget)[0].backward()
+        loss, _, _ = linear_preference_loss(OBJECTIVE, **self.inputs, logits_budget=budget)
+        loss.backward()
 
     def streamed(self, budget: int) -> None:
-        divergence = linear_token_divergence(*self.inputs, logits_budget=budget)
-        OBJECTIVE(*divergence.per_sequence().chunk(2)).mean().backward()
+        divergence = linear_token_divergence(**self.inputs, logits_budget=budget)
+        chosen, rejected = divergence.per_sequence().chunk(2)
+        OBJECTIVE(chosen, rejected).mean().backward()
 
     def published(self, function) -> None:
-        function(OBJECTIVE, *self.inputs)[0].backward()
+        loss, _, _ = function(OBJECTIVE, **self.inputs)
+        loss.backward()
 
     def two_heads(self, loss) -> None:
-        flat = self.hidden.view(-1, self.hidden.shape[-1]), self.ref_hidden.view(-1, self.ref_hidden.shape[-1])
-        loss(flat[0], self.weight, flat[1], self.ref_weight, self.labels.view(-1)).backward()
+        hidden, ref_hidden = self.hidden.flatten(0, 1), self.ref_hidden.flatten(0, 1)
+        loss(hidden, self.weight, ref_hidden, self.ref_weight, self.labels.view(-1)).backward()
 
     def one_head(self, loss) -> None:
-        loss(self.hidden.view(-1, self.hidden.shape[-1]), self.weight, self.labels.view(-1)).backward()
+        loss(self.hidden.flatten(0, 1), self.weight, self.labels.view(-1)).backward()
 
     def products(self):
-        hidden, ref_hidden = (t.detach().view(-1, t.shape[-1]) for t in (self.hidden, self.ref_hidden))
+        hidden, ref_hidden = self.hidden.detach().flatten(0, 1), self.ref_hidden.flatten(0, 1)
         weight = self.weight.detach()
         dz = torch.randn(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
         logits, dw = torch.empty_like(dz), torch.empty_like(weight)
@@ -86,51 +114,50 @@ class Step:
 
 
 def peers(step: Step, device: str) -> dict:
-    """What else computes the step, or a part of it, where it is installed."""
-    found = {}
+    """The installed peers that compute the step, or a part of it."""
+    candidates = {}
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         options = {"weight_hard_loss": 0.5, "weight_soft_loss": 0.5, "beta": 0.0}
         chunked = LigerFusedLinearJSDLoss(compiled=device == "cuda", **options)
-        found["liger chunked jsd"] = functools.partial(step.two_heads, chunked)
+        candidates["liger chunked jsd"] = functools.partial(step.two_heads, chunked)
         if device == "cuda":
             from liger_kernel.transformers import LigerFusedLinearJSD
 
-            found["liger fused jsd"] = functools.partial(step.two_heads, LigerFusedLinearJSD(jsd_beta=0.0))
+            candidates["liger fused jsd"] = functools.partial(step.two_heads, LigerFusedLinearJSD(jsd_beta=0.0))
     except ImportError:
-        print("liger-kernel is not installed: that peer is left out")
+        print("liger-kernel is not installed: that peer is skipped")
     if hasattr(F, "linear_cross_entropy"):
-        found["linear_cross_entropy (one head)"] = functools.partial(step.one_head, F.linear_cross_entropy)
+        candidates["linear_cross_entropy (one head)"] = functools.partial(step.one_head, F.linear_cross_entropy)
     if device == "cuda":
         try:
             from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-            found["quack chunked cross entropy (one head)"] = functools.partial(
+            candidates["quack chunked cross entropy (one head)"] = functools.partial(
                 step.one_head, functools.partial(chunked_linear_cross_entropy, chunk_size=4096)
             )
         except ImportError:
-            print("quack-kernels is not installed: that peer is left out")
-    return found
+            print("quack-kernels is not installed: that peer is skipped")
+    return candidates
 
 
-def compare(shape: tuple[int, ...], dtype: torch.dtype, rounds: int, device: str) -> dict:
-    step, budget = Step(dtype, *shape, device=device), BUDGET[device]
+def compare(shape: Shape, dtype: torch.dtype, rounds: int, device: str) -> dict:
+    step, budget = Step(shape, dtype, device=device), BUDGET[device]
     candidates = {
-        "tdpo_ext resident": lambda: step.fused(budget),
+        "tdpo_ext chunked": lambda: step.fused(budget),
         "tdpo_ext streaming": lambda: step.streamed(budget),
         "published, eager": lambda: step.published(published_linear),
         "published, compiled": functools.partial(step.published, torch.compile(published_linear)),
         "products": step.products(),
         **peers(step, device),
     }
-    candidates = working(candidates)
+    candidates = runnable(candidates)
     seconds = medians(candidates, rounds, prepare=step.clear, device=device)
-    gradients = step.hidden.nbytes + step.weight.nbytes
     rows = []
     for name, run in candidates.items():
         step.clear()
-        extra = 0 if name == "products" else peak_extra_bytes(run, device) - gradients
+        extra = 0 if name == "products" else peak_extra_bytes(run, device) - step.gradient_bytes
         rows.append(
             {
                 "candidate": name,
@@ -139,11 +166,10 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, rounds: int, device: str
                 "extra_mb": extra / 2**20,
             }
         )
-    pairs, tokens, width, vocab = shape
     return {
-        "rows": 2 * pairs * tokens,
-        "width": width,
-        "vocab": vocab,
+        "rows": shape.rows,
+        "width": shape.width,
+        "vocab": shape.vocab,
         "dtype": str(dtype).removeprefix("torch."),
         "budget": budget,
         "candidates": rows,
@@ -151,29 +177,27 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, rounds: int, device: str
 
 
 def near_equality(device: str) -> dict:
-    """Relative errors of the KL and of its part of dL/dhidden near p = q, ours and the eager bfloat16 path's."""
-    step = Step(torch.bfloat16, pairs=1, tokens=64, width=512, vocab=32000, perturbation=1e-2, device=device)
+    """Relative errors near p = q of the KL and of its part of dL/dhidden: ours, and those of eager bfloat16 torch."""
+    step = Step(Shape(pairs=1, tokens=64, width=512, vocab=32000), torch.bfloat16, perturbation=1e-2, device=device)
 
-    def eager(*inputs):
-        hidden, weight, ref_hidden, ref_weight, labels = inputs
+    def published_divergence(hidden, weight, ref_hidden, ref_weight, labels):
         return published(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight), labels)
 
     def kl_and_gradient(function, dtype: torch.dtype):
-        tensors = [t.detach().to(dtype) if t.is_floating_point() else t for t in step.inputs]
-        leaf = tensors[0].requires_grad_()
-        kl = function(*tensors).kl
+        inputs = {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in step.inputs.items()}
+        leaf = inputs["hidden"].requires_grad_()
+        kl = function(**inputs).kl
         return kl.detach().double(), torch.autograd.grad(kl.sum(), leaf)[0].double()
 
-    truth = kl_and_gradient(reference.linear_token_divergence, torch.float64)
-    found = {
-        "tdpo_ext": kl_and_gradient(linear_token_divergence, torch.bfloat16),
-        "eager": kl_and_gradient(eager, torch.bfloat16),
-    }
-    return {
-        name: {"kl": ((kl - truth[0]).norm() / truth[0].norm()).item(),
-               "dhidden": ((grad - truth[1]).norm() / truth[1].norm()).item()}
-        for name, (kl, grad) in found.items()
-    }  # fmt: skip
+    true_kl, true_grad = kl_and_gradient(eager.linear_token_divergence, torch.float64)
+    errors = {}
+    for name, function in (("tdpo_ext", linear_token_divergence), ("eager", published_divergence)):
+        kl, grad = kl_and_gradient(function, torch.bfloat16)
+        errors[name] = {
+            "kl": ((kl - true_kl).norm() / true_kl.norm()).item(),
+            "dhidden": ((grad - true_grad).norm() / true_grad.norm()).item(),
+        }
+    return errors
 
 
 def sweep() -> list[dict]:
@@ -182,12 +206,11 @@ def sweep() -> list[dict]:
     shapes = [(rows, 32000) for rows in (256, 512, 1024, 2048, 4096)]
     shapes += [(512, vocab) for vocab in (8000, 64000, 128000, 256000)]
     for rows, vocab in shapes:
-        step = Step(torch.float32, pairs=rows // 128, tokens=64, width=64, vocab=vocab)
-        gradients = step.hidden.nbytes + step.weight.nbytes
-        for name, run in (("resident or as planned", step.fused), ("streaming", step.streamed)):
+        step = Step(Shape(pairs=rows // 128, tokens=64, width=64, vocab=vocab), torch.float32)
+        for plan, run in (("the planner's choice", step.fused), ("streaming", step.streamed)):
             step.clear()
-            extra = peak_extra_bytes(functools.partial(run, budget)) - gradients
-            points.append({"rows": rows, "vocab": vocab, "plan": name, "extra_mb": extra / 2**20, "budget_mb": 64})
+            extra = peak_extra_bytes(functools.partial(run, budget)) - step.gradient_bytes
+            points.append({"rows": rows, "vocab": vocab, "plan": plan, "extra_mb": extra / 2**20, "budget_mb": 64})
     return points
 
 
@@ -215,7 +238,7 @@ def plot(points: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; medians are reported")
-    parser.add_argument("--skip-sweep", action="store_true", help="leave out the memory sweep")
+    parser.add_argument("--skip-sweep", action="store_true", help="skip the memory sweep")
     parser.add_argument("--device", choices=STEPS, default="cpu")
     arguments = parser.parse_args()
     device = arguments.device
@@ -225,14 +248,14 @@ def main() -> None:
         result = compare(shape, dtype, arguments.rounds, device)
         results["steps"].append(result)
         print("\n{dtype}: {rows} rows, D {width}, V {vocab}, budget {budget:,} bytes".format(**result))
-        print(table(result["candidates"], list(result["candidates"][0])))
+        print(text_table(result["candidates"], list(result["candidates"][0])))
         if device == "cuda":
             torch.cuda.empty_cache()
     results["near_equality"] = near_equality(device)
     print(f"\nnear p = q, relative errors: {results['near_equality']}")
     if device == "cpu" and not arguments.skip_sweep:
         results["sweep"] = sweep()
-        print("\n" + table(results["sweep"], list(results["sweep"][0])))
+        print("\n" + text_table(results["sweep"], list(results["sweep"][0])))
         plot(results["sweep"])
     print(f"saved {save('bench_linear' if device == 'cpu' else 'bench_linear_cuda', results)}")
 

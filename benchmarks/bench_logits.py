@@ -2,13 +2,14 @@
 
     python benchmarks/bench_logits.py [--rounds 7] [--device cuda]
 
-Every candidate computes the values and the gradient of the same loss on the same logits; all are timed in turn in one
-run. "published" is what the published TDPO code computes (no entropy, no masks, no edge values); "oracle" is
-`tdpo_ext.reference`, whose contract is ours. Each is run eagerly and through torch.compile.
+Every candidate computes the values and the gradient of the same loss on the same logits; the candidates alternate in
+one run. "published" is what the published TDPO code computes (no entropy, no masks, no edge values); "oracle" is
+`tdpo_ext.eager`, which defines the values and edge cases of tdpo_ext. Each runs eagerly and through torch.compile.
 
-GB/s count what must move: both logits forward, both logits and the gradient backward. The copy, which is the limit,
-counts what it reads and what it writes. On a GPU, QuACK's cross entropy (one row of logits, no KL) stands beside, where
-it is installed. Results go to benchmarks/results/bench_logits.json, or bench_logits_cuda.json.
+Bandwidths count the bytes that must move: both logits in the forward pass, both logits and the gradient in the backward
+pass; for the copy, which is the upper bound, the bytes read and the bytes written. On a GPU, QuACK's cross entropy (one
+row of logits, no KL) is included if it is installed. Results go to benchmarks/results/bench_logits.json, or
+bench_logits_cuda.json.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import medians, peak_extra_bytes, save, table, working
+from common import medians, peak_extra_bytes, runnable, save, text_table
 from peers import published
 
-from tdpo_ext import ops, reference, token_divergence
+from tdpo_ext import eager, token_divergence
+from tdpo_ext.ops import operators
 
 SHAPES = {
     "cpu": [(512, 50257), (128, 151936)],
-    "cuda": [(4096, 128256), (4096, 151936), (32, 151936), (1 << 20, 32)],  # the usual, few rows, short rows
+    "cuda": [(4096, 128256), (4096, 151936), (32, 151936), (1 << 20, 32)],  # usual shapes, few rows, short rows
 }
 
 
 def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
-    """Forward + backward of every peer, our halves alone, and the copy."""
+    """Forward + backward of ours and of every peer, our two passes alone, and the copy; and the logits they read."""
     logits = torch.randn(rows, vocab, device=device).mul_(2).to(dtype).requires_grad_()
     ref_logits = (logits.detach() + 0.3 * torch.randn(rows, vocab, device=device, dtype=dtype)).to(dtype)
     labels = torch.randint(vocab, (rows,), device=device)
@@ -41,20 +43,29 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
         return run
 
     plain, target = logits.detach(), torch.empty_like(ref_logits)
-    options = (0, vocab, -100, 1.0, 0.0)
-    states = ops.row_states(plain, ref_logits, labels, *options)
-    upstream = (torch.ones(rows, device=device), torch.full((rows,), -0.3, device=device))
+    options = operators.RowOptions(vocab_start=0, vocab_size=vocab, ignore_index=-100, temperature=1.0, softcap=0.0)
+    states = operators.row_states(plain, ref_logits, labels, options)
+    logps_grad, kl_grad = torch.ones(rows, device=device), torch.full((rows,), -0.3, device=device)
+
+    def backward() -> None:
+        operators.logit_gradient(
+            plain, ref_logits, labels, states, logps_grad=logps_grad, kl_grad=kl_grad, options=options
+        )
+
+    def backward_in_place() -> None:
+        operators.logit_gradient_out(
+            plain, ref_logits, labels, states, logps_grad=logps_grad, kl_grad=kl_grad, options=options, out=target
+        )
+
     runs = {
         "tdpo_ext": step(token_divergence),
         "published, eager": step(published),
         "published, compiled": step(torch.compile(published)),
-        "oracle, eager": step(reference.token_divergence),
-        "oracle, compiled": step(torch.compile(reference.token_divergence)),
-        "forward": lambda: ops.row_states(plain, ref_logits, labels, *options),
-        "backward": lambda: ops.logit_gradient(plain, ref_logits, labels, states, *upstream, *options),
-        "backward in place": lambda: ops.logit_gradient_out(
-            plain, ref_logits, labels, states, *upstream, *options, target
-        ),
+        "oracle, eager": step(eager.token_divergence),
+        "oracle, compiled": step(torch.compile(eager.token_divergence)),
+        "forward": lambda: operators.row_states(plain, ref_logits, labels, options),
+        "backward": backward,
+        "backward in place": backward_in_place,
         "copy": lambda: target.copy_(ref_logits),
     }
     if device == "cuda":
@@ -63,13 +74,13 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
 
             runs["quack cross entropy, one row"] = lambda: cross_entropy(logits, labels).sum().backward()
         except ImportError:
-            print("quack-kernels is not installed: that peer is left out")
+            print("quack-kernels is not installed: that peer is skipped")
     return runs, logits
 
 
 def measure(rows: int, vocab: int, dtype: torch.dtype, rounds: int, device: str = "cpu") -> dict:
     runs, leaf = candidates(rows, vocab, dtype, device)
-    runs = working(runs)
+    runs = runnable(runs)
     size = leaf.nbytes
     seconds = medians(runs, rounds, prepare=lambda: setattr(leaf, "grad", None), device=device)
     copy_rate = 2 * size / seconds["copy"]
@@ -99,7 +110,9 @@ def main() -> None:
     arguments = parser.parse_args()
     device = arguments.device
     dtypes = (torch.float32, torch.bfloat16)
-    results = [measure(*shape, dtype, arguments.rounds, device) for shape in SHAPES[device] for dtype in dtypes]
+    results = [
+        measure(rows, vocab, dtype, arguments.rounds, device) for rows, vocab in SHAPES[device] for dtype in dtypes
+    ]
     rows = [
         {
             **{name: result[name] for name in ("rows", "vocab", "dtype")},
@@ -113,7 +126,7 @@ def main() -> None:
         }
         for result in results
     ]
-    print(table(rows, list(max(rows, key=len))))
+    print(text_table(rows, list(max(rows, key=len))))
     print("of copy, fwd, bwd: share of the copy's bandwidth; memory: peak extra bytes, in sizes of the gradient")
     name = "bench_logits" if device == "cpu" else "bench_logits_cuda"
     print(f"saved {save(name, {'results': results})}")

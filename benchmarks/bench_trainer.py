@@ -1,11 +1,11 @@
-"""What the trainer's options are worth, on a small Llama (6 layers of width 512, vocabulary 4,000) and ragged data.
+"""What the trainer's options gain, on a small Llama (6 layers of width 512, vocabulary 4,000) and ragged data.
 
     python benchmarks/bench_trainer.py [--rounds 5]
 
-* speed: seconds of forward and backward of a batch of 8 pairs with responses of 8 to 256 tokens: padded, packed, and
-  packed with the reference cached, in turn; and how many positions the models see.
-* storage: relative error of the KL, and of the loss gradient, when the reference's hidden states are stored in
-  bfloat16, against float32, for a policy whose weights differ from the reference's by a relative perturbation.
+* speed: forward and backward of a batch of 8 pairs with responses of 8 to 256 tokens: padded, packed, and packed with
+  the reference cached, alternating; seconds, and the number of positions that the models process.
+* storage: relative error of the KL and of the loss gradient when the reference's hidden states are stored in bfloat16
+  instead of float32, for a policy whose weights differ from the reference's by a relative perturbation.
 * peak: resident memory of a process that trains one step with a live reference, and with a cached one (8 layers of
   width 768; the reference is a second model).
 
@@ -15,6 +15,7 @@ Results go to benchmarks/results/bench_trainer.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import subprocess
 import sys
@@ -34,7 +35,7 @@ PAIRS = 8
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words `w0`, `w1`, ..., so that texts have the lengths we want."""
+    """One token per word `w1`, `w2`, ..., so that the number of words is the number of tokens."""
     vocabulary = {"<end>": 0, **{f"w{i}": i for i in range(1, VOCAB)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -57,11 +58,11 @@ def preferences(rows: int) -> Dataset:
 
 def model(perturbation: float = 0.0, sizes: dict = SIZES) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    made = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes))
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes))
     if perturbation:
-        for parameter in made.parameters():
+        for parameter in llama.parameters():
             parameter.data += perturbation * parameter.data.std() * torch.randn_like(parameter)
-    return made
+    return llama
 
 
 def trainer(out: Path, perturbation: float = 1e-2, sizes: dict = SIZES, **options):
@@ -79,58 +80,62 @@ def trainer(out: Path, perturbation: float = 1e-2, sizes: dict = SIZES, **option
 
 
 def speed(out: Path, rounds: int) -> dict:
-    candidates, tokens = {}, {}
+    candidates, positions = {}, {}
     for name, options in {
         "padded, live reference": {},
         "packed, live reference": {"padding_free": True},
         "packed, cached reference": {"padding_free": True, "precompute_reference": True},
     }.items():
-        made = trainer(out / name.replace(", ", "-").replace(" ", "-"), **options)
-        batch = next(iter(made.get_train_dataloader()))
-        tokens[name] = batch["input_ids"].numel()
-        candidates[name] = lambda made=made, batch=batch: made.model(preference=batch).loss.backward()
-    seconds = medians(candidates, rounds)
-    return {"seconds": seconds, "positions": tokens}
+        tdpo_trainer = trainer(out / name.replace(", ", "-").replace(" ", "-"), **options)
+        batch = next(iter(tdpo_trainer.get_train_dataloader()))
+        positions[name] = batch["input_ids"].numel()
+        candidates[name] = functools.partial(step, tdpo_trainer.model, batch)
+    return {"seconds": medians(candidates, rounds), "positions": positions}
+
+
+def step(policy, batch: dict) -> None:
+    policy(preference=batch).loss.backward()
 
 
 def storage(out: Path) -> list[dict]:
-    rows = []
-    for perturbation in (1e-3, 1e-2, 1e-1):
-        found = []
-        for dtype in ("float32", "bfloat16"):
-            made = trainer(
-                out / f"{perturbation}-{dtype}", perturbation, precompute_reference=True, reference_dtype=dtype
-            )
-            output = made.model(preference=next(iter(made.get_train_dataloader())))
-            output.loss.backward()
-            gradient = torch.cat([p.grad.flatten() for p in made.model.parameters()])
-            found.append((torch.cat([output.chosen.kl, output.rejected.kl]), gradient))
-        (kl, gradient), (stored_kl, stored_gradient) = found
-        rows.append(
-            {
-                "perturbation": perturbation,
-                "kl_per_sequence": kl.mean().item(),
-                "kl_error": ((stored_kl - kl).norm() / kl.norm()).item(),
-                "gradient_error": ((stored_gradient - gradient).norm() / gradient.norm()).item(),
-            }
-        )
-    return rows
+    return [storage_errors(out, perturbation) for perturbation in (1e-3, 1e-2, 1e-1)]
+
+
+def storage_errors(out: Path, perturbation: float) -> dict:
+    """Errors of a bfloat16 cache against a float32 one."""
+    kls, gradients = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        cache = {"precompute_reference": True, "reference_dtype": dtype}
+        tdpo_trainer = trainer(out / f"{perturbation}-{dtype}", perturbation, **cache)
+        output = tdpo_trainer.model(preference=next(iter(tdpo_trainer.get_train_dataloader())))
+        output.loss.backward()
+        kls[dtype] = torch.cat([output.chosen.kl, output.rejected.kl])
+        gradients[dtype] = torch.cat([p.grad.flatten() for p in tdpo_trainer.model.parameters()])
+
+    def error(values: dict) -> float:
+        return ((values["bfloat16"] - values["float32"]).norm() / values["float32"].norm()).item()
+
+    return {
+        "perturbation": perturbation,
+        "kl_per_sequence": kls["float32"].mean().item(),
+        "kl_error": error(kls),
+        "gradient_error": error(gradients),
+    }
 
 
 def peak(kind: str, out: str) -> None:
     cache = {"precompute_reference": kind == "cached", "reference_cache": f"{out}/cache"}
-    made = trainer(Path(out, kind), sizes=LARGE, optim="sgd", **cache)
-    made.train()
-    status = Path("/proc/self/status").read_text()  # getrusage would count what the parent had
+    trainer(Path(out, kind), sizes=LARGE, optim="sgd", **cache).train()
+    status = Path("/proc/self/status").read_text()  # getrusage would include the parent's peak
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def peaks(out: Path) -> dict[str, float]:
-    found = {}
-    for kind in ("live", "cached", "cached"):  # the second time, the cache is there
+    peak_mb = {}
+    for kind in ("live", "cached", "cached"):  # the first cached run writes the cache, the second reads it
         command = [sys.executable, __file__, "--peak", kind, str(out)]
-        found[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-    return found
+        peak_mb[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return peak_mb
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_vocab_parallel.py [--rounds 3]
 
-Step: 2 pairs, 512 response rows, D 512, V 50,304, float32, forward and backward; every process one thread. Bytes are
-counted at the collectives (what a rank hands over), and again at V 12,576, which must not change them. Memory is a
-rank's peak beyond its inputs and gradients; logits are what the plan takes for logits on a rank. Results go to
+Step: 2 pairs, 512 response rows, D 512, V 50,304, float32, forward and backward, one thread per process. The bytes that
+a rank hands to the collectives are counted, and counted again at V 12,576, which must not change them. Memory is a
+rank's peak beyond its inputs and gradients; "logits" is the size of both heads' logits on a rank. Results go to
 benchmarks/results/bench_vocab_parallel.json.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,34 +21,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import peak_extra_bytes, save, table
+from common import peak_extra_bytes, save, text_table
 
 from tdpo_ext import VocabShard, linear_preference_loss, tdpo_loss
+
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))
+
+from collectives import payload_bytes
 
 PAIRS, TOKENS, WIDTH, VOCABS = 2, 128, 512, (50304, 12576)
 OBJECTIVE = functools.partial(tdpo_loss, beta=0.1)
 BUDGET = 1 << 30
-
-
-class CountedBytes:
-    """Counts what this rank hands to the collectives while it is entered."""
-
-    def __enter__(self):
-        self.bytes, self.real = 0, (dist.all_gather, dist.all_reduce)
-
-        def gather(out, payload, **options):
-            self.bytes += payload.nbytes
-            return self.real[0](out, payload, **options)
-
-        def reduce(payload, **options):
-            self.bytes += payload.nbytes
-            return self.real[1](payload, **options)
-
-        dist.all_gather, dist.all_reduce = gather, reduce
-        return self
-
-    def __exit__(self, *_):
-        dist.all_gather, dist.all_reduce = self.real
 
 
 def measure(rank: int, world: int, vocab: int, rounds: int) -> dict:
@@ -60,13 +44,15 @@ def measure(rank: int, world: int, vocab: int, rounds: int) -> dict:
     ref_weight, ref_hidden = weight.detach().clone(), hidden.detach() + 0.1 * torch.randn_like(hidden)
 
     def step() -> None:
-        inputs = (hidden, weight, ref_hidden, ref_weight, labels)
-        linear_preference_loss(OBJECTIVE, *inputs, logits_budget=BUDGET, shard=shard)[0].backward()
+        loss, _, _ = linear_preference_loss(
+            OBJECTIVE, hidden, weight, ref_hidden, ref_weight, labels, logits_budget=BUDGET, shard=shard
+        )
+        loss.backward()
 
     step()
     hidden.grad = weight.grad = None
     dist.barrier()
-    with CountedBytes() as counted:
+    with payload_bytes() as payloads:
         extra = peak_extra_bytes(step) - hidden.nbytes - weight.nbytes
     seconds = []
     for _ in range(rounds):
@@ -81,7 +67,7 @@ def measure(rank: int, world: int, vocab: int, rounds: int) -> dict:
         "ranks": world,
         "vocab": vocab,
         "seconds": statistics.median(seconds),
-        "bytes_per_row": counted.bytes / rows,
+        "bytes_per_row": sum(payloads) / rows,
         "extra_mb": extra / 2**20,
         "logits_mb": 2 * rows * shard.size * 4 / 2**20,
     }
@@ -90,9 +76,9 @@ def measure(rank: int, world: int, vocab: int, rounds: int) -> dict:
 def worker(rank: int, world: int, store: str, rounds: int, results) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    found = [measure(rank, world, vocab, rounds) for vocab in VOCABS]
+    measured = [measure(rank, world, vocab, rounds) for vocab in VOCABS]
     if rank == 0:
-        results.extend(found)
+        results.extend(measured)
     dist.destroy_process_group()
 
 
@@ -105,7 +91,7 @@ def main() -> None:
         for world in (1, 2, 4):
             mp.spawn(worker, (world, str(Path(folder, f"store-{world}")), rounds, results), nprocs=world)
         rows = list(results)
-    print(table(rows, list(rows[0])))
+    print(text_table(rows, list(rows[0])))
     shape = {"rows": 2 * PAIRS * TOKENS, "width": WIDTH, "cores": mp.cpu_count()}
     print(f"saved {save('bench_vocab_parallel', {**shape, 'results': rows})}")
 

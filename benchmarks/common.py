@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory, and results as JSON with the machine described."""
+"""Shared by the benchmarks: interleaved timing, peak memory, and results as JSON with a description of the machine."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict:
-    """The machine and the software that a result was measured with."""
-    names = {"model name": "unknown"}
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            names.setdefault(key.strip(), value.strip())
-            if key.strip() == "model name":
-                names["model name"] = value.strip()
+    """The machine and the software of this run."""
     return {
-        "cpu": names["model name"],
+        "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(terse=True),
         **tdpo_ext.build_info(),
     }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return "unknown"
 
 
 def save(name: str, content: dict) -> Path:
@@ -51,18 +54,18 @@ def medians(
     prepare: Callable[[], object] = lambda: None,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Median seconds of each candidate, taken in turn so that a slow spell of the machine meets all of them.
+    """Median seconds of each candidate. Candidates alternate, so that a slow spell of the machine affects all of them.
 
-    `prepare` runs before each, outside the timing: what one candidate left behind is not the next one's to clear.
+    `prepare` runs before each, untimed: a candidate does not pay for freeing what the one before it left behind.
     """
     seconds = _cuda_seconds if device == "cuda" else _seconds
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(rounds + 1):
         for name, run in candidates.items():
             prepare()
-            taken = seconds(run)
-            if index > 0:  # the first round warms up
-                times[name].append(taken)
+            elapsed = seconds(run)
+            if index > 0:  # the first round is a warm-up
+                times[name].append(elapsed)
     return {name: statistics.median(series) for name, series in times.items()}
 
 
@@ -81,23 +84,23 @@ def _cuda_seconds(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def working(candidates: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """The candidates that run here; what keeps another from it (memory, most often) is printed."""
-    found = {}
+def runnable(candidates: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The candidates that run on this machine; for each of the others, the error (usually out of memory) is printed."""
+    kept = {}
     for name, run in candidates.items():
         try:
             run()
-            found[name] = run
+            kept[name] = run
         except Exception as error:  # a peer may fail in any way
-            print(f"left out: {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            print(f"skipped: {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    return found
+    return kept
 
 
 def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """Memory at its peak during `run`, beyond what was in use before: allocated on a GPU, resident on the CPU (sampled
-    every millisecond)."""
+    """Peak memory during `run` beyond what was in use before: allocated memory on a GPU, resident memory on the CPU
+    (sampled every millisecond)."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -126,7 +129,7 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     return peak - before
 
 
-def table(rows: list[dict], columns: list[str]) -> str:
+def text_table(rows: list[dict], columns: list[str]) -> str:
     """Rows as aligned text."""
     cells = [columns] + [
         [f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns] for row in rows

@@ -1,4 +1,4 @@
-"""The implementations that `tdpo_ext` is measured against."""
+"""The published implementation that `tdpo_ext` is measured against."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tdpo_ext import TokenDivergence
 
 
 def published(logits, ref_logits, labels):
-    """Per-token values the way the published TDPO code forms them (arXiv 2404.11999): everything materialised.
+    """Per-token values as the published TDPO code computes them (arXiv 2404.11999), with everything materialised.
 
-    float32 casts, log_softmax of the policy, softmax().log() of the reference, no entropy, no masks.
+    float32 casts, log_softmax of the policy, softmax().log() of the reference; no entropy, no accuracy, no masks.
     """
     log_p = logits.float().log_softmax(-1)
     q = ref_logits.float().softmax(-1)
@@ -19,7 +19,15 @@ def published(logits, ref_logits, labels):
     kl = (q * (log_q - log_p)).sum(-1)
     index = labels.clamp(min=0)[..., None]
     logps, ref_logps = (values.gather(-1, index)[..., 0] for values in (log_p, log_q))
-    return TokenDivergence(logps, ref_logps, kl, torch.zeros_like(kl))
+    not_computed = torch.zeros_like(kl)
+    return TokenDivergence(
+        logps=logps,
+        ref_logps=ref_logps,
+        kl=kl,
+        entropy=not_computed,
+        correct=not_computed,
+        tokens=torch.ones_like(kl),
+    )
 
 
 def published_linear(objective, hidden, weight, ref_hidden, ref_weight, labels):

@@ -1,4 +1,4 @@
-"""Draws benchmarks/results/summary.png, the README's picture, from benchmarks/results/bench_linear.json.
+"""Draws benchmarks/results/summary.png, the figure of the README, from benchmarks/results/bench_linear.json.
 
 python benchmarks/picture.py
 """
@@ -16,7 +16,7 @@ NAMES = {
     "published, compiled": "torch.compile",
     "liger chunked jsd": "Liger chunked JSD",
     "tdpo_ext streaming": "tdpo_ext streaming",
-    "tdpo_ext resident": "tdpo_ext",
+    "tdpo_ext chunked": "tdpo_ext",
 }
 
 
@@ -32,7 +32,7 @@ def main() -> None:
             axis.bar_label(bars, fmt="%.2f" if key == "over_products" else "%.0f", padding=3, fontsize=8)
         axes[0].set_yticks([place + 0.19 for place in range(len(shown))], [NAMES[name] for name in shown])
     axes[0].axvline(1, color="black", lw=0.8, ls=":")
-    axes[0].set_title("time, in times of the four matrix products alone", fontsize=10)
+    axes[0].set_title("time, relative to the four matrix products alone", fontsize=10)
     axes[1].set_title("MiB beyond inputs and gradients", fontsize=10)
     axes[1].legend(loc="upper right", fontsize=8)
     for axis in axes:

@@ -1,11 +1,11 @@
-"""The paper's controlled-sentiment figures in small: reward against sequence KL, and KL over steps, with several seeds.
+"""The paper's controlled-sentiment figures at small scale: reward over sequence KL, and KL over steps, several seeds.
 
     python benchmarks/sentiment_frontier.py [--seeds 3] [--out out/frontier] [--report-only]
 
-For every seed a classifier, a GPT-2 trained from scratch and preference pairs, then DPO, TDPO1 and TDPO2 with alpha
-0.1, 0.3, 0.5 and 0.7 from the same start, through the public trainer (arXiv 2404.11999, section 5.1). Interrupted, it
-goes on from the last finished run or checkpoint. Results go to benchmarks/results/sentiment_frontier.json and .png.
-About an hour on 2 cores.
+For every seed, a classifier, a GPT-2 trained from scratch and preference pairs; then DPO, TDPO1 and TDPO2 with alpha
+0.1, 0.3, 0.5 and 0.7 from the same initial policy, through the public trainer (arXiv 2404.11999, section 5.1). An
+interrupted run resumes from the last checkpoint. Results go to benchmarks/results/sentiment_frontier.json and .png.
+Takes about an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, save, table
+from common import RESULTS, save, text_table
 from tdpo.demo.report import reward_at
 from tdpo.demo.settings import DemoSettings
 
@@ -35,28 +35,28 @@ def run(out: Path, seeds: int) -> None:
 
 def collect(out: Path) -> dict:
     """Every finished run's frontier and KL series: {method: {"frontiers": [seed][point], "kl": [seed][step]}}."""
-    found: dict = {name: {"frontiers": [], "kl": []} for name in METHODS}
-    for home in sorted(out.glob("seed-*")):
-        for name, curves in found.items():
-            log = home / name / "log.json"
+    curves: dict = {name: {"frontiers": [], "kl": []} for name in METHODS}
+    for seed_folder in sorted(out.glob("seed-*")):
+        for name, method in curves.items():
+            log = seed_folder / name / "log.json"
             if not log.exists():
                 continue
-            curves["frontiers"].append(json.loads((home / name / "frontier.json").read_text()))
+            method["frontiers"].append(json.loads((seed_folder / name / "frontier.json").read_text()))
             entries = [entry for entry in json.loads(log.read_text()) if "kl/chosen" in entry]
-            curves["kl"].append(
+            method["kl"].append(
                 [{key: entry[key] for key in ("step", "kl/chosen", "kl/rejected", "kl/margin")} for entry in entries]
             )
-    return found
+    return curves
 
 
 def matched(curves: dict) -> list[dict]:
     """Mean and standard deviation over seeds of every method's reward at sequence KLs that all runs reach."""
-    reach = min(max(p["kl"] for p in points) for method in curves.values() for points in method["frontiers"])
+    largest = min(max(p["kl"] for p in points) for method in curves.values() for points in method["frontiers"])
     rows = []
     for share in (0.4, 0.6, 0.8, 1.0):
-        row: dict = {"kl": share * reach}
+        row: dict = {"kl": share * largest}
         for name, method in curves.items():
-            rewards = [reward_at(points, share * reach) for points in method["frontiers"]]
+            rewards = [reward_at(points, share * largest) for points in method["frontiers"]]
             row[name], row[f"{name} sd"] = float(np.mean(rewards)), float(np.std(rewards))
         rows.append(row)
     return rows
@@ -93,15 +93,15 @@ def plot(curves: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of everything, seeds 0 and following")
-    parser.add_argument("--out", type=Path, default=Path("out/frontier"), help="folder of the runs")
-    parser.add_argument("--report-only", action="store_true", help="only collect what is finished")
+    parser.add_argument("--seeds", type=int, default=3, help="repeat everything with seeds 0, 1, ...")
+    parser.add_argument("--out", type=Path, default=Path("out/frontier"), help="output folder of the runs")
+    parser.add_argument("--report-only", action="store_true", help="train nothing; report the finished runs")
     arguments = parser.parse_args()
     if not arguments.report_only:
         run(arguments.out, arguments.seeds)
     curves = collect(arguments.out)
     rows = matched(curves)
-    print(table(rows, list(rows[0])))
+    print(text_table(rows, list(rows[0])))
     results = {"settings": SETTINGS, "methods": METHODS, "matched_kl": rows, "curves": curves}
     plot(curves, RESULTS / "sentiment_frontier.png")
     print(f"saved {save('sentiment_frontier', results)}")

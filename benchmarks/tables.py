@@ -1,10 +1,9 @@
-"""Writes every measured figure of README.md and docs/ from the JSON of benchmarks/results, between its markers.
+"""Writes the measured figures in README.md and docs/ from the JSON in benchmarks/results.
 
     python benchmarks/tables.py [--check]
 
-A page holds `<!-- table: NAME -->` ... `<!-- end -->`; what stands between is what the function NAME here makes of the
-results. With --check nothing is written, and a page that differs is an error: figures can't drift from what was
-measured.
+The text between `<!-- table: NAME -->` and `<!-- end -->` on a page is the output of the function NAME in this file.
+With --check nothing is written, and a page that differs is an error: figures can't drift from the measurements.
 """
 
 from __future__ import annotations
@@ -13,10 +12,19 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/performance.md", "docs/paper.md"]
+Table = Callable[[], str]
+TABLES: dict[str, Table] = {}
+
+
+def table(function: Table) -> Table:
+    """Registers a function as the table of its name."""
+    TABLES[function.__name__] = function
+    return function
 
 
 def load(name: str) -> dict:
@@ -28,6 +36,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+@table
 def logits() -> str:
     """Logit-level forward and backward."""
     columns = ["published, eager", "published, compiled", "oracle, eager", "oracle, compiled"]
@@ -54,6 +63,7 @@ def _steps() -> dict[str, dict[str, dict]]:
     }
 
 
+@table
 def linear() -> str:
     """Hidden states to gradients."""
     steps = _steps()
@@ -69,8 +79,9 @@ def linear() -> str:
     return markdown(["", *header], rows)
 
 
+@table
 def where_time_goes() -> str:
-    """Shares of a logit-level step and of a fused one."""
+    """The parts of a logit-level step and of a fused one."""
     first = load("bench_logits")["results"][0]
     times = first["milliseconds"]
     rows = [
@@ -80,22 +91,24 @@ def where_time_goes() -> str:
         ]
     ]
     for dtype, step in _steps().items():
-        total, products = step["tdpo_ext resident"]["seconds"], step["products"]["seconds"]
+        total, products = step["tdpo_ext chunked"]["seconds"], step["products"]["seconds"]
         rows.append(
             [f"hidden states, {dtype}", f"{total:.2f} s; the four products by torch.mm alone take {products:.2f} s"]
         )
     return markdown(["step", "where its time goes"], rows)
 
 
+@table
 def near_equality() -> str:
     """Errors near p = q."""
-    found = load("bench_linear")["near_equality"]
-    rows = [[name, f"{error['kl']:.1e}", f"{error['dhidden']:.1e}"] for name, error in found.items()]
+    errors = load("bench_linear")["near_equality"]
+    rows = [[name, f"{error['kl']:.1e}", f"{error['dhidden']:.1e}"] for name, error in errors.items()]
     return markdown(["", "KL", "KL's part of dL/dhidden"], rows)
 
 
+@table
 def vocab_parallel() -> str:
-    """Shards of the vocabulary on 1, 2 and 4 processes."""
+    """The vocabulary sharded over 1, 2 and 4 processes."""
     rows = [
         [
             str(row["ranks"]),
@@ -110,31 +123,34 @@ def vocab_parallel() -> str:
     return markdown(["ranks", "V", "s", "bytes a row", "logits, MiB a rank", "extra, MiB a rank"], rows)
 
 
+@table
 def trainer_speed() -> str:
-    """Padding and the reference."""
-    found = load("bench_trainer")["speed"]
-    slowest = max(found["seconds"].values())
+    """What packing and the cached reference gain."""
+    speed = load("bench_trainer")["speed"]
+    slowest = max(speed["seconds"].values())
     rows = [
-        [name, f"{found['positions'][name]:,}", f"{seconds:.2f}", f"{slowest / seconds:.2f}x"]
-        for name, seconds in found["seconds"].items()
+        [name, f"{speed['positions'][name]:,}", f"{seconds:.2f}", f"{slowest / seconds:.2f}x"]
+        for name, seconds in speed["seconds"].items()
     ]
     return markdown(["", "positions", "s", "faster"], rows)
 
 
+@table
 def trainer_memory() -> str:
     """Peak memory with a live and with a cached reference."""
-    found = load("bench_trainer")
-    peak = found["peak_mb"]
+    results = load("bench_trainer")
+    peak = results["peak_mb"]
     saved = peak["live"] - peak["cached"]
     return (
         f"Peak resident memory of one training step: {peak['live']:,.0f} MiB with a live reference, "
         f"{peak['cached']:,.0f} MiB from the cache, {saved:,.0f} MiB less (the model's weights are "
-        f"{found['large_model_mb']:,.0f} MiB)."
+        f"{results['large_model_mb']:,.0f} MiB)."
     )
 
 
+@table
 def storage() -> str:
-    """What bfloat16 storage of the reference costs."""
+    """Errors from storing the reference in bfloat16."""
     rows = [
         [
             f"{row['perturbation']:g}",
@@ -149,22 +165,23 @@ def storage() -> str:
     )
 
 
+@table
 def frontier() -> str:
     """Reward at matched KL, mean and standard deviation over seeds."""
-    found = load("sentiment_frontier")
-    names = list(found["methods"])
+    results = load("sentiment_frontier")
+    names = list(results["methods"])
     rows = [
         [f"{row['kl']:.2f}", *(f"{row[name]:.3f} ± {row[f'{name} sd']:.3f}" for name in names)]
-        for row in found["matched_kl"]
+        for row in results["matched_kl"]
     ]
     return markdown(["sequence KL", *names], rows)
 
 
+@table
 def frontier_end() -> str:
-    """Where every method ends."""
-    found = load("sentiment_frontier")["curves"]
+    """Every method after its last step."""
     rows = []
-    for name, curves in found.items():
+    for name, curves in load("sentiment_frontier")["curves"].items():
         ends = [points[-1] for points in curves["frontiers"]]
         last = [series[-1] for series in curves["kl"]]
         mean = [
@@ -175,11 +192,12 @@ def frontier_end() -> str:
     return markdown(["", "reward", "KL of samples", "KL of chosen", "KL of rejected"], rows)
 
 
+@table
 def summary() -> str:
     """The README's figures."""
     logit, steps = load("bench_logits")["results"][0], _steps()
-    ours, eager = steps["float32"]["tdpo_ext resident"], steps["float32"]["published, eager"]
-    bf16 = steps["bfloat16"]["tdpo_ext resident"]
+    ours, eager = steps["float32"]["tdpo_ext chunked"], steps["float32"]["published, eager"]
+    bf16 = steps["bfloat16"]["tdpo_ext chunked"]
     near = load("bench_linear")["near_equality"]
     trainer = load("bench_trainer")
     seconds = trainer["speed"]["seconds"]
@@ -210,17 +228,17 @@ def summary() -> str:
 
 
 def rendered(text: str) -> str:
-    """A page's text with every table as the results make it."""
+    """A page's text with every table generated from the results."""
 
     def replace(match: re.Match) -> str:
-        return f"<!-- table: {match[1]} -->\n{globals()[match[1]]()}\n<!-- end -->"
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs")
     check = parser.parse_args().check
     stale = []
     for name in PAGES:

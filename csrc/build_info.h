@@ -1,4 +1,4 @@
-// What this binary was built with, for bug reports and for `tdpo_ext.build_info()`. The macros come from CMake.
+// How this binary was built, for bug reports and for `tdpo_ext.build_info()`. CMake defines the macros.
 #pragma once
 
 #include <ATen/Version.h>

@@ -1,12 +1,10 @@
-// The only checks of shapes, dtypes and devices, shared by the backends; and the step from tensors to plain pointers.
+// The checks of shapes, dtypes and devices, once for both backends, and the conversion of tensors to kernel parameters.
 // Messages name the argument, what it was and what is allowed.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include <array>
-
-#include "problem.h"
+#include "params.h"
 #include "row_state.h"
 
 namespace tdpo {
@@ -31,6 +29,12 @@ inline at::ScalarType state_dtype(const at::Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+inline std::vector<int64_t> with_first(int64_t first, at::IntArrayRef rest) {
+  std::vector<int64_t> sizes{first};
+  sizes.insert(sizes.end(), rest.begin(), rest.end());
+  return sizes;
+}
+
 inline std::vector<int64_t> with_last(at::IntArrayRef leading, int64_t last) {
   std::vector<int64_t> sizes(leading.begin(), leading.end());
   sizes.push_back(last);
@@ -46,11 +50,11 @@ inline void check_matches(const at::Tensor& tensor, const char* name, at::IntArr
                     like.device());
 }
 
-// The rows of `tensor` if its leading dimensions collapse to two strides or fewer and its last dimension is dense.
-inline std::optional<Rows> rows_of(const at::Tensor& tensor) {
+// The rows of `tensor`, if its leading dimensions collapse to at most two and its last dimension is dense.
+inline std::optional<RowView> row_view(const at::Tensor& tensor) {
   const auto dims = tensor.dim();
   if (tensor.size(-1) > 1 && tensor.stride(-1) != 1) return std::nullopt;
-  // (size, stride) of what is left after merging neighbours, innermost first.
+  // (size, stride) of the dimensions that remain after collapsing neighbours, innermost first.
   std::vector<std::pair<int64_t, int64_t>> groups;
   for (int64_t dim = dims - 2; dim >= 0; --dim) {
     const auto size = tensor.size(dim), stride = tensor.stride(dim);
@@ -61,21 +65,33 @@ inline std::optional<Rows> rows_of(const at::Tensor& tensor) {
       groups.emplace_back(size, stride);
   }
   if (groups.size() > 2) return std::nullopt;
-  Rows rows{tensor.data_ptr(), 1, 0, 0};
+  RowView rows{tensor.data_ptr(), 1, 0, 0};
   if (groups.size() == 1) rows = {tensor.data_ptr(), groups[0].first, groups[0].second, groups[0].second};
   if (groups.size() == 2) rows = {tensor.data_ptr(), groups[0].first, groups[1].second, groups[0].second};
   return rows;
 }
 
-// A problem whose tensors are known to be good; it keeps alive what had to be copied.
-struct CheckedProblem {
-  at::Tensor logits, ref_logits, labels;
-  Problem problem;
+// The options of the row operators, in the order of their schemas.
+struct RowOptions {
+  int64_t vocab_start, vocab_size, ignore_index;
+  double temperature, softcap;
 };
 
-inline CheckedProblem check_problem(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
-                                    int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
-                                    double softcap) {
+// Logits and labels that passed the checks, and the kernel parameters that point into them.
+struct CheckedInputs {
+  at::Tensor logits, ref_logits, labels;
+  DivergenceParams params;
+
+  // Uninitialised states, (slices, ...) of the labels' shape and the state size.
+  at::Tensor empty_states(int64_t slices) const {
+    return at::empty(with_first(slices, with_last(labels.sizes(), kRowStateSize)),
+                     logits.options().dtype(state_dtype(logits)));
+  }
+};
+
+inline CheckedInputs check_inputs(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
+                                  const RowOptions& options) {
+  const auto [vocab_start, vocab_size, ignore_index, temperature, softcap] = options;
   const auto dtype = dtype_of(logits, "logits");
   TORCH_CHECK_VALUE(logits.dim() >= 1, "logits has no dimensions; (..., vocabulary) is needed");
   check_matches(ref_logits, "ref_logits", logits.sizes(), logits.scalar_type(), logits);
@@ -86,67 +102,89 @@ inline CheckedProblem check_problem(const at::Tensor& logits, const at::Tensor& 
   TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), "temperature is ", temperature,
                     "; it must be positive and finite");
   TORCH_CHECK_VALUE(softcap >= 0 && std::isfinite(softcap), "softcap is ", softcap, "; it must be positive and finite");
-  CheckedProblem checked{logits, ref_logits, labels.contiguous(), {}};
-  auto z = rows_of(checked.logits), r = rows_of(checked.ref_logits);
-  if (!z) z = rows_of(checked.logits = logits.contiguous());
-  if (!r) r = rows_of(checked.ref_logits = ref_logits.contiguous());
-  checked.problem = {*z,
-                     *r,
-                     checked.labels.data_ptr<int64_t>(),
-                     labels.numel(),
-                     vocab,
-                     vocab_start,
-                     vocab_size,
-                     ignore_index,
-                     temperature,
-                     softcap,
-                     dtype};
+  CheckedInputs checked{logits, ref_logits, labels.contiguous(), {}};
+  auto z = row_view(checked.logits), r = row_view(checked.ref_logits);
+  if (!z) z = row_view(checked.logits = logits.contiguous());
+  if (!r) r = row_view(checked.ref_logits = ref_logits.contiguous());
+  checked.params = {
+      .logits = *z,
+      .ref_logits = *r,
+      .labels = checked.labels.data_ptr<int64_t>(),
+      .rows = labels.numel(),
+      .vocab = vocab,
+      .vocab_start = vocab_start,
+      .vocab_size = vocab_size,
+      .ignore_index = ignore_index,
+      .temperature = temperature,
+      .softcap = softcap,
+      .dtype = dtype,
+  };
   return checked;
 }
 
-inline void check_stacked_states(const at::Tensor& states) {
-  TORCH_CHECK_VALUE(states.dim() >= 2 && states.size(-1) == kRowStateSize, "states has shape ", states.sizes(),
-                    "; (slices, ..., ", kRowStateSize, ") is needed");
+inline void check_state_dtype(const at::Tensor& states) {
+  TORCH_CHECK_TYPE(states.scalar_type() == at::kFloat || states.scalar_type() == at::kDouble, "states has dtype ",
+                   states.scalar_type(), "; allowed are float32 and float64");
 }
 
-using FinalValues = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-// States of the whole vocabulary, with room for the values they stand for.
-struct CheckedValues {
-  at::Tensor states, labels;
-  std::array<at::Tensor, kTokenValues> values;  // in the order of TokenValues
-
-  CheckedValues(const at::Tensor& given_states, const at::Tensor& given_labels)
-      : states(given_states.contiguous()), labels(given_labels.contiguous()) {
-    dtype_of(states, "states");
-    check_matches(labels, "labels", labels.sizes(), at::kLong, states);
-    check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), states.scalar_type(), labels);
-    for (auto& value : values) value = at::empty(labels.sizes(), states.options());
-  }
-  FinalValues tuple() const { return {values[0], values[1], values[2], values[3], values[4]}; }
+// The tensors of merge_row_states, the output included.
+struct CheckedMerge {
+  at::Tensor states;  // (slices, ..., kRowStateSize)
+  at::Tensor merged;  // (..., kRowStateSize)
+  int64_t slices, rows;
 };
 
+inline CheckedMerge check_merge(const at::Tensor& states) {
+  check_state_dtype(states);
+  TORCH_CHECK_VALUE(states.dim() >= 2 && states.size(-1) == kRowStateSize, "states has shape ", states.sizes(),
+                    "; (slices, ..., ", kRowStateSize, ") is needed");
+  const auto merged = at::empty(states.sizes().slice(1), states.options());
+  return {states.contiguous(), merged, states.size(0), merged.numel() / kRowStateSize};
+}
+
+// The tensors of finalize_row_states, the output included.
+struct CheckedFinalize {
+  at::Tensor states;  // (..., kRowStateSize)
+  at::Tensor labels;  // (...)
+  at::Tensor values;  // (kTokenValues, ...)
+  int64_t rows;
+};
+
+inline CheckedFinalize check_finalize(const at::Tensor& states, const at::Tensor& labels) {
+  check_state_dtype(states);
+  check_matches(labels, "labels", labels.sizes(), at::kLong, states);
+  check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), states.scalar_type(), labels);
+  const auto values = at::empty(with_first(kTokenValues, labels.sizes()), states.options());
+  return {states.contiguous(), labels.contiguous(), values, labels.numel()};
+}
+
+// The tensors of logit_gradient_out beside its CheckedInputs.
 struct CheckedGradient {
-  at::Tensor states, logp_grad, kl_grad;
-  Gradient gradient;
+  at::Tensor states, logps_grad, kl_grad;
+  GradientParams params;
 };
 
 inline CheckedGradient check_gradient(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& states,
-                                      const at::Tensor& logp_grad, const at::Tensor& kl_grad, const at::Tensor& out) {
+                                      const at::Tensor& logps_grad, const at::Tensor& kl_grad, const at::Tensor& out) {
   const auto real = state_dtype(logits);
   check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), real, logits);
-  check_matches(logp_grad, "logp_grad", labels.sizes(), real, logits);
+  check_matches(logps_grad, "logps_grad", labels.sizes(), real, logits);
   check_matches(kl_grad, "kl_grad", labels.sizes(), real, logits);
   const bool narrows =
       logits.scalar_type() == at::kFloat && (out.scalar_type() == at::kBFloat16 || out.scalar_type() == at::kHalf);
   check_matches(out, "out", logits.sizes(), narrows ? out.scalar_type() : logits.scalar_type(), logits);
-  const auto rows = rows_of(out);
+  const auto rows = row_view(out);
   TORCH_CHECK_VALUE(rows, "out has strides ", out.strides(),
                     "; its rows must be dense and its leading dimensions regular");
-  CheckedGradient checked{states.contiguous(), logp_grad.contiguous(), kl_grad.contiguous(), {}};
-  checked.gradient = {checked.states.data_ptr(),  checked.logp_grad.data_ptr(),
-                      checked.kl_grad.data_ptr(), *rows,
-                      dtype_of(out, "out"),       false};
+  CheckedGradient checked{states.contiguous(), logps_grad.contiguous(), kl_grad.contiguous(), {}};
+  checked.params = {
+      .states = checked.states.data_ptr(),
+      .logps_grad = checked.logps_grad.data_ptr(),
+      .kl_grad = checked.kl_grad.data_ptr(),
+      .out = *rows,
+      .out_dtype = dtype_of(out, "out"),
+      .streaming_stores = false,
+  };
   return checked;
 }
 

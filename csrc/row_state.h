@@ -1,5 +1,5 @@
-// The monoid at the heart of the library: what must be remembered of a row (one response token) over any slice of
-// the vocabulary, so that slices can be merged in any grouping: SIMD lanes, threads, CTAs, chunks in time, ranks.
+// The state of a row (one response token) over any slice of the vocabulary. States form a monoid: slices may be merged
+// in any grouping, whether they are SIMD lanes, threads, CTAs, chunks in time or ranks.
 //
 // z are the policy's and r the reference's logits, divided by the temperature. Exponentials are taken in base 2, so
 // the maxima are too: Z = z log2(e), z_max = max Z. With e_z = 2^(Z - z_max), e_r = 2^(R - r_max) and the gap
@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #if defined(__CUDACC__)
@@ -28,7 +29,7 @@ namespace tdpo {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// (exp(d) - 1 - d) / d for |d| < kSmallGap; the truncated series is off by 7e-7 relative at most in the float form.
+// (exp(d) - 1 - d) / d for |d| < kSmallGap. The float series is truncated: relative error at most 7e-7.
 constexpr float kSmallGap = 0.125f;
 template <typename X>
 TDPO_FN X exp_excess_over(X d) {
@@ -44,25 +45,28 @@ TDPO_FN double exp_excess_over(double d) {
   return total;
 }
 
-// 1 / temperature, as it scales natural and base-2 exponents.
+// 1 / temperature: the scale of natural and of base-2 exponents.
 template <typename Real>
-struct Temper {
-  Real natural, binary;
-  explicit TDPO_FN Temper(double temperature) : natural(Real(1 / temperature)), binary(Real(kLog2e / temperature)) {}
+struct InvTemperature {
+  Real natural, base2;
+  explicit TDPO_FN InvTemperature(double temperature)
+      : natural(Real(1 / temperature)), base2(Real(kLog2e / temperature)) {}
 };
 
-// The scalar arithmetic of the element step; the SIMD and the device kernels bring their own.
+// Scalar arithmetic for RowSums and RowGradient; cpu/simd.h and cuda/device.h have their own versions.
 template <typename Scalar>
 struct ScalarMath {
   using Real = Scalar;
   using X = Scalar;
-  // `exponent` makes of any x <= 0, -inf included, what `exp2` can take; exp2 of the floor is exactly 0.
+  // exp2 of the floor is exactly 0.
   static constexpr Real kExponentFloor = sizeof(Real) == 8 ? -1100 : -200;
   static TDPO_FN X exp2(X x) { return std::exp2(x); }
   static TDPO_FN X abs(X x) { return std::fabs(x); }
-  static TDPO_FN X at_least(X x, Real floor) { return x < floor ? floor : x; }  // NaN stays
-  static TDPO_FN X exponent(X x) { return at_least(x, kExponentFloor); }
-  // x * scale - shift, rounded once: the product of a large logit must not be rounded before the maximum leaves it.
+  static TDPO_FN X clamp_min(X x, Real floor) { return x < floor ? floor : x; }  // propagates NaN
+  // Brings any x <= 0, -inf included, into the range that this class's exp2 accepts.
+  static TDPO_FN X clamp_exponent(X x) { return clamp_min(x, kExponentFloor); }
+  // x * scale - shift with a single rounding: for a large logit, rounding the product before subtracting the maximum
+  // would lose the digits of the difference.
   static TDPO_FN X scaled(X x, Real scale, Real shift) { return std::fma(x, scale, -shift); }
   template <typename Mask>
   static TDPO_FN X select(Mask mask, X yes, X no) {
@@ -80,18 +84,19 @@ struct RowSums {
     return *this;
   }
 
-  // Adds one entry (or one vector of entries) of raw logits; `z_shift` and `r_shift` stand for the maxima. The gap is
-  // taken from z - r first: that difference is exact when the logits are close.
+  // Adds one entry (or one vector of entries) of logits before the temperature; `z_shift` and `r_shift` are the finite
+  // maxima. The gap starts from z - r: that difference is exact when the logits are close.
   template <typename Math>
   TDPO_FN void add(X z, X r, typename Math::Real z_shift, typename Math::Real r_shift,
-                   Temper<typename Math::Real> temper) {
+                   InvTemperature<typename Math::Real> inv_temp) {
     using Real = typename Math::Real;
-    const X z_log = Math::at_least(Math::scaled(z, temper.binary, z_shift), Math::kExponentFloor);  // finite, for z_dot
-    const X r_log = Math::exponent(Math::scaled(r, temper.binary, r_shift));
+    const X z_log =
+        Math::clamp_min(Math::scaled(z, inv_temp.base2, z_shift), Math::kExponentFloor);  // finite for z_dot
+    const X r_log = Math::clamp_exponent(Math::scaled(r, inv_temp.base2, r_shift));
     const X e_z = Math::exp2(z_log), e_r = Math::exp2(r_log);
     // An entry without reference mass has no gap, whatever its logits (-inf and underflow included).
     const auto has_mass = e_r != X{};
-    const X d = Math::scaled(z - r, temper.natural, (z_shift - r_shift) * Real(kLn2));
+    const X d = Math::scaled(z - r, inv_temp.natural, (z_shift - r_shift) * Real(kLn2));
     const X e_r_d = Math::select(has_mass, e_r * d, X{});
     const auto small = (Math::abs(d) < X{} + Real(kSmallGap)) & has_mass;
     z_sum += e_z;
@@ -102,19 +107,19 @@ struct RowSums {
   }
 };
 
-// The maxima are subtracted through this: a slice that is -inf throughout has no finite maximum and no mass to scale.
+// The maximum to subtract from exponents: 0 for a slice that is -inf throughout, where -inf - (-inf) would give NaN.
 template <typename Real>
-TDPO_FN Real shift_of(Real max) {
+TDPO_FN Real finite_max(Real max) {
   return max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
 }
 
-// What happens to the sums when the maxima move up.
+// Rescales the sums of a state to larger maxima.
 template <typename Real>
 struct Rescale {
   Real z, r;        // factors of e_z and e_r
-  Real z_hop, hop;  // change of Z - z_max (base 2), and of the gap (natural)
+  Real z_hop, hop;  // changes of Z - z_max (base 2) and of the gap d (natural)
   Real growth;      // z - r, formed without cancellation
-  Real excess;      // r * (exp(hop) - 1 - hop), likewise
+  Real excess;      // r * (exp(hop) - 1 - hop), also without cancellation
 
   TDPO_FN Rescale(Real z_max, Real r_max, Real new_z_max, Real new_r_max) {
     const Real lowest = -std::numeric_limits<Real>::infinity();
@@ -134,7 +139,7 @@ struct Rescale {
 
   template <typename X>
   TDPO_FN void apply(RowSums<X>& sums) const {
-    if (r == Real(0)) {  // the old reference mass is gone, and with it every gap, infinite ones too
+    if (r == Real(0)) {  // no reference mass is left, so there is no gap either, not even an infinite one
       sums.bregman = sums.z_sum * z;
       sums.gap = X{};
     } else {
@@ -147,18 +152,28 @@ struct Rescale {
   }
 };
 
+constexpr int kTokenValues = 6;
+
+// The values of one row; all zeros for an ignored row. The operators return these fields in this order.
 template <typename Real>
 struct TokenValues {
   Real logp, ref_logp, kl, entropy;
-  Real correct;  // 1 where no entry of the policy beats the label, else 0
+  Real correct;  // 1 where no policy logit exceeds the label's, else 0
+  Real tokens;   // 1: a sum over rows counts those that are not ignored
+
+  // Writes column `row` of (kTokenValues, rows).
+  TDPO_FN void store(Real* columns, int64_t rows, int64_t row) const {
+    static_assert(sizeof(TokenValues) == kTokenValues * sizeof(Real), "the fields are read as an array");
+    const Real* const fields = reinterpret_cast<const Real*>(this);
+    for (int field = 0; field < kTokenValues; ++field) columns[field * rows + row] = fields[field];
+  }
 };
-constexpr int kTokenValues = 5;
 
 template <typename Real>
 struct RowState {
   Real z_max, r_max;
   RowSums<Real> sums;
-  Real z_label, r_label;  // the label's raw logits; 0 where the slice does not hold the label
+  Real z_label, r_label;  // the label's logits before the temperature; 0 where the label is in another slice
 
   static TDPO_FN RowState empty() {
     const Real lowest = -std::numeric_limits<Real>::infinity();
@@ -172,11 +187,11 @@ struct RowState {
     r_max = new_r_max;
   }
 
-  // One vocabulary entry.
-  TDPO_FN void update(Real z, Real r, Temper<Real> temper) {
-    const Real z_log = z * temper.binary, r_log = r * temper.binary;
+  // Adds one vocabulary entry.
+  TDPO_FN void update(Real z, Real r, InvTemperature<Real> inv_temp) {
+    const Real z_log = z * inv_temp.base2, r_log = r * inv_temp.base2;
     raise_maxima(z_log > z_max ? z_log : z_max, r_log > r_max ? r_log : r_max);
-    sums.template add<ScalarMath<Real>>(z, r, shift_of(z_max), shift_of(r_max), temper);
+    sums.template add<ScalarMath<Real>>(z, r, finite_max(z_max), finite_max(r_max), inv_temp);
   }
 
   // Associative, with empty() as the identity.
@@ -190,8 +205,9 @@ struct RowState {
     r_label += other.r_label;
   }
 
-  // In double: once a row it costs nothing, and it spares the label's logit a rounding that the sums never saw.
-  TDPO_FN TokenValues<Real> finalize(Temper<Real> temper) const {
+  // In double: once per row it costs nothing, and it avoids a rounding of the label's scaled logit that the sums do not
+  // have.
+  TDPO_FN TokenValues<Real> finalize(InvTemperature<Real> inv_temp) const {
     const double r_sum = sums.r_sum, x = (double(sums.gap) + double(sums.bregman)) / r_sum;
     double kl;
     if (std::fabs(x) < kSmallGap) {
@@ -200,10 +216,13 @@ struct RowState {
     } else {
       kl = std::log(sums.z_sum / r_sum) - sums.gap / r_sum;
     }
-    const double binary = temper.binary, log_z = std::log2(double(sums.z_sum)), log_r = std::log2(r_sum);
-    return {Real((z_label * binary - shift_of(z_max) - log_z) * kLn2),
-            Real((r_label * binary - shift_of(r_max) - log_r) * kLn2), Real(kl),
-            Real((log_z - sums.z_dot / double(sums.z_sum)) * kLn2), Real(z_label * temper.binary >= z_max)};
+    const double base2 = inv_temp.base2, log_z = std::log2(double(sums.z_sum)), log_r = std::log2(r_sum);
+    return {Real((z_label * base2 - finite_max(z_max) - log_z) * kLn2),
+            Real((r_label * base2 - finite_max(r_max) - log_r) * kLn2),
+            Real(kl),
+            Real((log_z - sums.z_dot / double(sums.z_sum)) * kLn2),
+            Real(z_label * inv_temp.base2 >= z_max),
+            Real(1)};
   }
 
  private:
@@ -217,30 +236,30 @@ struct RowState {
 };
 
 constexpr int kRowStateSize = 9;
-static_assert(sizeof(RowState<float>) == kRowStateSize * sizeof(float), "a state is stored as plain numbers");
+static_assert(sizeof(RowState<float>) == kRowStateSize * sizeof(float), "states are stored as arrays of numbers");
 
-// dL/dlogits of one row: p_scale 2^(Z - z_shift) - q_scale 2^(R - r_shift), and `label_extra` more at the label;
-// `logp_grad` and `kl_grad` are dL/dlogp and dL/dkl.
+// dL/dlogits of one row: p_scale 2^(Z - z_shift) - q_scale 2^(R - r_shift), plus `label_extra` at the label.
+// `logps_grad` and `kl_grad` are dL/dlogp and dL/dkl.
 template <typename Real>
 struct RowGradient {
-  Temper<Real> temper;
+  InvTemperature<Real> inv_temp;
   Real z_shift, r_shift, p_scale, q_scale, label_extra;
 
-  TDPO_FN RowGradient(const RowState<Real>& state, Real logp_grad, Real kl_grad, Temper<Real> row_temper)
-      : temper(row_temper),
-        z_shift(shift_of(state.z_max)),
-        r_shift(shift_of(state.r_max)),
-        p_scale((kl_grad - logp_grad) * temper.natural / state.sums.z_sum),
-        q_scale(kl_grad == Real(0) ? Real(0) : kl_grad * temper.natural / state.sums.r_sum),
-        label_extra(logp_grad * temper.natural) {}
+  TDPO_FN RowGradient(const RowState<Real>& state, Real logps_grad, Real kl_grad, InvTemperature<Real> inv_temp)
+      : inv_temp(inv_temp),
+        z_shift(finite_max(state.z_max)),
+        r_shift(finite_max(state.r_max)),
+        p_scale((kl_grad - logps_grad) * inv_temp.natural / state.sums.z_sum),
+        q_scale(kl_grad == Real(0) ? Real(0) : kl_grad * inv_temp.natural / state.sums.r_sum),
+        label_extra(logps_grad * inv_temp.natural) {}
 
   template <typename Math>
   TDPO_FN typename Math::X policy_part(typename Math::X z) const {
-    return Math::exp2(Math::exponent(Math::scaled(z, temper.binary, z_shift))) * p_scale;
+    return Math::exp2(Math::clamp_exponent(Math::scaled(z, inv_temp.base2, z_shift))) * p_scale;
   }
   template <typename Math>
   TDPO_FN typename Math::X reference_part(typename Math::X r) const {
-    return Math::exp2(Math::exponent(Math::scaled(r, temper.binary, r_shift))) * q_scale;
+    return Math::exp2(Math::clamp_exponent(Math::scaled(r, inv_temp.base2, r_shift))) * q_scale;
   }
 };
 

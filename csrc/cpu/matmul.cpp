@@ -1,7 +1,8 @@
-// out (+)= a @ b with a float32 result. torch's CPU products round their result to the operands' dtype, which costs the
-// KL its signal; here bfloat16 operands leave their accumulators as they are, through torch's batch-reduce kernels
-// where the processor multiplies bfloat16, and through float32 copies of small blocks elsewhere. Float32 operands go
-// the same way: where `b` is a transposed weight it is faster than torch's own product.
+// out (+)= a @ b with a float32 result. torch's CPU products round their result to the operands' dtype, which would
+// drown the KL in rounding errors; here the float32 accumulators of bfloat16 products are stored unrounded, with
+// torch's batch-reduce GEMM kernels (brgemm) where the processor multiplies bfloat16, and through float32 copies of
+// small blocks elsewhere. Float32 operands use brgemm too: where `b` is a transposed weight it is faster than torch's
+// own product.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -12,9 +13,9 @@ namespace {
 
 using at::BFloat16;
 constexpr int64_t kTileRows = 128, kBlockColumns = 384, kBlockDepth = 512;
-// Where `a` must be copied too, wider blocks copy it less often.
+// Blocks where `a` must be packed too: wider, so that it is packed less often.
 constexpr int64_t kWideColumns = 768, kWideDepth = 256;
-constexpr int64_t kCopied = 2048;  // side of the blocks that multiply_copies takes
+constexpr int64_t kCopiedSide = 2048;  // side of the square blocks of multiply_copies
 
 template <typename T>
 struct Matrix {
@@ -30,12 +31,18 @@ struct Matrix {
   const T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-// bfloat16 is multiplied in pairs of depth.
+// A range of rows, columns or depth (the dimension that a product sums over).
+struct Range {
+  int64_t begin, size;
+};
+
+// The bfloat16 kernels read `b` in pairs of rows ("VNNI" layout), so their depth is padded to an even number.
 template <typename T>
 constexpr bool kPaired = sizeof(T) == 2;
 
+// Whether torch has brgemm kernels for this dtype on this processor: where it has none, a call throws.
 template <typename T>
-bool has_kernels() {
+bool has_brgemm() {
   static const bool works = [] {
     std::vector<T> a(32 * 32), b(32 * 32);
     std::vector<float> c(32 * 32);
@@ -50,8 +57,8 @@ bool has_kernels() {
   return works;
 }
 
-// out[i][j] = in[j][i] for a square of one register's lanes, by interleaving: after log2(lanes) rounds of pairing row r
-// with row r + lanes / 2, entry by entry, rows have become columns.
+// out[i][j] = in[j][i] for a square as wide as one register: after log2(lanes) rounds of interleaving row r with row
+// r + lanes / 2, rows have become columns.
 template <typename T>
 struct Square {
   static constexpr int lanes = 16 / sizeof(T);
@@ -79,136 +86,156 @@ struct Square {
   }
 };
 
-// Copies b[k0:k0+depth, n0:n0+columns], for bfloat16 with pairs of rows interleaved, as the dot-product instructions
-// read them; then `padded` (even) rows are written.
-void pack_block(const Matrix<float>& b, int64_t k0, int64_t depth, int64_t, int64_t n0, int64_t columns,
-                float* packed) {
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t n = 0; n < columns; ++n) packed[k * columns + n] = *b.at(k0 + k, n0 + n);
+// Packs rows `k` and columns `n` of `b` for brgemm: dense for float, pairs of rows interleaved for bfloat16. Zeros fill
+// the rows up to `padded_depth`.
+void pack_block(const Matrix<float>& b, Range k, int64_t, Range n, float* packed) {
+  for (int64_t i = 0; i < k.size; ++i)
+    for (int64_t j = 0; j < n.size; ++j) packed[i * n.size + j] = *b.at(k.begin + i, n.begin + j);
 }
-void pack_block(const Matrix<BFloat16>& b, int64_t k0, int64_t depth, int64_t padded, int64_t n0, int64_t columns,
-                BFloat16* packed) {
-  for (int64_t k = 0; k < padded; k += 2) {
-    BFloat16* row = packed + k * columns;
-    const BFloat16 *first = b.at(k0 + k, n0), *second = b.at(k0 + k + 1, n0);
-    const bool both = k + 1 < depth;
+void pack_block(const Matrix<BFloat16>& b, Range k, int64_t padded_depth, Range n, BFloat16* packed) {
+  for (int64_t i = 0; i < padded_depth; i += 2) {
+    BFloat16* row = packed + i * n.size;
+    const BFloat16 *first = b.at(k.begin + i, n.begin), *second = b.at(k.begin + i + 1, n.begin);
+    const bool both = i + 1 < k.size;
     const int64_t step = b.column_stride;
     if (step == 1 && both) {
-      for (int64_t n = 0; n < columns; ++n) row[2 * n] = first[n], row[2 * n + 1] = second[n];
+      for (int64_t j = 0; j < n.size; ++j) row[2 * j] = first[j], row[2 * j + 1] = second[j];
     } else {
-      for (int64_t n = 0; n < columns; ++n) {
-        row[2 * n] = first[n * step];
-        row[2 * n + 1] = both ? second[n * step] : BFloat16(0);
+      for (int64_t j = 0; j < n.size; ++j) {
+        row[2 * j] = first[j * step];
+        row[2 * j + 1] = both ? second[j * step] : BFloat16(0);
       }
     }
   }
 }
 
-// The same for a transposed operand (a weight): what lies side by side in it moves as one word, a float or a pair.
+// pack_block for a transposed operand (a weight) of even depth. What is contiguous in its columns, a float or a pair of
+// bfloat16, moves as one 32-bit word.
 template <typename T>
-void pack_transposed_block(const Matrix<T>& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, T* packed) {
+void pack_transposed_block(const Matrix<T>& b, Range k, Range n, T* packed) {
   using Words = Square<uint32_t>;
-  const auto* source = reinterpret_cast<const char*>(b.at(k0, n0));
-  const int64_t stride = b.column_stride * sizeof(T), words = depth * sizeof(T) / sizeof(uint32_t);
+  const auto* source = reinterpret_cast<const char*>(b.at(k.begin, n.begin));
+  const int64_t stride = b.column_stride * sizeof(T), words = k.size * sizeof(T) / sizeof(uint32_t);
   auto* const out = reinterpret_cast<uint32_t*>(packed);
-  const auto one = [&](int64_t k, int64_t n) {
-    std::memcpy(out + k * columns + n, source + n * stride + k * sizeof(uint32_t), sizeof(uint32_t));
+  const auto copy_word = [&](int64_t i, int64_t j) {
+    std::memcpy(out + i * n.size + j, source + j * stride + i * sizeof(uint32_t), sizeof(uint32_t));
   };
-  int64_t n = 0;
-  for (; n + Words::lanes <= columns; n += Words::lanes) {
-    int64_t k = 0;
-    for (; k + Words::lanes <= words; k += Words::lanes)
-      Words::transpose(source + n * stride + k * sizeof(uint32_t), stride, out + k * columns + n, columns);
-    for (; k < words; ++k)
-      for (int64_t i = n; i < n + Words::lanes; ++i) one(k, i);
+  int64_t j = 0;
+  for (; j + Words::lanes <= n.size; j += Words::lanes) {
+    int64_t i = 0;
+    for (; i + Words::lanes <= words; i += Words::lanes)
+      Words::transpose(source + j * stride + i * sizeof(uint32_t), stride, out + i * n.size + j, n.size);
+    for (; i < words; ++i)
+      for (int64_t lane = j; lane < j + Words::lanes; ++lane) copy_word(i, lane);
   }
-  for (; n < columns; ++n)
-    for (int64_t k = 0; k < words; ++k) one(k, n);
+  for (; j < n.size; ++j)
+    for (int64_t i = 0; i < words; ++i) copy_word(i, j);
 }
 
-// Copies a[m0:m0+rows, k0:k0+depth] to rows of `padded` entries, in squares that keep both sides in the cache.
+// Packs rows `m` and columns `k` of `a` into dense rows of `padded_depth` entries, in squares that keep both sides in
+// the cache.
 template <typename T>
-void pack_rows(const Matrix<T>& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t padded, T* packed) {
+void pack_rows(const Matrix<T>& a, Range m, Range k, int64_t padded_depth, T* packed) {
   using Entries = Square<std::conditional_t<kPaired<T>, uint16_t, uint32_t>>;
-  constexpr int64_t kSquare = Entries::lanes;
-  if (padded > depth)
-    for (int64_t m = 0; m < rows; ++m) packed[m * padded + depth] = T(0);
-  for (int64_t m = 0; m < rows; m += kSquare)
-    for (int64_t k = 0; k < depth; k += kSquare) {
-      if (a.row_stride == 1 && m + kSquare <= rows && k + kSquare <= depth) {
-        Entries::transpose(a.at(m0 + m, k0 + k), a.column_stride * sizeof(T), packed + m * padded + k, padded);
+  constexpr int64_t side = Entries::lanes;
+  if (padded_depth > k.size)
+    for (int64_t i = 0; i < m.size; ++i) packed[i * padded_depth + k.size] = T(0);
+  for (int64_t i = 0; i < m.size; i += side)
+    for (int64_t j = 0; j < k.size; j += side) {
+      if (a.row_stride == 1 && i + side <= m.size && j + side <= k.size) {
+        Entries::transpose(a.at(m.begin + i, k.begin + j), a.column_stride * sizeof(T), packed + i * padded_depth + j,
+                           padded_depth);
       } else {
-        for (int64_t i = m; i < std::min(rows, m + kSquare); ++i)
-          for (int64_t j = k; j < std::min(depth, k + kSquare); ++j) packed[i * padded + j] = *a.at(m0 + i, k0 + j);
+        for (int64_t row = i; row < std::min(m.size, i + side); ++row)
+          for (int64_t column = j; column < std::min(k.size, j + side); ++column)
+            packed[row * padded_depth + column] = *a.at(m.begin + row, k.begin + column);
       }
     }
 }
 
+// out (+)= a @ b with brgemm, block by block.
 template <typename T>
-void multiply_block(const Matrix<T>& a, const Matrix<T>& b, bool accumulate, float* out, int64_t out_stride,
-                    int64_t m_begin, int64_t m_end, int64_t n0, int64_t columns, std::vector<T>& a_pack,
-                    std::vector<T>& b_pack) {
-  const int64_t block_depth = a.column_stride == 1 ? kBlockDepth : kWideDepth;
-  for (int64_t k0 = 0; k0 < a.columns; k0 += block_depth) {
-    const int64_t depth = std::min(block_depth, a.columns - k0), padded = kPaired<T> ? depth + depth % 2 : depth;
-    b_pack.resize(padded * columns);
-    if (b.row_stride == 1 && padded == depth)
-      pack_transposed_block(b, k0, depth, n0, columns, b_pack.data());
-    else
-      pack_block(b, k0, depth, padded, n0, columns, b_pack.data());
-    for (int64_t m = m_begin; m < m_end; m += kTileRows) {
-      const int64_t rows = std::min(kTileRows, m_end - m);
-      const bool direct = a.column_stride == 1 && padded == depth;
-      if (!direct) {
-        a_pack.resize(rows * padded);
-        pack_rows(a, m, rows, k0, depth, padded, a_pack.data());
-      }
-      at::native::cpublas::brgemm(rows, columns, padded, direct ? a.row_stride : padded, columns, out_stride,
-                                  accumulate || k0 > 0, direct ? a.at(m, k0) : a_pack.data(), b_pack.data(),
-                                  out + m * out_stride + n0, kPaired<T>);
+struct Product {
+  Matrix<T> a, b;
+  float* out;
+  int64_t out_stride;
+  bool accumulate;
+
+  // Memory that a thread reuses for its packed operands.
+  struct Packed {
+    std::vector<T> a, b;
+  };
+
+  // Computes rows `m` and columns `n` of `out`.
+  void multiply_block(Range m, Range n, Packed& packed) const {
+    const int64_t block_depth = a.column_stride == 1 ? kBlockDepth : kWideDepth;
+    for (int64_t k_begin = 0; k_begin < a.columns; k_begin += block_depth) {
+      const Range k{k_begin, std::min(block_depth, a.columns - k_begin)};
+      const int64_t padded_depth = kPaired<T> ? k.size + k.size % 2 : k.size;
+      packed.b.resize(padded_depth * n.size);
+      if (b.row_stride == 1 && padded_depth == k.size)
+        pack_transposed_block(b, k, n, packed.b.data());
+      else
+        pack_block(b, k, padded_depth, n, packed.b.data());
+      for (int64_t row = 0; row < m.size; row += kTileRows)
+        multiply_tile({m.begin + row, std::min(kTileRows, m.size - row)}, k, padded_depth, n, packed);
     }
   }
-}
+
+ private:
+  // Multiplies rows `m` of `a` with the packed block of `b`.
+  void multiply_tile(Range m, Range k, int64_t padded_depth, Range n, Packed& packed) const {
+    const T* rows = a.at(m.begin, k.begin);
+    int64_t row_stride = a.row_stride;
+    if (a.column_stride != 1 || padded_depth != k.size) {
+      packed.a.resize(m.size * padded_depth);
+      pack_rows(a, m, k, padded_depth, packed.a.data());
+      rows = packed.a.data();
+      row_stride = padded_depth;
+    }
+    at::native::cpublas::brgemm(m.size, n.size, padded_depth, row_stride, n.size, out_stride, accumulate || k.begin > 0,
+                                rows, packed.b.data(), out + m.begin * out_stride + n.begin, kPaired<T>);
+  }
+};
 
 template <typename T>
-void multiply(const at::Tensor& a_tensor, const at::Tensor& b_tensor, bool accumulate, const at::Tensor& out) {
-  const Matrix<T> a(a_tensor), b(b_tensor);
-  // Columns are shared among threads, and rows too where there are few columns.
+void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
+  const Product<T> product{Matrix<T>(a), Matrix<T>(b), out.data_ptr<float>(), out.stride(0), accumulate};
+  const int64_t rows = a.size(0), columns = b.size(1);
+  // Threads share the columns, and the rows too where there are few columns.
   const int64_t threads = at::get_num_threads();
-  const int64_t columns = a.column_stride == 1 ? std::min(kBlockColumns, (b.columns + threads - 1) / threads)
-                                               : std::min(kWideColumns, b.columns);
-  const int64_t blocks = (b.columns + columns - 1) / columns;
-  const int64_t bands = blocks >= threads ? 1 : std::min((threads + blocks - 1) / blocks, (a.rows + 63) / 64);
-  const int64_t band = (a.rows + bands - 1) / bands;
-  float* const result = out.data_ptr<float>();
+  const int64_t block = product.a.column_stride == 1 ? std::min(kBlockColumns, (columns + threads - 1) / threads)
+                                                     : std::min(kWideColumns, columns);
+  const int64_t blocks = (columns + block - 1) / block;
+  const int64_t bands = blocks >= threads ? 1 : std::min((threads + blocks - 1) / blocks, (rows + 63) / 64);
+  const int64_t band = (rows + bands - 1) / bands;
   at::parallel_for(0, blocks * bands, 1, [&](int64_t first, int64_t last) {
-    std::vector<T> a_pack, b_pack;
+    typename Product<T>::Packed packed;
     for (int64_t task = first; task < last; ++task) {
-      const int64_t n0 = task % blocks * columns, m0 = task / blocks * band;
-      multiply_block(a, b, accumulate, result, out.stride(0), m0, std::min(a.rows, m0 + band), n0,
-                     std::min(columns, b.columns - n0), a_pack, b_pack);
+      const int64_t m = task / blocks * band, n = task % blocks * block;
+      product.multiply_block({m, std::min(band, rows - m)}, {n, std::min(block, columns - n)}, packed);
     }
     at::native::cpublas::brgemm_release(true);
   });
 }
 
-// Float32 copies of one block at a time, multiplied by torch.
+// The same without brgemm: float32 copies of one block at a time, multiplied by torch.
 void multiply_copies(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
   const auto block = [](const at::Tensor& t, int64_t row, int64_t column) {
-    return t.narrow(0, row, std::min(kCopied, t.size(0) - row))
-        .narrow(1, column, std::min(kCopied, t.size(1) - column));
+    return t.narrow(0, row, std::min(kCopiedSide, t.size(0) - row))
+        .narrow(1, column, std::min(kCopiedSide, t.size(1) - column));
   };
   if (!accumulate) out.zero_();
-  for (int64_t m = 0; m < a.size(0); m += kCopied)
-    for (int64_t k = 0; k < a.size(1); k += kCopied) {
+  for (int64_t m = 0; m < a.size(0); m += kCopiedSide)
+    for (int64_t k = 0; k < a.size(1); k += kCopiedSide) {
       const auto left = block(a, m, k).to(at::kFloat);
-      for (int64_t n = 0; n < b.size(1); n += kCopied) block(out, m, n).addmm_(left, block(b, k, n).to(at::kFloat));
+      for (int64_t n = 0; n < b.size(1); n += kCopiedSide) block(out, m, n).addmm_(left, block(b, k, n).to(at::kFloat));
     }
 }
 
 void matmul_float32(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
   TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "a ", a.sizes(), " and b ", b.sizes(),
-                    " are not matrices that multiply");
+                    " are not matrices that can be multiplied");
   TORCH_CHECK_TYPE(a.scalar_type() == b.scalar_type() && a.scalar_type() != at::kDouble, "a has dtype ",
                    a.scalar_type(), " and b ", b.scalar_type(), "; both must be bfloat16, float16 or float32");
   TORCH_CHECK_VALUE(out.dim() == 2 && out.size(0) == a.size(0) && out.size(1) == b.size(1) && out.stride(1) == 1,
@@ -217,9 +244,9 @@ void matmul_float32(const at::Tensor& a, const at::Tensor& b, bool accumulate, c
   if (out.numel() == 0) return;
   if (a.size(1) == 0) {
     if (!accumulate) out.zero_();
-  } else if (a.scalar_type() == at::kBFloat16 && has_kernels<BFloat16>()) {
+  } else if (a.scalar_type() == at::kBFloat16 && has_brgemm<BFloat16>()) {
     multiply<BFloat16>(a, b, accumulate, out);
-  } else if (a.scalar_type() == at::kFloat && has_kernels<float>()) {
+  } else if (a.scalar_type() == at::kFloat && has_brgemm<float>()) {
     multiply<float>(a, b, accumulate, out);
   } else {
     multiply_copies(a, b, accumulate, out);

@@ -1,11 +1,11 @@
-// The CPU kernels. Compiled once per instruction set (CMakeLists.txt), each copy in a namespace of its own.
+// The CPU row kernels, compiled once per instruction set (CMakeLists.txt), each copy in its own namespace.
 //
-// A row is read in blocks that fit the first-level cache: once for the maxima, once for the sums, so that memory is
-// read once, exponentials are taken once per logit, and the sums are rescaled only when a block raises a maximum.
-// Each block sums into registers of its own, 128 entries a lane, which keeps rounding from growing with the vocabulary.
-#include <type_traits>
+// A row is processed in blocks that fit the L1 cache, each read twice: once for the maxima, once for the sums. Memory
+// is therefore read once, exponentials are taken once per logit, and the sums are rescaled only when a block raises a
+// maximum. Each block has its own partial sums, 128 entries per lane, so rounding errors do not grow with the
+// vocabulary.
+#include "row_kernels.h"
 
-#include "kernels.h"
 #include "simd.h"
 
 namespace tdpo::TDPO_CPU_ISA {
@@ -23,16 +23,16 @@ struct Row {
   const Scalar* data;
   Real softcap;
 
-  Row(const Rows& rows, int64_t row, const Problem& problem)
-      : data(static_cast<const Scalar*>(rows.data) + rows.offset(row)), softcap(Real(problem.softcap)) {}
+  Row(const RowView& rows, int64_t row, const DivergenceParams& params)
+      : data(static_cast<const Scalar*>(rows.data) + rows.offset(row)), softcap(Real(params.softcap)) {}
 
   TDPO_FN X capped(X x) const {
     if constexpr (kSoftcap) return tanh_of<Math>(x * (Real(1) / softcap)) * softcap;
     return x;
   }
-  TDPO_FN X at(int64_t v) const { return capped(V::load(data + v)); }
+  TDPO_FN X vector(int64_t v) const { return capped(V::load(data + v)); }
 
-  // The last few entries, padded with -inf, which adds nothing to any sum.
+  // Fewer entries than lanes, padded with -inf, which contributes nothing to any sum.
   TDPO_FN X tail(int64_t v, int64_t count) const {
     Scalar padded[lanes];
     std::memcpy(padded, data + v, count * sizeof(Scalar));
@@ -41,7 +41,7 @@ struct Row {
     for (int64_t i = count; i < lanes; ++i) entries[i] = -std::numeric_limits<Real>::infinity();
     return x;
   }
-  TDPO_FN Real one(int64_t v) const {
+  TDPO_FN Real entry(int64_t v) const {
     const X x = tail(v, 1);
     return *reinterpret_cast<const Real*>(&x);
   }
@@ -63,12 +63,12 @@ TDPO_FN Real horizontal_sum(X x) {
 }
 
 template <typename Math, typename Scalar, bool kSoftcap>
-void row_state_of(const Problem& problem, int64_t row, int64_t begin, int64_t end, void* out) {
+void compute_row_state(const DivergenceParams& params, int64_t row, int64_t begin, int64_t end, void* out) {
   using X = typename Math::X;
   using Real = typename Math::Real;
   constexpr int lanes = Vector<Math, Scalar>::lanes;
-  const Row<Math, Scalar, kSoftcap> z_row(problem.logits, row, problem), r_row(problem.ref_logits, row, problem);
-  const Temper<Real> temper(problem.temperature);
+  const Row<Math, Scalar, kSoftcap> z_row(params.logits, row, params), r_row(params.ref_logits, row, params);
+  const InvTemperature<Real> inv_temp(params.temperature);
   const Real lowest = -std::numeric_limits<Real>::infinity();
 
   auto state = RowState<Real>::empty();
@@ -79,15 +79,15 @@ void row_state_of(const Problem& problem, int64_t row, int64_t begin, int64_t en
 
     X z_top = X{} + lowest, r_top = X{} + lowest;
     for (int64_t v = block; v < whole; v += lanes) {
-      z_top = maximum(z_row.at(v), z_top);
-      r_top = maximum(r_row.at(v), r_top);
+      z_top = maximum(z_row.vector(v), z_top);
+      r_top = maximum(r_row.vector(v), r_top);
     }
     if (whole < stop) {
       z_top = maximum(z_row.tail(whole, stop - whole), z_top);
       r_top = maximum(r_row.tail(whole, stop - whole), r_top);
     }
-    const Real z_max = horizontal_max<Real>(z_top) * temper.binary;
-    const Real r_max = horizontal_max<Real>(r_top) * temper.binary;
+    const Real z_max = horizontal_max<Real>(z_top) * inv_temp.base2;
+    const Real r_max = horizontal_max<Real>(r_top) * inv_temp.base2;
     if (z_max > state.z_max || r_max > state.r_max) {
       const Real z_new = z_max > state.z_max ? z_max : state.z_max;
       const Real r_new = r_max > state.r_max ? r_max : state.r_max;
@@ -96,48 +96,49 @@ void row_state_of(const Problem& problem, int64_t row, int64_t begin, int64_t en
       state.r_max = r_new;
     }
 
-    const Real z_shift = shift_of(state.z_max), r_shift = shift_of(state.r_max);
+    const Real z_shift = finite_max(state.z_max), r_shift = finite_max(state.r_max);
     RowSums<X> sums{};
     for (int64_t v = block; v < whole; v += lanes) {
-      // While this block keeps the arithmetic busy, the next one comes out of memory.
+      // Fetches the next block from memory while this one keeps the arithmetic units busy.
       __builtin_prefetch(z_row.data + v + kBlock);
       __builtin_prefetch(r_row.data + v + kBlock);
-      sums.template add<Math>(z_row.at(v), r_row.at(v), z_shift, r_shift, temper);
+      sums.template add<Math>(z_row.vector(v), r_row.vector(v), z_shift, r_shift, inv_temp);
     }
     if (whole < stop)
       sums.template add<Math>(z_row.tail(whole, stop - whole), r_row.tail(whole, stop - whole), z_shift, r_shift,
-                              temper);
+                              inv_temp);
     total += sums;
   }
   state.sums = {horizontal_sum<Real>(total.z_sum), horizontal_sum<Real>(total.r_sum), horizontal_sum<Real>(total.gap),
                 horizontal_sum<Real>(total.bregman), horizontal_sum<Real>(total.z_dot)};
-  const int64_t label = problem.labels[row] - problem.vocab_start;
+  const int64_t label = params.labels[row] - params.vocab_start;
   if (label >= begin && label < end) {
-    state.z_label = z_row.one(label);
-    state.r_label = r_row.one(label);
+    state.z_label = z_row.entry(label);
+    state.r_label = r_row.entry(label);
   }
   std::memcpy(out, &state, sizeof(state));
 }
 
 template <typename Math, typename Scalar, typename Out, bool kSoftcap, bool kReference>
-void row_gradient_of(const Problem& problem, const Gradient& gradient, int64_t row, int64_t begin, int64_t end) {
+void write_row_gradient(const DivergenceParams& params, const GradientParams& grad, int64_t row, int64_t begin,
+                        int64_t end) {
   using X = typename Math::X;
   using Real = typename Math::Real;
   using OutVector = Vector<Math, Out>;
   constexpr int lanes = OutVector::lanes;
-  const Row<Math, Scalar, kSoftcap> z_row(problem.logits, row, problem), r_row(problem.ref_logits, row, problem);
-  Out* const out = static_cast<Out*>(gradient.out.data) + gradient.out.offset(row);
-  const Real logp_grad = static_cast<const Real*>(gradient.logp_grad)[row];
-  const Real kl_grad = static_cast<const Real*>(gradient.kl_grad)[row];
+  const Row<Math, Scalar, kSoftcap> z_row(params.logits, row, params), r_row(params.ref_logits, row, params);
+  Out* const out = static_cast<Out*>(grad.out.data) + grad.out.offset(row);
+  const Real logps_grad = static_cast<const Real*>(grad.logps_grad)[row];
+  const Real kl_grad = static_cast<const Real*>(grad.kl_grad)[row];
   RowState<Real> state;
-  std::memcpy(&state, static_cast<const Real*>(gradient.states) + row * kRowStateSize, sizeof(state));
-  const RowGradient<Real> coefficients(state, logp_grad, kl_grad, Temper<Real>(problem.temperature));
+  std::memcpy(&state, static_cast<const Real*>(grad.states) + row * kRowStateSize, sizeof(state));
+  const RowGradient<Real> coefficients(state, logps_grad, kl_grad, InvTemperature<Real>(params.temperature));
 
-  // The label's logits are read now, before an in-place gradient overwrites them.
-  const int64_t label = problem.labels[row] - problem.vocab_start;
+  // Read the label's logits before an in-place gradient overwrites them.
+  const int64_t label = params.labels[row] - params.vocab_start;
   const bool has_label = label >= begin && label < end;
-  const Real z_label = has_label ? z_row.one(label) : Real(0);
-  const Real r_label = has_label && kReference ? r_row.one(label) : Real(0);
+  const Real z_label = has_label ? z_row.entry(label) : Real(0);
+  const Real r_label = has_label && kReference ? r_row.entry(label) : Real(0);
 
   const auto dz = [&](X z, X r, Real label_extra) TDPO_INLINE_LAMBDA {
     X value = coefficients.template policy_part<Math>(z);
@@ -158,7 +159,7 @@ void row_gradient_of(const Problem& problem, const Gradient& gradient, int64_t r
   };
 
   int64_t v = begin;
-  const bool streaming = gradient.streaming_stores;
+  const bool streaming = grad.streaming_stores;
   if (streaming) {
     constexpr int64_t kAlign = lanes * sizeof(Out);
     const int64_t head = (kAlign - reinterpret_cast<uintptr_t>(out + v) % kAlign) % kAlign / sizeof(Out);
@@ -169,8 +170,8 @@ void row_gradient_of(const Problem& problem, const Gradient& gradient, int64_t r
   const auto sweep = [&](auto streams) TDPO_INLINE_LAMBDA {
     for (; v + lanes <= end; v += lanes) {
       X r{};
-      if constexpr (kReference) r = r_row.at(v);
-      OutVector::store(out + v, dz(z_row.at(v), r, Real(0)), streams());
+      if constexpr (kReference) r = r_row.vector(v);
+      OutVector::store(out + v, dz(z_row.vector(v), r, Real(0)), streams());
     }
   };
   if (streaming)
@@ -180,7 +181,7 @@ void row_gradient_of(const Problem& problem, const Gradient& gradient, int64_t r
   if (v < end) partial(v, end - v);
   if (streaming) store_fence();
 
-  if (has_label) {  // in float, before the one rounding
+  if (has_label) {  // recomputed, so that label_extra is added before the only rounding
     Out padded[lanes];
     OutVector::store(padded, dz(X{} + z_label, X{} + r_label, coefficients.label_extra), false);
     out[label] = padded[0];
@@ -188,66 +189,47 @@ void row_gradient_of(const Problem& problem, const Gradient& gradient, int64_t r
 }
 
 template <typename Math, typename Scalar, typename Out, bool kSoftcap>
-void gradient_of_row(const Problem& problem, const Gradient& gradient, int64_t row, int64_t begin, int64_t end) {
+void row_gradient(const DivergenceParams& params, const GradientParams& grad, int64_t row, int64_t begin, int64_t end) {
   using Real = typename Math::Real;
-  const Real logp_grad = static_cast<const Real*>(gradient.logp_grad)[row];
-  const Real kl_grad = static_cast<const Real*>(gradient.kl_grad)[row];
-  if (problem.labels[row] == problem.ignore_index || (logp_grad == Real(0) && kl_grad == Real(0))) {
-    Out* const out = static_cast<Out*>(gradient.out.data) + gradient.out.offset(row);
+  const Real logps_grad = static_cast<const Real*>(grad.logps_grad)[row];
+  const Real kl_grad = static_cast<const Real*>(grad.kl_grad)[row];
+  if (params.labels[row] == params.ignore_index || (logps_grad == Real(0) && kl_grad == Real(0))) {
+    Out* const out = static_cast<Out*>(grad.out.data) + grad.out.offset(row);
     std::memset(out + begin, 0, (end - begin) * sizeof(Out));
   } else if (kl_grad == Real(0)) {
-    row_gradient_of<Math, Scalar, Out, kSoftcap, false>(problem, gradient, row, begin, end);
+    write_row_gradient<Math, Scalar, Out, kSoftcap, false>(params, grad, row, begin, end);
   } else {
-    row_gradient_of<Math, Scalar, Out, kSoftcap, true>(problem, gradient, row, begin, end);
+    write_row_gradient<Math, Scalar, Out, kSoftcap, true>(params, grad, row, begin, end);
   }
 }
 
-// Calls f with the arithmetic and the scalar type that the logits' dtype stands for.
-template <typename F>
-void with_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f(SimdMath{}, float{});
-    case DType::f64:
-      return f(ScalarMath<double>{}, double{});
-    case DType::bf16:
-      return f(SimdMath{}, bf16{});
-    case DType::f16:
-      return f(SimdMath{}, f16{});
-  }
-}
+template <typename Scalar>
+using MathOf = std::conditional_t<std::is_same_v<Scalar, double>, ScalarMath<double>, SimdMath>;
 
-void row_state(const Problem& problem, int64_t row, int64_t begin, int64_t end, void* state) {
-  with_dtype(problem.dtype, [&](auto math, auto scalar) {
-    using Math = decltype(math);
+void row_state(const DivergenceParams& params, int64_t row, int64_t begin, int64_t end, void* state) {
+  with_scalar(params.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    if (problem.labels[row] == problem.ignore_index) {
-      const auto nothing = RowState<typename Math::Real>::empty();
-      std::memcpy(state, &nothing, sizeof(nothing));
-    } else if (problem.softcap > 0) {
-      row_state_of<Math, Scalar, true>(problem, row, begin, end, state);
+    using Math = MathOf<Scalar>;
+    if (params.labels[row] == params.ignore_index) {
+      const auto empty = RowState<typename Math::Real>::empty();
+      std::memcpy(state, &empty, sizeof(empty));
+    } else if (params.softcap > 0) {
+      compute_row_state<Math, Scalar, true>(params, row, begin, end, state);
     } else {
-      row_state_of<Math, Scalar, false>(problem, row, begin, end, state);
+      compute_row_state<Math, Scalar, false>(params, row, begin, end, state);
     }
   });
 }
 
-void logit_gradient(const Problem& problem, const Gradient& gradient, int64_t row, int64_t begin, int64_t end) {
-  with_dtype(problem.dtype, [&](auto math, auto scalar) {
-    using Math = decltype(math);
+void logit_gradient(const DivergenceParams& params, const GradientParams& grad, int64_t row, int64_t begin,
+                    int64_t end) {
+  with_gradient_scalars(params.dtype, grad.out_dtype, [&](auto scalar, auto out) {
     using Scalar = decltype(scalar);
-    const auto run = [&](auto out) {
-      using Out = decltype(out);
-      if (problem.softcap > 0)
-        gradient_of_row<Math, Scalar, Out, true>(problem, gradient, row, begin, end);
-      else
-        gradient_of_row<Math, Scalar, Out, false>(problem, gradient, row, begin, end);
-    };
-    if constexpr (std::is_same_v<Scalar, float>) {
-      if (gradient.out_dtype == DType::bf16) return run(bf16{});
-      if (gradient.out_dtype == DType::f16) return run(f16{});
-    }
-    run(scalar);
+    using Out = decltype(out);
+    if (params.softcap > 0)
+      row_gradient<MathOf<Scalar>, Scalar, Out, true>(params, grad, row, begin, end);
+    else
+      row_gradient<MathOf<Scalar>, Scalar, Out, false>(params, grad, row, begin, end);
   });
 }
 

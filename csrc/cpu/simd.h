@@ -1,19 +1,18 @@
-// Just enough SIMD for the row kernels, on the compiler's vector extensions: one source for every instruction set,
-// the width following the flags that this translation unit is compiled with. Float lanes only: float64 is for tests
-// and runs through ScalarMath.
+// SIMD for the row kernels, on the compiler's vector extensions: one source for every instruction set, with the vector
+// width set by the flags of the translation unit. Float lanes only: float64 is for tests and uses ScalarMath.
 #pragma once
 
-#include <cstdint>
 #include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "../dtype.h"
 #include "../row_state.h"
 
 #if !defined(TDPO_CPU_ISA)
-#error "TDPO_CPU_ISA names the instruction set; CMakeLists.txt defines it"
+#error "TDPO_CPU_ISA must name the instruction set; CMakeLists.txt defines it"
 #endif
 
 #define TDPO_INLINE_LAMBDA __attribute__((always_inline))
@@ -34,13 +33,6 @@ typedef int32_t Ints __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
 template <typename V, typename T>
 TDPO_FN V load_bits(const T* p) {
   V v;
@@ -48,7 +40,7 @@ TDPO_FN V load_bits(const T* p) {
   return v;
 }
 
-// The larger of two; where `a` is NaN it is `b`, where `b` is NaN too it is NaN.
+// The larger of two: `b` where `a` is NaN, NaN where `b` is NaN.
 TDPO_FN Floats maximum(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
@@ -71,7 +63,7 @@ struct SimdMath {
   static TDPO_FN X abs(X x) { return (X)((Ints)x & 0x7fffffff); }
 
   static constexpr Real kExponentFloor = -200;
-  static TDPO_FN X at_least(X x, Real floor) { return maximum(X{} + floor, x); }  // NaN stays
+  static TDPO_FN X clamp_min(X x, Real floor) { return maximum(X{} + floor, x); }  // propagates NaN
 
   static TDPO_FN X scaled(X x, Real scale, Real shift) {
 #if defined(__x86_64__) && !defined(__FMA__)
@@ -82,21 +74,21 @@ struct SimdMath {
 #endif
   }
 
-  static TDPO_FN X exponent(X x) {
+  static TDPO_FN X clamp_exponent(X x) {
 #if defined(__AVX512F__)
-    return x;  // scaling by 2^-inf gives 0, whatever is scaled
+    return x;  // scalef by 2^-inf gives 0
 #else
-    return at_least(x, kExponentFloor);
+    return clamp_min(x, kExponentFloor);
 #endif
   }
 
-  // 2^x for x < 128, within 2 units in the last place (0 for what float can't hold); NaN stays. 2^x = 2^n 2^f with
-  // |f| <= 1/2; the polynomial for 2^f is a minimax fit, exact at 0, of relative error 1.1e-7.
+  // 2^x for x < 128, within 2 units in the last place; 0 below float's range; propagates NaN. 2^x = 2^n 2^f with
+  // |f| <= 1/2; the polynomial for 2^f is a minimax fit, exact at 0, with relative error 1.1e-7.
   static TDPO_FN X exp2(X x) {
 #if defined(__AVX512F__)
     const X n = (X)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    // Adding 1.5 * 2^23 + 127 leaves n + 127 in the low bits, ready to be shifted into an exponent.
+    // Adding 1.5 * 2^23 + 127 leaves n + 127 in the low bits, ready to be shifted into the exponent field.
     const X shifted = x + (12582912.0f + 127.0f);
     const X n = shifted - (12582912.0f + 127.0f);
 #endif
@@ -114,7 +106,7 @@ struct SimdMath {
   }
 };
 
-// tanh for softcapped logits: an odd series where 1 - 2 / (exp(2|x|) + 1) would lose digits.
+// tanh for softcapped logits: an odd series near 0, where 1 - 2 / (exp(2|x|) + 1) would lose digits.
 template <typename Math>
 TDPO_FN typename Math::X tanh_of(typename Math::X x) {
   using X = typename Math::X;
@@ -125,7 +117,7 @@ TDPO_FN typename Math::X tanh_of(typename Math::X x) {
   series = series * x2 + Real(2.0 / 15);
   series = series * x2 - Real(1.0 / 3);
   series = series * x2 * x + x;
-  const X decay = Math::exp2(Math::at_least(size * Real(-2 * kLog2e), Math::kExponentFloor));
+  const X decay = Math::exp2(Math::clamp_min(size * Real(-2 * kLog2e), Math::kExponentFloor));
   const X large = (X{} + Real(1) - decay) / (X{} + Real(1) + decay);
   return Math::select(size < X{} + Real(0.25), series, Math::select(x < X{}, X{} - large, large));
 }
@@ -134,7 +126,7 @@ TDPO_FN double tanh_of<ScalarMath<double>>(double x) {
   return std::tanh(x);
 }
 
-// Loads and stores: `Vector<Math, Scalar>` moves Math's lanes between registers and an array of Scalar.
+// Loads and stores: `Vector<Math, Scalar>` converts between Math's registers and arrays of Scalar.
 template <typename Math, typename Scalar>
 struct Vector;
 
@@ -149,7 +141,8 @@ template <>
 struct Vector<SimdMath, float> {
   static constexpr int lanes = kLanes;
   static TDPO_FN Floats load(const float* p) { return load_bits<Floats>(p); }
-  // A streaming store wants an aligned address; it spares the read of a line about to be overwritten whole.
+  // A streaming (non-temporal) store needs an aligned address; it avoids reading a cache line that is about to be
+  // overwritten completely.
   static TDPO_FN void store(float* p, Floats x, bool streaming) {
 #if defined(__AVX512F__)
     if (streaming) return _mm512_stream_ps(p, (__m512)x);
@@ -162,7 +155,7 @@ struct Vector<SimdMath, float> {
   }
 };
 
-// Streaming stores are ordered by this alone.
+// Orders streaming stores before whatever other threads do next; nothing else does.
 TDPO_FN void store_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -186,7 +179,7 @@ struct Vector<SimdMath, bf16> {
   static TDPO_FN Floats load(const bf16* p) {
     return (Floats)(__builtin_convertvector(load_bits<Halves>(p), Words) << 16);
   }
-  // Round to nearest even; NaN becomes the quiet NaN, since rounding its payload could give infinity.
+  // Rounds to nearest even. NaN becomes the quiet NaN: rounding its payload could give infinity.
   static TDPO_FN void store(bf16* p, Floats x, bool streaming) {
     const Words bits = (Words)x;
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -213,7 +206,7 @@ struct Vector<SimdMath, f16> {
     Floats x{};
     for (int i = 0; i < kLanes; ++i) {
       const uint32_t half = p[i].bits, sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
-      // Scaling by 2^112 rebiases normal numbers and makes subnormal ones exact.
+      // Multiplying by 2^112 corrects the exponent's bias; it is exact, for subnormal numbers too.
       const uint32_t shifted = magnitude << 13;
       float value;
       std::memcpy(&value, &shifted, 4);

@@ -1,7 +1,8 @@
-// What device code needs of its platform: CUDA, or the CPU emulator of tests/cpp (which defines TDPO_EMULATOR).
+// Device-side primitives: conversions, vector loads, fast exp2. The platform is CUDA, or the CPU emulator of tests/cpp
+// (which defines TDPO_EMULATOR).
 #pragma once
 
-#include "../problem.h"
+#include "../params.h"
 #include "../row_state.h"
 
 #if defined(TDPO_EMULATOR)
@@ -18,13 +19,6 @@
 namespace tdpo::cuda {
 
 constexpr int kWarp = 32;
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
 
 TDPO_FN float to_real(float x) { return x; }
 TDPO_FN double to_real(double x) { return x; }
@@ -55,7 +49,7 @@ struct DeviceMath : ScalarMath<Scalar> {};
 
 template <>
 struct DeviceMath<float> : ScalarMath<float> {
-  // The special-function unit's 2^x: 2 units in the last place; results below 2^-126 are 0, and so is 2^-inf.
+  // The special-function unit's 2^x, within 2 units in the last place; results below 2^-126, 2^-inf included, are 0.
   static __device__ __forceinline__ float exp2(float x) {
 #if defined(__CUDA_ARCH__)
     float y;
@@ -65,7 +59,7 @@ struct DeviceMath<float> : ScalarMath<float> {
     return std::exp2(x);
 #endif
   }
-  static __device__ __forceinline__ float exponent(float x) { return x; }
+  static __device__ __forceinline__ float clamp_exponent(float x) { return x; }
 };
 
 // 16 bytes of a row.
@@ -74,7 +68,7 @@ struct alignas(16) Pack {
   static constexpr int size = 16 / sizeof(T);
   T entry[size];
 };
-// As many entries of another type, to be stored at once.
+// `count` entries of any type, stored with one instruction.
 template <typename T, int count>
 struct alignas(count * sizeof(T)) Entries {
   T entry[count];
@@ -94,9 +88,9 @@ __device__ __forceinline__ Pack<T> load_pack(const T* data, bool aligned) {
   return pack;
 }
 
-// The larger of two pairs of 16-bit numbers, entry by entry; a NaN gives way to a number.
+// The elementwise maximum of two pairs of 16-bit numbers; NaN only where both are NaN.
 template <typename T>
-__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   uint32_t top;
   if constexpr (std::is_same_v<T, bf16>)
@@ -105,20 +99,20 @@ __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
     asm("max.f16x2 %0, %1, %2;" : "=r"(top) : "r"(a), "r"(b));
   return top;
 #else
-  const auto larger = [](uint32_t x, uint32_t y) {
+  const auto max = [](uint32_t x, uint32_t y) {
     const float real_x = to_real(T{uint16_t(x)}), real_y = to_real(T{uint16_t(y)});
     return real_x > real_y || real_y != real_y ? x & 0xffffu : y & 0xffffu;
   };
-  return larger(a, b) | larger(a >> 16, b >> 16) << 16;
+  return max(a, b) | max(a >> 16, b >> 16) << 16;
 #endif
 }
 
 // The largest entry of a pack.
 template <typename T>
-__device__ __forceinline__ auto top_of(const Pack<T>& pack) {
+__device__ __forceinline__ auto max_of(const Pack<T>& pack) {
   if constexpr (sizeof(T) == 2) {
     const auto* pairs = reinterpret_cast<const uint32_t*>(&pack);
-    const uint32_t top = larger_pair<T>(larger_pair<T>(pairs[0], pairs[1]), larger_pair<T>(pairs[2], pairs[3]));
+    const uint32_t top = max_pair<T>(max_pair<T>(pairs[0], pairs[1]), max_pair<T>(pairs[2], pairs[3]));
     return fmax(to_real(T{uint16_t(top)}), to_real(T{uint16_t(top >> 16)}));
   } else {
     auto top = to_real(pack.entry[0]);

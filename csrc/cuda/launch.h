@@ -1,7 +1,7 @@
-// The launchers, as the operators and the emulator's tests call them: raw pointers and a stream.
+// The kernel launchers, called by the operators and by the emulator's tests: plain pointers and a stream.
 #pragma once
 
-#include "../problem.h"
+#include "../params.h"
 
 #if defined(TDPO_EMULATOR)
 using cudaStream_t = void*;
@@ -11,17 +11,18 @@ using cudaStream_t = void*;
 
 namespace tdpo::cuda {
 
-// Into how many slices a row's vocabulary is cut so that `rows` rows fill `multiprocessors`.
+// The number of slices per row with which `rows` rows fill `multiprocessors`.
 int64_t row_slices(int64_t rows, int64_t vocab, int multiprocessors);
 
-// States of every slice, (slices, rows, state size); float64 for float64 logits, float32 otherwise.
-void launch_row_states(const Problem&, void* states, int64_t slices, cudaStream_t);
+// The states of every slice, (slices, rows, kRowStateSize): float64 for float64 logits, float32 otherwise.
+void launch_row_states(const DivergenceParams&, void* states, int64_t slices, cudaStream_t);
+// States (slices, rows, kRowStateSize) -> merged (rows, kRowStateSize).
 void launch_merge(const void* states, bool is_double, int64_t slices, int64_t rows, void* merged, cudaStream_t);
-// `outputs`: logps, ref_logps, kl, entropy, correct, each (rows).
+// States (rows, kRowStateSize) -> values (kTokenValues, rows).
 void launch_finalize(const void* states, bool is_double, const int64_t* labels, int64_t rows, int64_t ignore_index,
-                     double temperature, void* const outputs[5], cudaStream_t);
-void launch_gradient(const Problem&, const Gradient&, cudaStream_t);
-// data *= factor, one number on the device: float64 for float64 data, float32 otherwise.
+                     double temperature, void* values, cudaStream_t);
+void launch_gradient(const DivergenceParams&, const GradientParams&, cudaStream_t);
+// data *= factor, a number in device memory: float64 for float64 data, float32 otherwise.
 void launch_scale(void* data, DType, int64_t count, const void* factor, int multiprocessors, cudaStream_t);
 
 }  // namespace tdpo::cuda

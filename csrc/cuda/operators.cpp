@@ -1,4 +1,4 @@
-// The CUDA operators: torch's tensors, device and stream in front of the launchers.
+// The CUDA operators: checks, outputs, device guard and current stream around the kernel launchers.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -19,54 +19,48 @@ int multiprocessors() {
   return count;
 }
 
-at::Tensor merge_row_states(const at::Tensor& stacked) {
-  check_stacked_states(stacked);
-  const c10::cuda::CUDAGuard guard(stacked.device());
-  const auto states = stacked.contiguous();
-  auto merged = at::empty(states.sizes().slice(1), states.options());
-  launch_merge(states.data_ptr(), states.scalar_type() == at::kDouble, states.size(0), merged.numel() / kRowStateSize,
-               merged.data_ptr(), current_stream());
+at::Tensor merge_row_states(const at::Tensor& states) {
+  const auto checked = check_merge(states);
+  const c10::cuda::CUDAGuard guard(states.device());
+  launch_merge(checked.states.data_ptr(), checked.states.scalar_type() == at::kDouble, checked.slices, checked.rows,
+               checked.merged.data_ptr(), current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return merged;
+  return checked.merged;
 }
 
 at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
                       int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
                       double softcap) {
-  const auto checked =
-      check_problem(logits, ref_logits, labels, vocab_start, vocab_size, ignore_index, temperature, softcap);
+  const auto inputs =
+      check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
   const c10::cuda::CUDAGuard guard(logits.device());
-  const auto slices = row_slices(checked.problem.rows, checked.problem.vocab, multiprocessors());
-  auto sizes = with_last(labels.sizes(), kRowStateSize);
-  sizes.insert(sizes.begin(), slices);
-  const auto states = at::empty(sizes, logits.options().dtype(state_dtype(logits)));
-  launch_row_states(checked.problem, states.data_ptr(), slices, current_stream());
+  const auto slices = row_slices(inputs.params.rows, inputs.params.vocab, multiprocessors());
+  const auto states = inputs.empty_states(slices);
+  launch_row_states(inputs.params, states.data_ptr(), slices, current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return slices == 1 ? states.squeeze(0) : merge_row_states(states);
 }
 
-FinalValues finalize_row_states(const at::Tensor& given_states, const at::Tensor& given_labels, int64_t ignore_index,
-                                double temperature) {
-  const CheckedValues checked(given_states, given_labels);
-  const c10::cuda::CUDAGuard guard(checked.states.device());
-  void* outputs[kTokenValues];
-  for (int i = 0; i < kTokenValues; ++i) outputs[i] = checked.values[i].data_ptr();
+at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& labels, int64_t ignore_index,
+                               double temperature) {
+  const auto checked = check_finalize(states, labels);
+  const c10::cuda::CUDAGuard guard(states.device());
   launch_finalize(checked.states.data_ptr(), checked.states.scalar_type() == at::kDouble,
-                  checked.labels.const_data_ptr<int64_t>(), checked.labels.numel(), ignore_index, temperature, outputs,
-                  current_stream());
+                  checked.labels.const_data_ptr<int64_t>(), checked.rows, ignore_index, temperature,
+                  checked.values.data_ptr(), current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return checked.tuple();
+  return checked.values;
 }
 
 void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
-                        const at::Tensor& states, const at::Tensor& logp_grad, const at::Tensor& kl_grad,
+                        const at::Tensor& states, const at::Tensor& logps_grad, const at::Tensor& kl_grad,
                         int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
                         double softcap, const at::Tensor& out) {
-  const auto checked =
-      check_problem(logits, ref_logits, labels, vocab_start, vocab_size, ignore_index, temperature, softcap);
-  const auto upstream = check_gradient(logits, labels, states, logp_grad, kl_grad, out);
+  const auto inputs =
+      check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
+  const auto gradient = check_gradient(logits, labels, states, logps_grad, kl_grad, out);
   const c10::cuda::CUDAGuard guard(logits.device());
-  launch_gradient(checked.problem, upstream.gradient, current_stream());
+  launch_gradient(inputs.params, gradient.params, current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

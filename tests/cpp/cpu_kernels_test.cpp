@@ -1,5 +1,5 @@
-// The CPU kernels of every instruction set that this processor has, over the same shapes as the CUDA kernels.
-#include "../../csrc/cpu/kernels.h"
+// The CPU kernels of every instruction set that this processor has.
+#include "../../csrc/cpu/row_kernels.h"
 #include "row_cases.h"
 
 namespace {
@@ -10,24 +10,24 @@ struct Kernels {
   const CpuKernels& kernels;
 
   template <typename Real>
-  std::vector<RowState<Real>> states(const Problem& problem, int64_t slices) const {
-    const int64_t length = std::max<int64_t>(1, (problem.vocab + slices - 1) / slices);
+  std::vector<RowState<Real>> states(const DivergenceParams& params, int64_t slices) const {
+    const int64_t length = std::max<int64_t>(1, (params.vocab + slices - 1) / slices);
     std::vector<RowState<Real>> merged;
-    for (int64_t row = 0; row < problem.rows; ++row) {
+    for (int64_t row = 0; row < params.rows; ++row) {
       merged.push_back(RowState<Real>::empty());
-      for (int64_t begin = 0; begin < problem.vocab; begin += length) {
+      for (int64_t begin = 0; begin < params.vocab; begin += length) {
         RowState<Real> state;
-        kernels.row_state(problem, row, begin, std::min(problem.vocab, begin + length), &state);
+        kernels.row_state(params, row, begin, std::min(params.vocab, begin + length), &state);
         merged.back().merge(state);
       }
     }
     return merged;
   }
-  void gradient(const Problem& problem, Gradient gradient) const {
+  void gradient(const DivergenceParams& params, GradientParams grad) const {
     for (bool streaming : {true, false}) {
-      if (streaming && gradient.out.data == problem.logits.data) continue;
-      gradient.streaming_stores = streaming;
-      for (int64_t row = 0; row < problem.rows; ++row) kernels.logit_gradient(problem, gradient, row, 0, problem.vocab);
+      if (streaming && grad.out.data == params.logits.data) continue;
+      grad.streaming_stores = streaming;
+      for (int64_t row = 0; row < params.rows; ++row) kernels.logit_gradient(params, grad, row, 0, params.vocab);
     }
   }
 };
@@ -35,19 +35,20 @@ struct Kernels {
 template <typename T>
 void check_regimes(const CpuKernels& kernels) {
   for (int64_t vocab : {1, 7, 15, 16, 17, 507, 512, 2047, 2048, 2049, 5003})
-    check<T>({3, vocab, 1, 0, 0, 0, 0, 1}, Kernels{kernels});
-  check<T>({3, 1000, 1, 1, 2, 3, 0, 0.7, 3}, Kernels{kernels});  // every alignment
-  check<T>({3, 5003, 4, 0, 0, 5, 0, 1, 1}, Kernels{kernels});    // slices
-  check<T>({3, 700, 1, 0, 0, 0, 3, 1.3}, Kernels{kernels});      // softcap and temperature
+    check<T>({.rows = 3, .vocab = vocab}, Kernels{kernels});
+  check<T>({.rows = 3, .vocab = 1000, .z_offset = 1, .r_offset = 2, .out_offset = 3, .padding = 3, .temperature = 0.7},
+           Kernels{kernels});  // every alignment
+  check<T>({.rows = 3, .vocab = 5003, .slices = 4, .out_offset = 1, .padding = 5}, Kernels{kernels});  // slices
+  check<T>({.rows = 3, .vocab = 700, .softcap = 3, .temperature = 1.3}, Kernels{kernels});  // softcap and temperature
 }
 
 void check_all(const char* name, const CpuKernels& kernels) {
   const int before = failures;
   check_regimes<float>(kernels);
   check_regimes<double>(kernels);
-  check_regimes<cuda::bf16>(kernels);
-  check_regimes<cuda::f16>(kernels);
-  std::printf("%s: %s\n", name, failures == before ? "good" : "FAILED");
+  check_regimes<bf16>(kernels);
+  check_regimes<f16>(kernels);
+  std::printf("%s: %s\n", name, failures == before ? "passed" : "FAILED");
 }
 
 }  // namespace

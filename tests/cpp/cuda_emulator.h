@@ -1,10 +1,10 @@
-// Runs CUDA kernels on the CPU, one fiber per CUDA thread, so that the real device code can be tested without a GPU.
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread, so that the real device code is tested without a GPU.
 //
-// A CTA's threads are ucontext fibers that a scheduler resumes in turn, forwards or backwards. __syncthreads and warp
-// shuffles park a fiber until its CTA or its warp has arrived; when every fiber is parked and none can be released, the
-// kernel would hang on a GPU, and the emulator says so. CTAs run one after another, so __shared__ is a static variable.
-// It finds wrong indices, missing or mismatched barriers and order dependence; it does not find races between two
-// barriers that happen to give the right result in both orders.
+// The threads of a CTA are ucontext fibers that a scheduler resumes in turn, forwards or backwards. __syncthreads and
+// warp shuffles park a fiber until its CTA or warp has arrived. When every fiber is parked and none can be released,
+// the kernel would hang on a GPU, and the emulator throws. CTAs run one after another, so __shared__ is a static
+// variable. This finds wrong indices, missing or mismatched barriers and dependence on the order of threads; it does
+// not find races between two barriers that happen to give the right result in both orders.
 #pragma once
 
 #include <ucontext.h>
@@ -49,7 +49,6 @@ inline ucontext_t scheduler;
 inline const std::function<void()>* kernel = nullptr;
 inline std::string trap;
 inline uint64_t warp_values[64][32];
-inline std::vector<char> dynamic_shared;
 
 inline void park(Parked where) {
   auto& thread = threads[threadIdx.x];
@@ -62,7 +61,7 @@ inline void thread_main() {
   park(Parked::finished);
 }
 
-// Releases those parked at `where` among threads [first, last) if all that have not finished are there.
+// Releases threads [first, last) if all of them that have not finished are parked at `where`.
 inline bool release(size_t first, size_t last, Parked where) {
   bool any = false;
   for (size_t i = first; i < last; ++i) {
@@ -101,13 +100,12 @@ inline void run_block(unsigned block_threads) {
     if (!released) released = release(0, block_threads, Parked::at_block_barrier);
     for (const auto& thread : threads) alive |= thread.parked != Parked::finished;
     if (!alive) return;
-    if (!ran && !released) throw std::runtime_error("deadlock: the threads wait at different barriers");
+    if (!ran && !released) throw std::runtime_error("deadlock: threads wait at different barriers");
   }
 }
 
 template <typename F>
-void launch(unsigned grid, unsigned block, const F& body, size_t shared_bytes = 0) {
-  dynamic_shared.assign(shared_bytes + 16, 0);
+void launch(unsigned grid, unsigned block, const F& body) {
   const std::function<void()> call = body;
   kernel = &call;
   trap.clear();
@@ -118,10 +116,6 @@ void launch(unsigned grid, unsigned block, const F& body, size_t shared_bytes = 
 }
 
 }  // namespace emulator
-
-// What `extern __shared__ type name[];` declares on CUDA.
-#define TDPO_DYNAMIC_SHARED(type, name) \
-  type* const name = reinterpret_cast<type*>((uintptr_t(emulator::dynamic_shared.data()) + 15) / 16 * 16)
 
 #define TDPO_LAUNCH(kernel_name, grid, block, stream, ...) \
   ((void)(stream), emulator::launch(grid, block, [&] { kernel_name(__VA_ARGS__); }))
@@ -137,21 +131,6 @@ T __shfl_down_sync(unsigned, T value, int distance) {
   if (lane + distance < 32) std::memcpy(&value, &emulator::warp_values[warp][lane + distance], sizeof(T));
   emulator::park(emulator::Parked::at_warp_barrier);
   return value;
-}
-
-// The lanes of `mask` whose predicate holds. Lanes outside the mask must not call; those that have exited count as 0.
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  emulator::warp_values[warp][lane] = predicate != 0;
-  emulator::park(emulator::Parked::at_warp_barrier);
-  unsigned votes = 0;
-  for (unsigned other = 0; other < 32; ++other) {
-    const unsigned thread = warp * 32 + other;
-    const bool here = thread < blockDim.x && emulator::threads[thread].parked != emulator::Parked::finished;
-    if (mask >> other & 1u && here && emulator::warp_values[warp][other]) votes |= 1u << other;
-  }
-  emulator::park(emulator::Parked::at_warp_barrier);
-  return votes;
 }
 
 inline void __trap() {

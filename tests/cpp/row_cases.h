@@ -1,5 +1,5 @@
-// One row problem of any shape, alignment and dtype, against the scalar monoid in float64; shared by the tests of the
-// CUDA kernels (on the emulator) and of the CPU kernels.
+// Row states and gradients for any shape, alignment and dtype, against the scalar code of row_state.h in float64.
+// Shared by the tests of the CPU kernels and of the CUDA kernels (on the emulator).
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/device.h"  // its storage types and their rounding
+#include "../../csrc/cuda/device.h"  // to_real and Rounded
 
 namespace row_cases {
 
@@ -35,29 +35,37 @@ struct Kind<double> {
   static constexpr double rounding = 1e-12;
 };
 template <>
-struct Kind<cuda::bf16> {
+struct Kind<bf16> {
   static constexpr DType dtype = DType::bf16;
   static constexpr double rounding = 4e-3;
 };
 template <>
-struct Kind<cuda::f16> {
+struct Kind<f16> {
   static constexpr DType dtype = DType::f16;
   static constexpr double rounding = 5e-4;
 };
 
 struct Shape {
-  int64_t rows, vocab, slices, z_offset, r_offset, padding;  // offsets in entries from a 16-byte boundary
-  double softcap, temperature;
-  int64_t out_offset = 0;
+  int64_t rows, vocab;
+  int64_t slices = 1;
+  int64_t z_offset = 0, r_offset = 0, out_offset = 0;  // entries from a 16-byte boundary
+  int64_t padding = 0;                                 // entries between rows
+  double softcap = 0, temperature = 1;
 };
 
-// Runs a backend over one shape: values, and gradients out of place into poisoned memory and in place. The buffers end
-// where the last row ends, so that a sanitizer sees what reads or writes past it. A backend has
-// states(problem, slices) -> merged states, one a row, and gradient(problem, gradient).
+// A dense matrix of rows, `stride` entries apart.
+template <typename T>
+RowView row_view(T* data, int64_t stride) {
+  return {data, 1, stride, stride};
+}
+
+// Checks a backend on one shape: values, and gradients both out of place, into poisoned memory, and in place. The
+// buffers end where the last row ends, so a sanitizer finds accesses past it. A backend has states(params, slices),
+// which returns one merged state per row, and gradient(params, grad).
 template <typename T, typename Backend>
 void check(const Shape& shape, const Backend& backend) {
-  using Real = decltype(to_real(T{}));
-  const auto [rows, vocab, slices, z_offset, r_offset, padding, softcap, temperature, out_offset] = shape;
+  using Real = RealOf<T>;
+  const auto [rows, vocab, slices, z_offset, r_offset, out_offset, padding, softcap, temperature] = shape;
   const int64_t stride = vocab + padding;
   std::mt19937 random(17);
   std::normal_distribution<double> normal;
@@ -73,36 +81,43 @@ void check(const Shape& shape, const Backend& backend) {
   std::vector<int64_t> labels(rows);
   for (int64_t row = 0; row < rows; ++row) labels[row] = row == 1 ? -100 : (row * 37 + 3) % vocab + 5;
   if (vocab > 3 && labels[0] == 7) labels[0] = 5;  // not the masked entry
-  const Problem problem{{z_data, 1, stride, stride},
-                        {r_data, 1, stride, stride},
-                        labels.data(),
-                        rows,
-                        vocab,
-                        5,
-                        vocab + 5,
-                        -100,
-                        temperature,
-                        softcap,
-                        Kind<T>::dtype};
+  const DivergenceParams params{
+      .logits = row_view(z_data, stride),
+      .ref_logits = row_view(r_data, stride),
+      .labels = labels.data(),
+      .rows = rows,
+      .vocab = vocab,
+      .vocab_start = 5,
+      .vocab_size = vocab + 5,
+      .ignore_index = -100,
+      .temperature = temperature,
+      .softcap = softcap,
+      .dtype = Kind<T>::dtype,
+  };
 
-  const std::vector<RowState<Real>> merged = backend.template states<Real>(problem, slices);
+  const std::vector<RowState<Real>> merged = backend.template states<Real>(params, slices);
 
-  std::vector<Real> logp_grad(rows), kl_grad(rows);
+  std::vector<Real> logps_grad(rows), kl_grad(rows);
   for (int64_t row = 0; row < rows; ++row) {
-    logp_grad[row] = Real(normal(random));
+    logps_grad[row] = Real(normal(random));
     kl_grad[row] = row == 2 ? Real(0) : Real(normal(random));
   }
   // Out of place into poisoned memory, then in place.
   std::vector<T> out(out_offset + size, cuda::Rounded<T>::of(Real(NAN)));
-  Gradient gradient{merged.data(),  logp_grad.data(),
-                    kl_grad.data(), {out.data() + out_offset, 1, stride, stride},
-                    Kind<T>::dtype, false};
-  backend.gradient(problem, gradient);
+  GradientParams grad{
+      .states = merged.data(),
+      .logps_grad = logps_grad.data(),
+      .kl_grad = kl_grad.data(),
+      .out = row_view(out.data() + out_offset, stride),
+      .out_dtype = Kind<T>::dtype,
+      .streaming_stores = false,
+  };
+  backend.gradient(params, grad);
   std::vector<T> in_place = z;
-  Problem in_place_problem = problem;
-  in_place_problem.logits.data = in_place.data() + z_offset;
-  gradient.out.data = in_place_problem.logits.data;
-  backend.gradient(in_place_problem, gradient);
+  DivergenceParams in_place_params = params;
+  in_place_params.logits.data = in_place.data() + z_offset;
+  grad.out.data = in_place_params.logits.data;
+  backend.gradient(in_place_params, grad);
 
   const double value_tolerance = sizeof(Real) == 8 ? 1e-12 : 3e-6;
   for (int64_t row = 0; row < rows; ++row) {
@@ -111,21 +126,23 @@ void check(const Shape& shape, const Backend& backend) {
     };
     auto state = RowState<double>::empty();
     for (int64_t v = 0; v < vocab; ++v)
-      state.update(capped(z_data[row * stride + v]), capped(r_data[row * stride + v]), Temper<double>(temperature));
+      state.update(capped(z_data[row * stride + v]), capped(r_data[row * stride + v]),
+                   InvTemperature<double>(temperature));
     const int64_t label = labels[row] - 5;
     const bool ignored = labels[row] == -100;
     if (!ignored)
       state.z_label = capped(z_data[row * stride + label]), state.r_label = capped(r_data[row * stride + label]);
-    const auto wanted = ignored ? TokenValues<double>{} : state.finalize(Temper<double>(temperature));
+    const auto wanted = ignored ? TokenValues<double>{} : state.finalize(InvTemperature<double>(temperature));
     if (!ignored) {
-      const auto got = merged[row].finalize(Temper<Real>(temperature));
+      const auto got = merged[row].finalize(InvTemperature<Real>(temperature));
       expect_near(got.logp, wanted.logp, value_tolerance, "logp");
       expect_near(got.ref_logp, wanted.ref_logp, value_tolerance, "ref_logp");
       expect_near(got.kl, wanted.kl, value_tolerance, "kl");
       expect_near(got.entropy, wanted.entropy, value_tolerance, "entropy");
       expect_near(got.correct, wanted.correct, 0, "correct");
+      expect_near(got.tokens, 1, 0, "tokens");
     }
-    const RowGradient<double> exact(state, logp_grad[row], kl_grad[row], Temper<double>(temperature));
+    const RowGradient<double> exact(state, logps_grad[row], kl_grad[row], InvTemperature<double>(temperature));
     for (int64_t v = 0; v < vocab; ++v) {
       const double z_entry = capped(z_data[row * stride + v]);
       double dz = exact.policy_part<ScalarMath<double>>(z_entry);

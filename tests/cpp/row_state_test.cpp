@@ -1,5 +1,5 @@
-// The monoid alone: grouping and order don't matter, empty() is the identity, edge values come out as defined, and
-// every value matches a direct float64 computation.
+// The row state alone: grouping and order don't matter, empty() is the identity, edge values are as defined, and every
+// value matches a direct computation in long double.
 #include "../../csrc/row_state.h"
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace {
 
+using tdpo::InvTemperature;
 using tdpo::RowState;
-using tdpo::Temper;
 int failures = 0;
 
 void expect(bool good, const char* what, double got = 0, double wanted = 0) {
@@ -43,7 +43,7 @@ Row random_row(size_t vocab, double spread, double perturbation, unsigned seed) 
 template <typename Real>
 RowState<Real> state_of(const Row& row, size_t begin, size_t end, double temperature = 1) {
   auto state = RowState<Real>::empty();
-  for (size_t v = begin; v < end; ++v) state.update(Real(row.z[v]), Real(row.r[v]), Temper<Real>(temperature));
+  for (size_t v = begin; v < end; ++v) state.update(Real(row.z[v]), Real(row.r[v]), InvTemperature<Real>(temperature));
   if (row.label >= begin && row.label < end) {
     state.z_label = Real(row.z[row.label]);
     state.r_label = Real(row.r[row.label]);
@@ -65,19 +65,24 @@ tdpo::TokenValues<double> direct(const Row& row, double temperature = 1) {
     if (std::exp(log_q) > 0) kl += std::exp(log_q) * (log_q - log_p);
     if (std::exp(log_p) > 0) entropy -= std::exp(log_p) * log_p;
   }
-  return {double(row.z[row.label] / temperature - z_lse), double(row.r[row.label] / temperature - r_lse), double(kl),
-          double(entropy), double(row.z[row.label] == *std::max_element(row.z.begin(), row.z.end()))};
+  return {double(row.z[row.label] / temperature - z_lse),
+          double(row.r[row.label] / temperature - r_lse),
+          double(kl),
+          double(entropy),
+          double(row.z[row.label] == *std::max_element(row.z.begin(), row.z.end())),
+          1};
 }
 
 template <typename Real>
 void check_values(const RowState<Real>& state, const Row& row, double tolerance, double kl_tolerance, const char* what,
                   double temperature = 1) {
-  const auto got = state.finalize(Temper<Real>(temperature));
+  const auto got = state.finalize(InvTemperature<Real>(temperature));
   const auto wanted = direct(row, temperature);
   expect_near(got.logp, wanted.logp, tolerance, what);
   expect_near(got.ref_logp, wanted.ref_logp, tolerance, what);
   expect_near(got.entropy, wanted.entropy, tolerance, what);
   expect_near(got.correct, wanted.correct, 0, what);
+  expect_near(got.tokens, wanted.tokens, 0, what);
   const bool kl_good = std::fabs(got.kl - wanted.kl) <= kl_tolerance * wanted.kl + 1e-12;
   expect(kl_good, what, got.kl, wanted.kl);
 }
@@ -131,8 +136,8 @@ void edge_values() {
   const auto value = [](const Row& row) {
     auto first = state_of<Real>(row, 0, 2), rest = state_of<Real>(row, 2, row.z.size());
     first.merge(rest);
-    const auto split = first.finalize(Temper<Real>(1));
-    const auto whole = state_of<Real>(row, 0, row.z.size()).finalize(Temper<Real>(1));
+    const auto split = first.finalize(InvTemperature<Real>(1));
+    const auto whole = state_of<Real>(row, 0, row.z.size()).finalize(InvTemperature<Real>(1));
     const bool both_nan = std::isnan(split.kl) && std::isnan(whole.kl);
     expect(both_nan || split.kl == whole.kl || std::fabs(split.kl - whole.kl) < 1e-5, "split equals whole", split.kl,
            whole.kl);
@@ -156,7 +161,7 @@ void edge_values() {
 void small_kl_keeps_its_digits() {
   const Row row = random_row(5000, 2, 1e-4, 11);
   const double wanted = direct(row).kl;
-  const double got = state_of<float>(row, 0, 5000).finalize(Temper<float>(1)).kl;
+  const double got = state_of<float>(row, 0, 5000).finalize(InvTemperature<float>(1)).kl;
   expect(std::fabs(got - wanted) < 1e-4 * wanted, "float32 KL of 1e-8", got, wanted);
 }
 
@@ -169,6 +174,6 @@ int main() {
   edge_values<float>();
   edge_values<double>();
   small_kl_keeps_its_digits();
-  if (failures == 0) std::puts("row_state_test: all good");
+  if (failures == 0) std::puts("row_state_test: passed");
   return failures == 0 ? 0 : 1;
 }

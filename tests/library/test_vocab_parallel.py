@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import payload_bytes
 from distributed import run_on_ranks
 from linear_cases import OBJECTIVES, make_case
 from logit_cases import random_rows
@@ -202,29 +203,16 @@ def failures_reach_every_rank(rank, world, device):
 def communication_is_independent_of_the_vocabulary(rank, world, device):
     counted = []
     for vocab in (64, 6400):
-        moved, originals = [], (dist.all_gather, dist.all_reduce)
-
-        def gather(out, payload, moved=moved, real=originals[0], **options):
-            moved.append(payload.nbytes)
-            return real(out, payload, **options)
-
-        def reduce(payload, moved=moved, real=originals[1], **options):
-            moved.append(payload.nbytes)
-            return real(payload, **options)
-
-        dist.all_gather, dist.all_reduce = gather, reduce
-        try:
-            case = make_case(torch.float32, vocab=vocab, ignored=0.0)
-            tensors = {n: t.to(device) for n, t in vars(case).items() if t is not None}
-            tensors["labels"] = tensors["labels"] % 64
-            shard = VocabShard.from_group(vocab, dist.group.WORLD)
-            for name in ("weight", "ref_weight"):
-                tensors[name] = tensors[name][shard.start : shard.stop]
-            tensors["hidden"].requires_grad_()
+        case = make_case(torch.float32, vocab=vocab, ignored=0.0)
+        tensors = {n: t.to(device) for n, t in vars(case).items() if t is not None}
+        tensors["labels"] = tensors["labels"] % 64
+        shard = VocabShard.from_group(vocab, dist.group.WORLD)
+        for name in ("weight", "ref_weight"):
+            tensors[name] = tensors[name][shard.start : shard.stop]
+        tensors["hidden"].requires_grad_()
+        with payload_bytes() as payloads:
             tdpo_ext.linear_preference_loss(OBJECTIVES["tdpo2"], **tensors, shard=shard)[0].backward()
-        finally:
-            dist.all_gather, dist.all_reduce = originals
-        counted.append(sum(moved))
+        counted.append(sum(payloads))
     rows, width = 2 * 3 * 11, 16
     assert counted[0] == counted[1] == 4 * rows * (9 + width) + 4 * 2 + 8 * 12
 

@@ -1,11 +1,13 @@
-"""The short table of `gpu_check.sh`: each GPU target beside what the last run measured."""
+"""Prints the summary of `gpu_check.sh`: each GPU target beside the last run's measurement."""
 
 import json
+from pathlib import Path
 
-from common import RESULTS
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def load(name: str) -> dict:
+    """The results of a benchmark; empty if it has not been run."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -13,7 +15,7 @@ def load(name: str) -> dict:
 def main() -> None:
     logits, linear = load("bench_logits_cuda"), load("bench_linear_cuda")
     if not logits and not linear:
-        print("no GPU results yet: run benchmarks/gpu_check.sh on a machine with a GPU")
+        print("no GPU results yet: run tools/gpu_check.sh on a machine with a GPU")
         return
     print(f"\n{(logits or linear)['machine']['gpu']}")
     for row in logits.get("results", []):

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything there is to check on one GPU, in under 9 minutes: builds the extension against the torch that is installed,
-# runs the CUDA tests, compute-sanitizer on a small case, and the GPU benchmarks, and prints a short table last.
+# Runs every check that needs a GPU, in under 9 minutes: builds the extension for the installed torch, runs the CUDA
+# tests, compute-sanitizer on a small case and the GPU benchmarks, and prints a short summary.
 #
-#     bash benchmarks/gpu_check.sh [folder for logs and results, default out/gpu_check]
+#     bash tools/gpu_check.sh [folder for logs and results, default out/gpu_check]
 #
-# Needs torch with CUDA, nvcc, ninja and pybind11. Where a folder `wheels` is in the current folder, what is missing
-# (pytest, hypothesis, psutil, datasets, liger-kernel, quack-kernels, ...) is installed from it, without a network.
+# Needs torch with CUDA, nvcc, ninja and pybind11. If the current folder has a subfolder `wheels`, its contents (pytest,
+# hypothesis, psutil, datasets, liger-kernel, quack-kernels, ...) are installed first, without network access.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-out/gpu_check}
 mkdir -p "$out"
-python=${PYTHON:-python3}
+python=$(realpath --no-symlinks "$(command -v "${PYTHON:-python3}")")
 status=0
 
-stage() { # stage NAME SECONDS COMMAND...: the output goes to a log, the outcome to the terminal
+stage() { # stage NAME SECONDS COMMAND...: writes the output to a log and prints whether the command succeeded
     local name=$1 limit=$2 begin=$SECONDS
     shift 2
     if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
@@ -32,16 +32,17 @@ fi
 arch=$("$python" -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))')
 TDPO_CUDA=1 TDPO_CUDA_ARCHS=${TDPO_CUDA_ARCHS:-$arch} \
     stage build 150 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall .
-stage tests 110 "$python" -m pytest -q -m cuda tests -p no:cacheprovider
+# From tests/: in the root, `-m pytest` would import the source tree, which has no compiled module.
+stage tests 110 env --chdir=tests "$python" -m pytest -q -m cuda -p no:cacheprovider .
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        stage "$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/sanitizer_case.py
+        stage "$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/sanitizer_case.py
     done
 else
-    echo "left out: compute-sanitizer is not installed"
+    echo "skipped: compute-sanitizer is not installed"
 fi
 stage bench_logits 70 "$python" benchmarks/bench_logits.py --device cuda --rounds 9
 stage bench_linear 110 "$python" benchmarks/bench_linear.py --device cuda --rounds 3
 cp benchmarks/results/*_cuda.json "$out" 2>/dev/null
-"$python" benchmarks/gpu_table.py
+"$python" tools/gpu_table.py
 exit $status

@@ -1,15 +1,15 @@
-// The face that the kernels of every instruction set show to the operators.
+// The CPU row kernels as the operators call them: one table of functions per instruction set.
 #pragma once
 
-#include "../problem.h"
+#include "../params.h"
 
 namespace tdpo {
 
 struct CpuKernels {
   // The state of entries [begin, end) of one row, written to `state`.
-  void (*row_state)(const Problem&, int64_t row, int64_t begin, int64_t end, void* state);
+  void (*row_state)(const DivergenceParams&, int64_t row, int64_t begin, int64_t end, void* state);
   // dL/dlogits of entries [begin, end) of one row.
-  void (*logit_gradient)(const Problem&, const Gradient&, int64_t row, int64_t begin, int64_t end);
+  void (*logit_gradient)(const DivergenceParams&, const GradientParams&, int64_t row, int64_t begin, int64_t end);
 };
 
 namespace DEFAULT {

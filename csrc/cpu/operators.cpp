@@ -1,0 +1,148 @@
+// The CPU operators. They distribute rows, or slices of the vocabulary when there are few rows, over torch's threads;
+// the arithmetic is in row_kernels.cpp.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "row_kernels.h"
+
+namespace tdpo {
+namespace {
+
+constexpr int64_t kMinSlice = 8192;            // entries below which a slice is not worth a thread
+constexpr int64_t kStreamingBytes = 16 << 20;  // outputs larger than this use streaming (non-temporal) stores
+
+const CpuKernels& kernels() {
+#if defined(TDPO_X86)
+  static const CpuKernels& chosen = [&]() -> const CpuKernels& {
+    const auto capability = at::get_cpu_capability();  // obeys ATEN_CPU_CAPABILITY
+    if (capability == "AVX512") return AVX512::kernels;
+    if (capability == "AVX2") return AVX2::kernels;
+    return DEFAULT::kernels;
+  }();
+  return chosen;
+#else
+  return DEFAULT::kernels;
+#endif
+}
+
+// Splits rows x vocabulary into tasks, each a slice of one row.
+struct Tasks {
+  int64_t rows, vocab, slices;
+
+  explicit Tasks(const DivergenceParams& params) : rows(params.rows), vocab(params.vocab), slices(1) {
+    const int64_t wanted = 4 * at::get_num_threads();
+    if (rows > 0 && rows < wanted && at::get_num_threads() > 1)
+      slices = std::max<int64_t>(1, std::min((wanted + rows - 1) / rows, vocab / kMinSlice));
+  }
+
+  // Calls f(row, slice, begin, end). `backwards` starts with the rows that an earlier pass left in the cache.
+  template <typename F>
+  void run(F f, bool backwards = false) const {
+    const int64_t length = std::max<int64_t>(1, (vocab + slices - 1) / slices);
+    const int64_t grain = std::max<int64_t>(1, kMinSlice / length);
+    at::parallel_for(0, rows * slices, grain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t task = backwards ? first + last - 1 - i : i;
+        const int64_t slice = task % slices, begin = slice * length;
+        f(task / slices, slice, begin, std::min(vocab, begin + length));
+      }
+    });
+  }
+};
+
+void check_label_range(const DivergenceParams& params) {
+  for (int64_t row = 0; row < params.rows; ++row) {
+    const int64_t label = params.labels[row];
+    TORCH_CHECK_INDEX(label == params.ignore_index || (label >= 0 && label < params.vocab_size), "labels hold ", label,
+                      " at row ", row, "; allowed are 0 to ", params.vocab_size - 1, " and ignore_index ",
+                      params.ignore_index);
+  }
+}
+
+template <typename Real>
+RowState<Real> load_state(const Real* states, int64_t index) {
+  RowState<Real> state;
+  std::memcpy(&state, states + index * kRowStateSize, sizeof(state));
+  return state;
+}
+
+at::Tensor merge_row_states(const at::Tensor& states) {
+  const auto checked = check_merge(states);
+  AT_DISPATCH_FLOATING_TYPES(checked.states.scalar_type(), "merge_row_states", [&] {
+    const auto* in = checked.states.const_data_ptr<scalar_t>();
+    auto* out = checked.merged.data_ptr<scalar_t>();
+    at::parallel_for(0, checked.rows, 256, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        auto merged = RowState<scalar_t>::empty();
+        for (int64_t slice = 0; slice < checked.slices; ++slice)
+          merged.merge(load_state(in, slice * checked.rows + row));
+        std::memcpy(out + row * kRowStateSize, &merged, sizeof(merged));
+      }
+    });
+  });
+  return checked.merged;
+}
+
+at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
+                      int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
+                      double softcap) {
+  const auto inputs =
+      check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
+  check_label_range(inputs.params);
+  const Tasks tasks(inputs.params);
+  const auto states = inputs.empty_states(tasks.slices);
+  auto* const out = static_cast<char*>(states.data_ptr());
+  const int64_t bytes = kRowStateSize * states.element_size();
+  tasks.run([&](int64_t row, int64_t slice, int64_t begin, int64_t end) {
+    kernels().row_state(inputs.params, row, begin, end, out + (slice * tasks.rows + row) * bytes);
+  });
+  return tasks.slices == 1 ? states.squeeze(0) : merge_row_states(states);
+}
+
+at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& labels, int64_t ignore_index,
+                               double temperature) {
+  const auto checked = check_finalize(states, labels);
+  AT_DISPATCH_FLOATING_TYPES(checked.states.scalar_type(), "finalize_row_states", [&] {
+    const auto* in = checked.states.const_data_ptr<scalar_t>();
+    const auto* row_labels = checked.labels.const_data_ptr<int64_t>();
+    auto* out = checked.values.data_ptr<scalar_t>();
+    for (int64_t row = 0; row < checked.rows; ++row) {
+      TokenValues<scalar_t> values{};
+      if (row_labels[row] != ignore_index) values = load_state(in, row).finalize(InvTemperature<scalar_t>(temperature));
+      values.store(out, checked.rows, row);
+    }
+  });
+  return checked.values;
+}
+
+void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
+                        const at::Tensor& states, const at::Tensor& logps_grad, const at::Tensor& kl_grad,
+                        int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
+                        double softcap, const at::Tensor& out) {
+  const auto inputs =
+      check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
+  auto gradient = check_gradient(logits, labels, states, logps_grad, kl_grad, out);
+  gradient.params.streaming_stores = !out.is_alias_of(logits) && out.numel() * out.element_size() > kStreamingBytes;
+  const auto write = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+    kernels().logit_gradient(inputs.params, gradient.params, row, begin, end);
+  };
+  Tasks(inputs.params).run(write, /*backwards=*/true);
+}
+
+void scale_unless_one(const at::Tensor& tensor, const at::Tensor& factor) {
+  if (factor.item<double>() != 1) tensor.mul_(factor);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) {
+  m.impl("row_states", &row_states);
+  m.impl("merge_row_states", &merge_row_states);
+  m.impl("finalize_row_states", &finalize_row_states);
+  m.impl("logit_gradient_out", &logit_gradient_out);
+  m.impl("scale_unless_one", &scale_unless_one);
+}
+
+}  // namespace tdpo

@@ -1,0 +1,116 @@
+// Launch shapes and dtype dispatch of the kernels in row_kernels.cuh.
+#include <algorithm>
+
+#include "launch.h"
+#include "row_kernels.cuh"
+
+namespace tdpo::cuda {
+namespace {
+
+constexpr int64_t kMinSlice = 8192;  // entries below which a slice is not worth a CTA
+constexpr int64_t kTile = 16384;     // entries of a row that one group of the gradient kernel processes
+constexpr int64_t kShortRow = 1024;  // rows up to this long are processed by a warp, longer ones by a CTA
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, kThreads)); }
+
+template <typename F>
+void with_real(bool is_double, F f) {
+  if (is_double)
+    f(double{});
+  else
+    f(float{});
+}
+
+// Calls f(has softcap, threads per group), both compile-time.
+template <typename F>
+void with_variant(const DivergenceParams& params, F f) {
+  const auto with_group = [&](auto group) {
+    if (params.softcap > 0)
+      f(std::true_type{}, group);
+    else
+      f(std::false_type{}, group);
+  };
+  if (params.vocab <= kShortRow)
+    with_group(std::integral_constant<int, kWarp>{});
+  else
+    with_group(std::integral_constant<int, kThreads>{});
+}
+
+}  // namespace
+
+int64_t row_slices(int64_t rows, int64_t vocab, int multiprocessors) {
+  const int64_t concurrent = int64_t(kResidentBlocks) * multiprocessors, max_slices = vocab / kMinSlice;
+  if (rows <= 0) return 1;
+  // The fewest slices whose CTAs fill the last wave, or take so many waves that the last one does not matter.
+  int64_t best = 1;
+  double best_fill = 0;
+  for (int64_t slices = 1; slices <= max_slices; ++slices) {
+    const int64_t waves = ceil_div(rows * slices, concurrent);
+    const double fill = double(rows * slices) / double(waves * concurrent);
+    if (fill > best_fill) best = slices, best_fill = fill;
+    if (fill > 0.95 || waves > 8) break;
+  }
+  return best;
+}
+
+void launch_row_states(const DivergenceParams& params, void* states, int64_t slices, cudaStream_t stream) {
+  if (params.rows == 0) return;
+  // A multiple of 64 entries keeps the slices of an aligned row aligned.
+  const int64_t length = std::max<int64_t>(64, ceil_div(ceil_div(params.vocab, slices), 64) * 64);
+  with_scalar(params.dtype, [&](auto scalar) {
+    using T = decltype(scalar);
+    using Real = RealOf<T>;
+    with_variant(params, [&](auto softcap, auto group) {
+      TDPO_LAUNCH((row_state_kernel<T, Real, softcap(), group()>), blocks_for(params.rows * slices * group()), kThreads,
+                  stream, params, static_cast<Real*>(states), slices, length);
+    });
+  });
+}
+
+void launch_merge(const void* states, bool is_double, int64_t slices, int64_t rows, void* merged, cudaStream_t stream) {
+  if (rows == 0) return;
+  with_real(is_double, [&](auto real) {
+    using State = RowState<decltype(real)>;
+    TDPO_LAUNCH((merge_kernel<decltype(real)>), blocks_for(rows), kThreads, stream, static_cast<const State*>(states),
+                slices, rows, static_cast<State*>(merged));
+  });
+}
+
+void launch_finalize(const void* states, bool is_double, const int64_t* labels, int64_t rows, int64_t ignore_index,
+                     double temperature, void* values, cudaStream_t stream) {
+  if (rows == 0) return;
+  with_real(is_double, [&](auto real) {
+    using Real = decltype(real);
+    TDPO_LAUNCH((finalize_kernel<Real>), blocks_for(rows), kThreads, stream, static_cast<const RowState<Real>*>(states),
+                labels, rows, ignore_index, temperature, static_cast<Real*>(values));
+  });
+}
+
+void launch_gradient(const DivergenceParams& params, const GradientParams& grad, cudaStream_t stream) {
+  if (params.rows == 0 || params.vocab == 0) return;
+  const int64_t tiles = ceil_div(params.vocab, kTile);
+  with_gradient_scalars(params.dtype, grad.out_dtype, [&](auto scalar, auto out) {
+    using T = decltype(scalar);
+    using Out = decltype(out);
+    with_variant(params, [&](auto softcap, auto group) {
+      TDPO_LAUNCH((gradient_kernel<T, RealOf<T>, Out, softcap(), group()>), blocks_for(params.rows * tiles * group()),
+                  kThreads, stream, params, grad, tiles, kTile);
+    });
+  });
+}
+
+void launch_scale(void* data, DType dtype, int64_t count, const void* factor, int multiprocessors,
+                  cudaStream_t stream) {
+  if (count == 0) return;
+  const int64_t max_blocks = int64_t(8) * multiprocessors;
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(blocks_for(count), max_blocks));
+  with_scalar(dtype, [&](auto scalar) {
+    using T = decltype(scalar);
+    using Real = RealOf<T>;
+    TDPO_LAUNCH((scale_kernel<T, Real>), grid, kThreads, stream, static_cast<T*>(data), count,
+                static_cast<const Real*>(factor));
+  });
+}
+
+}  // namespace tdpo::cuda

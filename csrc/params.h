@@ -1,0 +1,44 @@
+// Kernel parameters, the same for every backend: plain pointers, sizes and strides. No torch here.
+#pragma once
+
+#include "dtype.h"
+
+#if defined(__CUDACC__)
+#define TDPO_HOST_DEVICE __host__ __device__
+#else
+#define TDPO_HOST_DEVICE
+#endif
+
+namespace tdpo {
+
+// Rows of a tensor whose leading dimensions collapse to at most two; strides in elements, the last dimension dense.
+struct RowView {
+  void* data;
+  int64_t inner, outer_stride, inner_stride;
+
+  TDPO_HOST_DEVICE int64_t offset(int64_t row) const {
+    return inner_stride == outer_stride ? row * inner_stride : row / inner * outer_stride + row % inner * inner_stride;
+  }
+};
+
+struct DivergenceParams {
+  RowView logits, ref_logits;
+  const int64_t* labels;
+  int64_t rows, vocab;          // vocab: entries of this slice
+  int64_t vocab_start;          // first entry of this slice, as an index into the whole vocabulary
+  int64_t vocab_size;           // entries of the whole vocabulary: labels lie in [0, vocab_size)
+  int64_t ignore_index;         // rows with this label give zeros
+  double temperature, softcap;  // softcap 0: none
+  DType dtype;                  // of both logits
+};
+
+struct GradientParams {
+  const void* states;      // (rows, kRowStateSize)
+  const void* logps_grad;  // (rows), dL/dlogps
+  const void* kl_grad;     // (rows), dL/dkl
+  RowView out;             // dL/dlogits; may be the logits' own memory
+  DType out_dtype;
+  bool streaming_stores;  // bypass the cache: the output exceeds it and is not read soon (CPU only)
+};
+
+}  // namespace tdpo

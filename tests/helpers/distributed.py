@@ -1,0 +1,35 @@
+"""Runs functions on several processes of one process group and brings back what became of them."""
+
+import os
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _worker(rank, world, device, store, checks, outcomes):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
+    for name, check in checks.items():
+        torch.manual_seed(0)
+        try:
+            check(rank, world, device)
+            outcomes[name, rank] = ""
+        except Exception:
+            outcomes[name, rank] = traceback.format_exc()
+    dist.destroy_process_group()
+
+
+def run_on_ranks(checks, world, device, folder):
+    """{(name, rank): "" or a traceback} of every check(rank, world, device) in `checks`, run one after the other."""
+    with mp.Manager() as manager:
+        outcomes = manager.dict()
+        arguments = (world, device, str(folder / f"store-{world}"), checks, outcomes)
+        mp.spawn(_worker, arguments, nprocs=world, join=True)
+        return dict(outcomes)

@@ -1,0 +1,64 @@
+"""A small preference dataset, a trainer on tiny models, and subprocesses that use them, for the trainer's tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from model_families import make_model, make_tokenizer
+from tdpo import TDPOConfig, TDPOTrainer
+
+SETTINGS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "max_length": 40,
+    "max_prompt_length": 16,
+    "save_strategy": "no",
+}
+
+
+def make_preferences(rows=24):
+    return Dataset.from_list(
+        [
+            {
+                "prompt": "the film was" + " really" * (i % 3),
+                "chosen": " great" + " good" * (i % 4),
+                "rejected": " bad" + " awful" * (i % 5),
+            }
+            for i in range(rows)
+        ]
+    )
+
+
+def make_trainer(path, model=None, ref_model=None, *, eval_dataset=None, peft_config=None, **options):
+    """A trainer of `model` (a GPT-2 by default) on `make_preferences()`; `options` are those of TDPOConfig."""
+    preferences = make_preferences()
+    return TDPOTrainer(
+        model or make_model("gpt2"),
+        ref_model,
+        TDPOConfig(output_dir=str(path), **{**SETTINGS, **options}),
+        train_dataset=preferences,
+        eval_dataset=preferences.select(range(8)) if eval_dataset is None else eval_dataset,
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def run_python(*arguments, cwd, environment=None):
+    """Runs `python ARGUMENTS...`; these helpers can be imported there.
+
+    `cwd` must not be the source root, where Python would import the source tree instead of the installed package.
+    """
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, cwd=cwd)

@@ -1,0 +1,107 @@
+"""The PEP 517 build backend: setuptools, building against the torch already installed in the target environment.
+
+An isolated build hides the installed torch. It would download another one, gigabytes of it and perhaps another
+release, and build the extension for that one. This backend asks the target environment's interpreter, outside the
+isolation, whether torch is installed. If so, it appends that interpreter's paths after the isolated ones; if not, it
+requests torch from the build front end like any other build requirement.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+_QUERY = """
+import importlib.util, json, sys
+has_torch = importlib.util.find_spec("torch") is not None
+print(json.dumps({"has_torch": has_torch, "path": [entry for entry in sys.path if entry]}))
+"""
+
+
+def _target_interpreter() -> str:
+    # pip runs the build with the target's interpreter. uv runs it in a separate environment; the target is then the
+    # activated environment, if there is one.
+    activated = os.path.join(os.environ.get("VIRTUAL_ENV", ""), "bin", "python")
+    return activated if "VIRTUAL_ENV" in os.environ and os.path.exists(activated) else sys.executable
+
+
+def _query_target() -> dict:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run([_target_interpreter(), "-c", _QUERY], env=clean, capture_output=True, text=True, cwd="/")
+    if done.returncode != 0:
+        return {"has_torch": False, "path": []}
+    return json.loads(done.stdout)
+
+
+def _find_torch() -> bool:
+    """Whether torch can be imported, after adding the target environment's paths if need be."""
+    if importlib.util.find_spec("torch") is not None:
+        return True
+    target = _query_target()
+    if not target["has_torch"]:
+        return False
+    sys.path.extend(entry for entry in target["path"] if entry not in sys.path)
+    importlib.invalidate_caches()
+    return True
+
+
+def _runs(program: str) -> bool:
+    """Whether a program is on the PATH and runs: in isolation, a script of the target environment does not."""
+    path = shutil.which(program)
+    return path is not None and subprocess.run([path, "--version"], capture_output=True).returncode == 0
+
+
+def _requirements() -> list[str]:
+    requirements = ["setuptools>=77", "pybind11>=2.12", "ninja"]
+    if not _runs("cmake"):
+        requirements.append("cmake>=3.18")
+    if not _find_torch():
+        requirements.append(os.environ.get("TDPO_BUILD_TORCH", "torch>=2.11"))
+    return requirements
+
+
+def _setuptools():
+    if not _find_torch():
+        raise RuntimeError(
+            "tdpo_ext: this build cannot find an installed torch. Install torch first and, with uv, activate "
+            "the environment or pass --no-build-isolation."
+        )
+    from setuptools import build_meta
+
+    return build_meta
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return _requirements()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return _requirements()
+
+
+def get_requires_for_build_sdist(config_settings=None):
+    return ["setuptools>=77"]
+
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    return _setuptools().prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
+    return _setuptools().prepare_metadata_for_build_editable(metadata_directory, config_settings)
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    return _setuptools().build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    return _setuptools().build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def build_sdist(sdist_directory, config_settings=None):
+    from setuptools import build_meta
+
+    return build_meta.build_sdist(sdist_directory, config_settings)
