@@ -1,4 +1,4 @@
-"""TDPO for users of TRL: DPOTrainer's data, configuration and logging, TDPO's loss.
+"""TRL's DPOTrainer with the TDPO loss: data, configuration and logging are TRL's.
 
 pip install '.[trl]' && python examples/trl_tdpo.py
 """

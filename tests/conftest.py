@@ -18,18 +18,3 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-# What the trainer's tests share; imported on first use, for the sake of the tests that need no transformers.
-@pytest.fixture(scope="session")
-def tokenizer():
-    from model_families import make_tokenizer
-
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def preferences():
-    from trainer_cases import make_preferences
-
-    return make_preferences()

@@ -1,41 +1,37 @@
 """A compact trainer for Token-level Direct Preference Optimization on top of `tdpo_ext` and transformers."""
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .config import TDPOConfig
-    from .data import PreferenceCollator, load_preferences, tokenize_preferences
-    from .head import LanguageModelHead
-    from .reference import ReferenceCache, cache_reference
-    from .trainer import TDPOTrainer
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .causal_lm import CausalLM as CausalLM
+    from .collator import PreferenceCollator as PreferenceCollator
+    from .config import TDPOConfig as TDPOConfig
+    from .data import load_preferences as load_preferences
+    from .data import tokenize_preferences as tokenize_preferences
+    from .reference_cache import ReferenceCache as ReferenceCache
+    from .reference_cache import cache_reference as cache_reference
+    from .trainer import TDPOTrainer as TDPOTrainer
 
-_HOMES = {
-    "LanguageModelHead": "head",
-    "PreferenceCollator": "data",
-    "ReferenceCache": "reference",
+_DEFINED_IN = {
+    "CausalLM": "causal_lm",
+    "PreferenceCollator": "collator",
+    "ReferenceCache": "reference_cache",
     "TDPOConfig": "config",
     "TDPOTrainer": "trainer",
-    "cache_reference": "reference",
+    "cache_reference": "reference_cache",
     "load_preferences": "data",
     "tokenize_preferences": "data",
 }
 
-__all__ = [
-    "LanguageModelHead",
-    "PreferenceCollator",
-    "ReferenceCache",
-    "TDPOConfig",
-    "TDPOTrainer",
-    "cache_reference",
-    "load_preferences",
-    "tokenize_preferences",
-]
+__all__ = sorted(_DEFINED_IN)
 
 
-def __getattr__(name: str):
-    # On first use only: the command line has settings to make before torch is loaded.
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use: the command line sets environment variables before torch is loaded."""
+    if name not in _DEFINED_IN:
         raise AttributeError(f"module 'tdpo' has no attribute {name!r}")
-    globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    return globals()[name]
+    value = getattr(import_module(f".{_DEFINED_IN[name]}", __name__), name)
+    setattr(sys.modules[__name__], name, value)
+    return value

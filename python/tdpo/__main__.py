@@ -1,4 +1,4 @@
-"""`python -m tdpo` is the command `tdpo`, for launchers that start modules."""
+"""`python -m tdpo` runs the command `tdpo`, for launchers that take a module."""
 
 import sys
 

@@ -11,21 +11,21 @@ from typing import Any
 _COMMANDS = {
     "train": "train a policy on preference pairs",
     "evaluate": "metrics of a policy against a reference",
-    "cache-reference": "run the reference once and keep its hidden states",
-    "demo": "the paper's controlled-sentiment experiment, in small",
+    "cache-reference": "run the reference once and cache its hidden states",
+    "demo": "the paper's controlled-sentiment experiment at small scale",
 }
 
 
-def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
-    """A flag for every field of a dataclass, its help and default being the field's own."""
+def _add_flags(parser: argparse.ArgumentParser, options: type) -> None:
+    """Adds a flag for every field of a dataclass, with the field's help and default."""
     for field in fields(options):
         default: Any = field.default
-        kind = type(default[0]) if isinstance(default, tuple) else type(default)
+        several = isinstance(default, tuple)
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=kind,
-            nargs="+" if isinstance(default, tuple) else None,
-            default=list(default) if isinstance(default, tuple) else default,
+            type=type(default[0]) if several else type(default),
+            nargs="+" if several else None,
+            default=list(default) if several else default,
             help=f"{field.metadata['help']} (default: %(default)s)",
         )
 
@@ -35,16 +35,13 @@ def _demo(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog="tdpo demo",
-        description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 in small, on IMDb reviews: "
-        "a classifier as reward, a GPT-2 trained from scratch, preference pairs, then DPO, TDPO1 and TDPO2 from the "
-        "same start. Interrupted, it goes on from the last finished stage or checkpoint when called again.",
+        description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 at small scale, on IMDb "
+        "reviews: a classifier as reward, a GPT-2 trained from scratch, preference pairs, then DPO, TDPO1 and TDPO2 "
+        "from the same start. Interrupted, it resumes from the last finished stage or checkpoint when run again.",
     )
-    _add_fields(parser, DemoSettings)
+    _add_flags(parser, DemoSettings)
     options = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
-    settings = DemoSettings(**values)
+    settings = DemoSettings(**{**options, "methods": tuple(options["methods"])})
     from .demo.experiment import run
 
     run(settings)
@@ -60,23 +57,23 @@ def _run(command: str, arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit status: 2 for bad input, 1 for a run that failed, 130 for an interrupted one."""
-    # Small models spend their time in short parallel regions: threads that spin between them starve each other.
+    # Small models spend their time in short parallel regions; threads that spin between them take each other's cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="tdpo",
         description="Token-level Direct Preference Optimization.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:<16s} {what}" for name, what in _COMMANDS.items())
+        + "\n".join(f"  {name:<16s} {summary}" for name, summary in _COMMANDS.items())
         + "\n\n`tdpo COMMAND --help` documents every option of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND")
-    words = sys.argv[1:] if arguments is None else arguments
-    command = parser.parse_args(words[:1]).command
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = parser.parse_args(arguments[:1]).command
     try:
-        _run(command, words[1:])
+        _run(command, arguments[1:])
     except KeyboardInterrupt:
-        print("\nInterrupted; call the same command again to go on from here.", file=sys.stderr)
+        print("\nInterrupted; run the same command again to resume.", file=sys.stderr)
         return 130
     except ValueError as error:
         print(f"tdpo: {error}", file=sys.stderr)

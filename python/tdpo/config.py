@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from tdpo_ext import dpo_loss, tdpo_loss
-from tdpo_ext.losses import check_loss_options
+from tdpo_ext.losses import Objective, check_beta, check_tdpo_options
+
+from .fields import option
 
 _CHOICES = {
     "variant": ("tdpo2", "tdpo1", "dpo"),
@@ -18,49 +20,50 @@ _CHOICES = {
 }
 
 
-def _option(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class TDPOConfig(TrainingArguments):
-    """`transformers.TrainingArguments` plus the options of the loss, of the reference and of the preference data."""
+    """`transformers.TrainingArguments` plus the options of the loss, of the reference and of the preference data.
 
-    beta: float = _option(0.1, "Strength of the KL constraint, > 0.")
-    alpha: float = _option(0.5, "Weight of the sequence-KL difference in tdpo2, >= 0.")
-    variant: str = _option("tdpo2", "Loss: tdpo2, tdpo1 or dpo.")
-    logits_budget: int | None = _option(None, "Bytes that logits and other temporaries of the loss may take.")
-    disable_dropout: bool = _option(
-        True, "Switch the policy's dropout off, so that it is compared as the reference is."
+    Raises:
+        ValueError: an option out of range, named in the message.
+    """
+
+    beta: float = option(0.1, "Strength of the KL constraint, > 0.")
+    alpha: float = option(0.5, "Weight of the sequence-KL difference in tdpo2, >= 0.")
+    variant: str = option("tdpo2", "Loss: tdpo2, tdpo1 or dpo.")
+    logits_budget: int | None = option(None, "Bytes that logits and other temporaries of the loss may take.")
+    disable_dropout: bool = option(True, "Disable the policy's dropout, which the reference doesn't have either.")
+
+    max_length: int = option(1024, "Maximum number of tokens of prompt and response together.")
+    max_prompt_length: int = option(512, "Maximum number of tokens of the prompt; its end is kept.")
+    overlong: str = option("truncate", "What to do with rows over these lengths: truncate or drop.")
+    padding_free: bool = option(
+        False, "Pack the sequences of a batch into one row without padding; needs a model that isolates them."
     )
 
-    max_length: int = _option(1024, "Tokens of prompt and response together, at most.")
-    max_prompt_length: int = _option(512, "Tokens of the prompt, at most; its end is kept.")
-    overlong: str = _option("truncate", "What becomes of rows over these lengths: truncate or drop.")
-    padding_free: bool = _option(
-        False, "Pack the sequences of a batch into one row without padding; needs a model that keeps them apart."
+    precompute_reference: bool = option(
+        False, "Run the reference once, cache its hidden states on disk and keep only its head in memory."
     )
-
-    precompute_reference: bool = _option(
-        False, "Run the reference once, keep its hidden states on disk and only its head in memory."
-    )
-    reference_cache: str | None = _option(
+    reference_cache: str | None = option(
         None, "Folder of the reference's hidden states (default: reference-cache in output_dir)."
     )
-    reference_dtype: str = _option("bfloat16", "Precision of the cached hidden states: bfloat16, float16 or float32.")
+    reference_dtype: str = option("bfloat16", "Precision of the cached hidden states: bfloat16, float16 or float32.")
 
-    eval_samples: int = _option(
-        0, "At every evaluation, this many evaluation prompts are continued by policy and reference, side by side."
+    eval_samples: int = option(
+        0, "Number of evaluation prompts that policy and reference continue, side by side, at every evaluation."
     )
-    eval_sample_tokens: int = _option(64, "Tokens of such a sample, at most.")
+    eval_sample_tokens: int = option(64, "Maximum number of tokens of such a continuation.")
 
-    remove_unused_columns: bool = _option(False, "Kept False: the collator reads columns that the model doesn't know.")
+    remove_unused_columns: bool = option(False, "Leave False: the collator reads columns that no model takes.")
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
-        check_loss_options(self.beta, self.alpha, "tdpo2" if self.variant == "dpo" else self.variant)
+        if self.variant == "dpo":
+            check_beta(self.beta)
+        else:
+            check_tdpo_options(self.beta, self.alpha, self.variant)
         if not 0 < self.max_prompt_length < self.max_length:
             raise ValueError(
                 f"max_prompt_length is {self.max_prompt_length}; it must be positive and below max_length, "
@@ -73,10 +76,10 @@ class TDPOConfig(TrainingArguments):
 
     @property
     def reference_folder(self) -> Path:
-        """Where the reference's hidden states are kept, a folder a split."""
+        """The folder of the reference's hidden states, with a subfolder for each split."""
         return Path(self.reference_cache or Path(self.output_dir or "", "reference-cache"))
 
-    def objective(self):
+    def objective(self) -> Objective:
         """The pairwise loss that these options name, as `tdpo_ext.linear_preference_loss` takes it."""
         if self.variant == "dpo":
             return functools.partial(dpo_loss, beta=self.beta)

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
-
-def _option(default, help: str):
-    return field(default=default, metadata={"help": help})
+from .config import TDPOConfig
+from .fields import option
 
 
 @dataclass
 class ModelOptions:
     """The models, and adapters to train instead of the whole policy."""
 
-    model: str | None = _option(None, "Policy: a folder or a hub name. Needed.")
-    ref_model: str | None = _option(None, "Reference: a folder or a hub name (default: the policy as it starts).")
-    dtype: str = _option("auto", "Precision of the weights: auto (the checkpoint's), float32, bfloat16 or float16.")
-    attn_implementation: str | None = _option(None, "Attention of the model: eager, sdpa, flash_attention_2, ...")
-    trust_remote_code: bool = _option(False, "Allow models whose code comes with the checkpoint.")
-    lora_r: int = _option(0, "Rank of LoRA adapters; 0 trains the whole policy.")
-    lora_alpha: int = _option(16, "Scale of the adapters: their product is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = _option(0.0, "Dropout before the adapters.")
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers that get adapters (default: all linear layers but the head)."}
+    model: str | None = option(None, "Policy: a folder or a hub name. Required.")
+    ref_model: str | None = option(None, "Reference: a folder or a hub name (default: the policy as it starts).")
+    dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's), float32, bfloat16 or float16.")
+    attn_implementation: str | None = option(None, "Attention of the model: eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = option(False, "Allow models whose code comes with the checkpoint.")
+    lora_r: int = option(0, "Rank of LoRA adapters; 0 trains the whole policy.")
+    lora_alpha: int = option(16, "Scale of the adapters: their product is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout before the adapters.")
+    lora_target_modules: list[str] | None = option(  # noqa: RUF009
+        None, "Layers that get adapters (default: all linear layers but the head)."
     )
-    load_in_4bit: bool = _option(False, "Quantize the frozen weights to 4 bits (QLoRA; needs bitsandbytes).")
-    merge_adapters: bool = _option(False, "Also save the policy with its adapters merged, in merged in output_dir.")
+    load_in_4bit: bool = option(False, "Quantize the frozen weights to 4 bits (QLoRA; needs bitsandbytes).")
+    merge_adapters: bool = option(False, "Also save the policy with its adapters merged, to merged in output_dir.")
 
     def load(self, name: str) -> Any:
         """The causal language model `name`."""
@@ -48,6 +47,12 @@ class ModelOptions:
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
         return AutoModelForCausalLM.from_pretrained(name, **options)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
 
     def adapters(self) -> Any:
         """The peft config that these options name, or None."""
@@ -68,61 +73,85 @@ class ModelOptions:
 class DataOptions:
     """The preference data."""
 
-    dataset: str | None = _option(
-        None, "Preferences: a JSON, JSONL, Parquet or CSV file, a folder of save_to_disk, or a hub name. Needed."
+    dataset: str | None = option(
+        None, "Preferences: a JSON, JSONL, Parquet or CSV file, a folder of save_to_disk, or a hub name. Required."
     )
-    split: str = _option("train", "Split of a folder or hub data set.")
-    eval_dataset: str | None = _option(None, "Preferences to evaluate on.")
-    eval_split: str = _option("test", "Its split.")
+    split: str = option("train", "Split of a folder or hub dataset.")
+    eval_dataset: str | None = option(None, "Preferences to evaluate on.")
+    eval_split: str = option("test", "Split of eval_dataset.")
 
 
-def parse_options(command: str, kinds: list[type], description: str, arguments: list[str]) -> list[Any]:
-    """Instances of the dataclasses `kinds` from `[config.yaml] [--flag value ...]`; flags win over the file.
+class Options(NamedTuple):
+    """All options of a command."""
+
+    models: ModelOptions
+    data: DataOptions
+    training: TDPOConfig
+
+
+OPTION_CLASSES = (ModelOptions, DataOptions, TDPOConfig)
+
+
+def parse_options(command: str, description: str, arguments: list[str]) -> Options:
+    """The options of `tdpo command` from `[config.yaml] [--flag value ...]`; flags override the file.
 
     Raises:
-        ValueError: the file is missing or no mapping, or holds a key that no option has (the nearest is suggested).
+        ValueError: the file is missing or holds no mapping, or a key that is no option (the nearest is suggested).
         SystemExit: bad flags, as argparse does.
     """
-    parser = HfArgumentParser(kinds, prog=f"tdpo {command}", description=description)
+    parser = HfArgumentParser(OPTION_CLASSES, prog=f"tdpo {command}", description=description)
     parser.usage = f"tdpo {command} [config.yaml] [--OPTION VALUE ...]"
-    names = [spec.name for kind in kinds for spec in fields(kind) if spec.init]
+    names = [field.name for option_class in OPTION_CLASSES for field in fields(option_class) if field.init]
+    flags = arguments
     if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments.pop(0))
-        if not path.is_file():
-            raise ValueError(f"the configuration file {path} does not exist")
-        given = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"the configuration file {path} holds no mapping of options to values")
-        for key in given:
-            _check_known(key, names, f"{path}: unknown option {key!r}")
-        # What the file says stands in front of the flags, so that these win.
-        arguments = [word for key, value in given.items() for word in _words(key, value)] + arguments
-    for word in arguments:
-        if word.startswith("--"):
-            flag = word[2:].split("=")[0]
+        # The file's options come first: where a flag is given twice, argparse takes the last.
+        flags = _flags_of_file(Path(arguments[0]), names) + arguments[1:]
+    for flag in flags:
+        if flag.startswith("--"):
+            flag = flag[2:].split("=")[0]
             known = [*names, "help", *(f"no_{name}" for name in names)]
             _check_known(flag.replace("-", "_"), known, f"unknown flag --{flag}")
-    return list(parser.parse_args_into_dataclasses(arguments))
+    return Options._make(parser.parse_args_into_dataclasses(flags))
 
 
-def _words(key: str, value: Any) -> list[str]:
+def _flags_of_file(path: Path, names: list[str]) -> list[str]:
+    """A YAML file of options as command-line flags."""
+    if not path.is_file():
+        raise ValueError(f"the configuration file {path} does not exist")
+    options = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"the configuration file {path} holds no mapping of options to values")
+    flags = []
+    for name, value in options.items():
+        _check_known(name, names, f"{path}: unknown option {name!r}")
+        flags += to_flags(name, value)
+    return flags
+
+
+def to_flags(name: str, value: Any) -> list[str]:
+    """An option of a YAML file as command-line arguments."""
     if value is None:
         return []
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
+        return [f"--{name}", *map(str, value)]
     if isinstance(value, dict):
-        return [f"--{key}", yaml.safe_dump(value, default_flow_style=True).strip()]
-    return [f"--{key}", str(value)]
+        return [f"--{name}", yaml.safe_dump(value, default_flow_style=True).strip()]
+    return [f"--{name}", str(value)]
 
 
 def _check_known(name: str, names: list[str], message: str) -> None:
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        raise ValueError(message + (f"; did you mean {near[0]!r}?" if near else ""))
+        nearest = difflib.get_close_matches(name, names, n=1)
+        raise ValueError(message + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
 
 
-def needed(options: Any, *names: str) -> None:
-    """Raises ValueError naming the first of `names` that was not given."""
-    for name in names:
-        if getattr(options, name) is None:
-            raise ValueError(f"{name} is missing; give --{name} or put it in the configuration file")
+def require(options: ModelOptions | DataOptions, name: str) -> Any:
+    """The value of an option.
+
+    Raises:
+        ValueError: it was not given.
+    """
+    value = getattr(options, name)
+    if value is None:
+        raise ValueError(f"{name} is missing; give --{name} or put it in the configuration file")
+    return value

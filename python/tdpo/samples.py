@@ -6,18 +6,24 @@ import contextlib
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from .trainer import TDPOTrainer
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def show_samples(trainer, loader, prefix: str) -> None:
-    """Prints greedy continuations and keeps them in `samples`/PREFIX-step-N.json under the output folder.
+def show_samples(trainer: TDPOTrainer, loader: DataLoader, prefix: str) -> None:
+    """Prints greedy continuations and writes them to `samples`/PREFIX-step-N.json in the output folder.
 
-    The reference's are left out where only its head is in memory; under FSDP and DeepSpeed, whose sharded weights
-    generation would gather token by token, there are none.
+    The reference is left out where only its head is in memory. Under FSDP and DeepSpeed nothing is sampled: generation
+    would gather the sharded weights for every token.
     """
     args, tokenizer = trainer.args, trainer.processing_class
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -25,37 +31,37 @@ def show_samples(trainer, loader, prefix: str) -> None:
         return
     if not args.should_save:
         return
-    rows = loader.dataset.select(range(min(args.eval_samples, len(loader.dataset))))
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    writers = {"policy": (model, contextlib.nullcontext)}
+    dataset: Any = loader.dataset
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    models = {"policy": (policy, contextlib.nullcontext)}
     if trainer.ref_model is not None:
-        writers["reference"] = (trainer.ref_model, contextlib.nullcontext)
-    elif hasattr(model, "disable_adapter") and not args.precompute_reference:
-        writers["reference"] = (model, model.disable_adapter)
-    found = []
-    for row in rows:
+        models["reference"] = (trainer.ref_model, contextlib.nullcontext)
+    elif hasattr(policy, "disable_adapter") and not args.precompute_reference:
+        models["reference"] = (policy, policy.disable_adapter)
+    samples = []
+    for row in dataset.select(range(min(args.eval_samples, len(dataset)))):
         sample = {"prompt": tokenizer.decode(row["prompt_ids"])}
-        for name, (writer, context) in writers.items():
+        for name, (model, context) in models.items():
             with context():
-                sample[name] = _continued(writer, row["prompt_ids"], tokenizer, args)
-        found.append(sample)
+                sample[name] = _continuation(trainer, model, row["prompt_ids"])
+        samples.append(sample)
     folder = Path(args.output_dir, "samples")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{prefix}-step-{trainer.state.global_step}.json").write_text(json.dumps(found, indent=1))
-    for sample in found:
+    (folder / f"{prefix}-step-{trainer.state.global_step}.json").write_text(json.dumps(samples, indent=1))
+    for sample in samples:
         print("\n".join(f"{name:>10s}: {' '.join(text.split())}" for name, text in sample.items()) + "\n", flush=True)
 
 
-def _continued(model, prompt: list[int], tokenizer, args) -> str:
-    training = model.training
+def _continuation(trainer: TDPOTrainer, model: nn.Module, prompt: list[int]) -> str:
+    tokenizer, was_training = trainer.processing_class, model.training
     model.eval()
-    tokens = torch.tensor([prompt or [tokenizer.eos_token_id]], device=args.device)
-    made = model.generate(
+    tokens = torch.tensor([prompt or [tokenizer.eos_token_id]], device=trainer.args.device)
+    generated = model.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
         do_sample=False,
-        max_new_tokens=args.eval_sample_tokens,
+        max_new_tokens=trainer.args.eval_sample_tokens,
         pad_token_id=tokenizer.eos_token_id,
     )
-    model.train(training)
-    return tokenizer.decode(made[0, tokens.shape[1] :], skip_special_tokens=True)
+    model.train(was_training)
+    return tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True)

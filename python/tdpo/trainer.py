@@ -1,30 +1,32 @@
-"""TDPO on transformers.Trainer: its loop and logging; our loss, reference, metrics and whole checkpoints."""
+"""TDPO on transformers.Trainer: its training loop and logging; our loss, reference, metrics and atomic checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from . import checkpoints
+from .causal_lm import CachedReferenceHead, CausalLM
+from .collator import PreferenceCollator
 from .config import TDPOConfig
-from .data import PreferenceCollator, padding_token, tokenize_preferences
-from .head import FrozenHead, LanguageModelHead
-from .loss import PreferenceLoss, install
-from .metrics import MetricMeans, preference_metrics
+from .data import padding_token, tokenize_preferences
+from .loss import PreferenceLoss, patch_forward
+from .metrics import MetricMeans, WeightedSum, preference_metrics
 from .model_card import model_card
-from .reference import ReferenceCache, cache_reference
+from .reference_cache import ReferenceCache, cache_reference
 from .samples import show_samples
-
-Splits = dict[str, Dataset]
 
 
 class TDPOTrainer(Trainer):
@@ -42,12 +44,12 @@ class TDPOTrainer(Trainer):
 
     Raises:
         ValueError: bad data or tokenizer (see `tokenize_preferences`), a reference with another vocabulary, a stale or
-            torn reference cache, or a model that can't do without padding.
+            corrupt reference cache, or a model that needs padding.
         FloatingPointError: while training, a loss that isn't finite; the message names the rows of the batch.
     """
 
     data_collator: Any
-    _staging: str | None = None  # where a checkpoint is being written
+    _staging: str | None = None  # the folder of a checkpoint that is being written
 
     def __init__(
         self,
@@ -55,182 +57,218 @@ class TDPOTrainer(Trainer):
         ref_model: nn.Module | None = None,
         args: TDPOConfig | None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | Splits | None = None,
-        processing_class=None,
-        peft_config=None,
-        **others,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else args
         if processing_class is None:
-            raise ValueError("processing_class is None; a tokenizer is needed")
-        self._pad_token_id = padding_token(processing_class)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-        self._has_adapters = hasattr(model, "disable_adapter")
-        if self._has_adapters and args.gradient_checkpointing:
-            model.enable_input_require_grads()  # type: ignore[operator]
-        if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-
-        def tokenized(dataset: Dataset) -> Dataset:
-            limits = (args.max_length, args.max_prompt_length)
-            return tokenize_preferences(dataset, processing_class, *limits, overlong=args.overlong)
-
-        train = None if train_dataset is None else tokenized(train_dataset)
-        evals: Any = eval_dataset
+            raise ValueError("processing_class is None; the policy's tokenizer is required")
+        tokenize = functools.partial(
+            tokenize_preferences,
+            tokenizer=processing_class,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            overlong=args.overlong,
+        )
+        if train_dataset is not None:
+            train_dataset = tokenize(train_dataset)
         if isinstance(eval_dataset, dict):
-            evals = {name: tokenized(split) for name, split in eval_dataset.items()}
+            eval_dataset = {name: tokenize(split) for name, split in eval_dataset.items()}
         elif eval_dataset is not None:
-            evals = tokenized(eval_dataset)
-        self._means = MetricMeans()
+            eval_dataset = tokenize(eval_dataset)
+        pad_token_id = padding_token(processing_class)
         super().__init__(
-            model=model,
+            model=_prepare_policy(model, args, peft_config),
             args=args,
-            data_collator=others.pop("data_collator", PreferenceCollator(self._pad_token_id, args.padding_free)),
-            train_dataset=train,
-            eval_dataset=evals,
+            data_collator=others.pop("data_collator", PreferenceCollator(pad_token_id, args.padding_free)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **others,
         )
         # The loss is a mean over pairs: gradient accumulation divides it, nothing is normalised by tokens.
         self.model_accepts_loss_kwargs = False
-        self._set_up_loss(ref_model)
+        self._means = MetricMeans(self.accelerator)
+        self._splits = _splits_by_name(self.train_dataset, self.eval_dataset)
+        self._caches: dict[str, ReferenceCache] = {}
+        self.ref_model: nn.Module | None = None
+        self.loss = self._set_up_loss(ref_model)
+        patch_forward(self.model, self.loss)
 
-    def _set_up_loss(self, ref_model: nn.Module | None) -> None:
-        policy = LanguageModelHead.of(self.model)
-        if self.args.padding_free and not policy.keeps_sequences_apart():
+    # ---- the loss and its reference ----
+
+    def _set_up_loss(self, ref_model: nn.Module | None) -> PreferenceLoss:
+        args, policy = self.args, CausalLM.of(self.model)
+        if args.padding_free and not policy.isolates_packed_sequences():
             raise ValueError(
-                "padding_free: this model lets packed sequences see each other (with attention "
+                "padding_free is True, but this model lets packed sequences attend to each other (with attention "
                 f"{self.model.config._attn_implementation!r}); choose another attn_implementation, or padding"
             )
-        self._caches: dict[int, ReferenceCache] = {}
-        without_adapters: Any = contextlib.nullcontext
-        self.ref_model: nn.Module | None = None
-        reference: LanguageModelHead | FrozenHead
-        if self.args.precompute_reference:
-            reference = self._cached_reference(self.model if ref_model is None else ref_model)
-        elif ref_model is None and self._has_adapters:
-            reference, without_adapters = policy, self.model.disable_adapter
-        else:
-            ref_model = copy.deepcopy(self.model) if ref_model is None else ref_model
-            self.ref_model = ref_model.to(self.args.device).eval().requires_grad_(False)
-            reference = LanguageModelHead.of(self.ref_model)
-        if policy.vocab != reference.vocab:
-            raise ValueError(f"ref_model has a vocabulary of {reference.vocab} but model has {policy.vocab}")
-        self.loss = PreferenceLoss(
-            policy, reference, self.args.objective(), self.args.logits_budget, without_adapters=without_adapters
+        reference = self._set_up_reference(policy, ref_model)
+        if policy.vocab_size != reference.vocab_size:
+            raise ValueError(f"ref_model has a vocabulary of {reference.vocab_size} but model has {policy.vocab_size}")
+        loss = PreferenceLoss(
+            policy,
+            reference,
+            args.objective(),
+            logits_budget=args.logits_budget,
+            without_adapters=self.model.disable_adapter if reference is policy else contextlib.nullcontext,
         )
-        if self.loss.obstacle is not None:
-            if self.args.precompute_reference:
+        if loss.fallback_reason is not None:
+            if args.precompute_reference:
                 raise ValueError(
-                    f"precompute_reference needs the fused loss, which can't be used: {self.loss.obstacle}"
+                    f"precompute_reference needs the fused loss, which can't be used: {loss.fallback_reason}"
                 )
             warnings.warn(
-                f"the fused loss can't be used, logits are materialised instead: {self.loss.obstacle}", stacklevel=3
+                f"the fused loss can't be used, logits are materialised instead: {loss.fallback_reason}", stacklevel=3
             )
-        install(self.model, self.loss)
+        return loss
 
-    # ---- the reference on disk ----
+    def _set_up_reference(self, policy: CausalLM, ref_model: nn.Module | None) -> CausalLM | CachedReferenceHead:
+        """The reference: a cache and a head, the policy itself (to be run without its adapters), or a second model."""
+        if self.args.precompute_reference:
+            return self._cache_splits(self.model if ref_model is None else ref_model)
+        if ref_model is None and hasattr(self.model, "disable_adapter"):
+            return policy
+        ref_model = copy.deepcopy(self.model) if ref_model is None else ref_model
+        self.ref_model = ref_model.to(self.args.device).eval().requires_grad_(False)
+        return CausalLM.of(self.ref_model)
 
-    def _cached_reference(self, model: nn.Module) -> FrozenHead:
+    def _cache_splits(self, model: nn.Module) -> CachedReferenceHead:
         """Fills or opens the cache of every split; of the reference only the head is kept."""
-        folder = self.args.reference_folder
-        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        splits = {"train": self.train_dataset, **{name: split for name, split in evals.items()}}
-        without = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-        with without, self.args.main_process_first(local=False, desc="caching the reference"):
-            model = model.to(self.args.device)  # type: ignore[assignment]
-            for name, split in splits.items():
-                if split is not None:
-                    self._caches[id(split)] = cache_reference(
-                        folder / name, model, split, self._pad_token_id, self.args.reference_dtype
-                    )
-        return FrozenHead.of(LanguageModelHead.of(model))
+        if isinstance(self.eval_dataset, dict) and "train" in self.eval_dataset:
+            raise ValueError("eval_dataset has a split 'train', the name of the training data's cache; rename it")
+        without_adapters = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+        with without_adapters, self.args.main_process_first(local=False, desc="caching the reference"):
+            model = model.to(self.args.device)
+            for name, split in self._splits.items():
+                self._caches[name] = cache_reference(
+                    self.args.reference_folder / name,
+                    model,
+                    split,
+                    padding_token(self.processing_class),
+                    self.args.reference_dtype,
+                )
+        return CachedReferenceHead.copy_of(CausalLM.of(model))
 
-    def _with_cache(self, dataset: Any, loader) -> Any:
-        """The data loader, its collator adding what is cached of `dataset`."""
-        cache = self._caches.get(id(dataset))
-        if self.args.precompute_reference and cache is None:
-            raise ValueError(
-                "precompute_reference: this dataset was not given to the trainer, so nothing is cached of it"
-            )
+    # ---- data ----
+
+    @contextlib.contextmanager
+    def _reading_cache_of(self, dataset: Dataset | None) -> Iterator[None]:
+        """With `precompute_reference`, data loaders created in this context read the cache of `dataset` too."""
+        if not self.args.precompute_reference:
+            yield
+            return
+        name = next((name for name, split in self._splits.items() if split is dataset), None)
+        if name is None:
+            raise ValueError("precompute_reference: this dataset was not given to the trainer, so it has no cache")
         collator = self.data_collator
+        self.data_collator = replace(collator, reference_cache=self._caches[name])
         try:
-            if cache is not None:
-                self.data_collator = replace(collator, reference_cache=cache)
-            return loader()
+            yield
         finally:
             self.data_collator = collator
 
-    def get_train_dataloader(self):
-        return self._with_cache(self.train_dataset, super().get_train_dataloader)
+    def get_train_dataloader(self) -> DataLoader:
+        with self._reading_cache_of(self.train_dataset):
+            return super().get_train_dataloader()
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        found = self.eval_dataset if eval_dataset is None else eval_dataset
-        found = self.eval_dataset[found] if isinstance(found, str) else found
-        return self._with_cache(found, lambda: super(TDPOTrainer, self).get_eval_dataloader(eval_dataset))
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        with self._reading_cache_of(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset):
+            return super().get_eval_dataloader(eval_dataset)
 
-    # ---- loss and metrics ----
+    # ---- loss and metrics of a batch ----
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean loss of a batch; its metrics are kept for the next log."""
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean loss of a batch; its metrics are accumulated until the next log."""
         output = model(preference=inputs)
         loss = output.loss
         if not torch.isfinite(loss):
-            rows = inputs["index"].tolist()
-            last = checkpoints.last_good(self.args.output_dir) or "none"
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of the dataset; "
-                f"training stops; last good checkpoint: {last}"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {inputs['index'].tolist()} "
+                "of the dataset; training stops; last good checkpoint: "
+                f"{checkpoints.last_checkpoint(self.args.output_dir) or 'none'}"
             )
-        metrics = preference_metrics(output, inputs["cu_seqlens"].diff(), self.args.beta)
-        if not self.model.training:
+        metrics = preference_metrics(output, self.args.beta)
+        if self.model.training:
+            self._means.add("train", metrics)
+        else:
             pairs = len(inputs["index"])
-            metrics["loss"] = (loss.detach() * pairs, pairs)
-        self._means.add("train" if self.model.training else "eval", metrics)
+            self._means.add("eval", {**metrics, "loss": WeightedSum(loss.detach() * pairs, pairs)})
         return (loss, {}) if return_outputs else loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
         """Evaluation needs the loss and the metrics, no logits."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args, **kwargs):
-        self._means.take("eval", self._sum_over_processes)
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        means = self._means.take("eval", self._sum_over_processes)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Adds the means over the evaluation set to its metrics, and shows samples if `eval_samples` asks for them."""
+        self._means.take("eval")  # drops what an interrupted evaluation left
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        means = self._means.take("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         if self.args.eval_samples:
-            show_samples(self, kwargs.get("dataloader") or args[0], prefix)
+            show_samples(self, dataloader, metric_key_prefix)
         return output
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the means since the last log to what the training loop logs."""
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means since the last log to the entries of the training loop."""
         if "loss" in logs:
-            logs.update(self._means.take("train", self._sum_over_processes))
+            logs.update(self._means.take("train"))
         super().log(logs, *args, **kwargs)
-
-    def _sum_over_processes(self, sums):
-        return self.accelerator.reduce(sums.float(), "sum")
 
     # ---- saving ----
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint appears under its name only when all of it is written."""
-        with checkpoints.whole(self) as self._staging:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with checkpoints.atomic_checkpoint(self) as self._staging:
             super()._save_checkpoint(model, trial)
         self._staging = None
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "README.md").write_text(model_card(self.model, self.args))
+
+
+def _prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.Module:
+    """The policy with its adapters, if any, and without dropout where that is disabled."""
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    if hasattr(model, "disable_adapter") and args.gradient_checkpointing:
+        model.enable_input_require_grads()  # type: ignore[operator]
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return model
+
+
+def _splits_by_name(
+    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
+) -> dict[str, Dataset]:
+    """The training data as "train", the evaluation data as "eval" or under the names of its splits."""
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    return {name: split for name, split in {"train": train_dataset, **evals}.items() if split is not None}

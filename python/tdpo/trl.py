@@ -1,4 +1,4 @@
-"""For users of TRL: its DPOTrainer with the TDPO losses, on the fused kernels.
+"""TRL's DPOTrainer with the TDPO losses, on the fused kernels.
 
     from tdpo.trl import TDPOTrainer
     TDPOTrainer(model, args=DPOConfig(...), alpha=0.5, variant="tdpo2", train_dataset=..., processing_class=...).train()
@@ -8,20 +8,23 @@ Data, collation, configuration, logging and the reference are TRL's; `beta` is t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from trl import DPOTrainer
 
 from tdpo_ext import tdpo_loss
-from tdpo_ext.losses import check_loss_options
+from tdpo_ext.losses import check_tdpo_options
 
-from .head import LanguageModelHead
-from .loss import PreferenceLoss, install
-from .metrics import preference_metrics
+from .causal_lm import CausalLM
+from .collator import predicted_responses
+from .loss import PreferenceLoss, patch_forward
+from .metrics import MetricMeans, preference_metrics
 
-_TRLS_OWN = ("precompute_ref_log_probs", "use_weighting", "ld_alpha")
+_UNSUPPORTED_OPTIONS = ("precompute_ref_log_probs", "use_weighting", "ld_alpha")
 
 
 class TDPOTrainer(DPOTrainer):
@@ -38,50 +41,50 @@ class TDPOTrainer(DPOTrainer):
 
     def __init__(self, *positional: Any, alpha: float = 0.5, variant: str = "tdpo2", **others: Any) -> None:
         super().__init__(*positional, **others)
-        check_loss_options(self.beta, alpha, variant)
+        check_tdpo_options(self.beta, alpha, variant)
         if self.loss_types != ["sigmoid"]:
-            raise ValueError(f"loss_type is {self.loss_types}; TDPO replaces it: leave it at 'sigmoid'")
-        for name in _TRLS_OWN:
+            raise ValueError(f"loss_type is {self.loss_types}; it must be 'sigmoid', which TDPO replaces")
+        for name in _UNSUPPORTED_OPTIONS:
             if getattr(self.args, name, None):
-                raise ValueError(f"{name} is {getattr(self.args, name)}; TDPO has no use for it")
-        policy, bare = LanguageModelHead.of(self.model), self.ref_model is None
-        options = {"without_adapters": self.model.disable_adapter} if bare else {}
+                raise ValueError(f"{name} is {getattr(self.args, name)}; it has no meaning for TDPO: leave it unset")
+        policy = reference = CausalLM.of(self.model)
+        if self.ref_model is not None:
+            reference = CausalLM.of(self.accelerator.unwrap_model(self.ref_model))
         self._tdpo = PreferenceLoss(
             policy,
-            policy if bare else LanguageModelHead.of(self.accelerator.unwrap_model(self.ref_model)),
+            reference,
             functools.partial(tdpo_loss, beta=self.beta, alpha=alpha, variant=variant),
-            **options,
+            without_adapters=self.model.disable_adapter if self.ref_model is None else contextlib.nullcontext,
         )
-        if self._tdpo.obstacle is not None:
-            raise ValueError(f"the fused loss can't be used: {self._tdpo.obstacle}")
-        install(self.model, self._tdpo)
+        if self._tdpo.fallback_reason is not None:
+            raise ValueError(f"the fused loss can't be used: {self._tdpo.fallback_reason}")
+        patch_forward(self.model, self._tdpo)
 
-    def _compute_loss(self, model, inputs, return_outputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
-        batch = _batch(inputs)
-        output = model(preference=batch)
-        for name, (total, weight) in preference_metrics(output, batch["cu_seqlens"].diff(), self.beta).items():
-            sums = torch.stack([total.float(), torch.as_tensor(weight, device=total.device).float()])
-            total, weight = self.accelerator.reduce(sums, "sum").tolist()
-            self._metrics[mode][name].append(total / max(weight, 1e-9))
+        output = model(preference=_preference_batch(inputs))
+        means = MetricMeans(self.accelerator)
+        means.add(mode, preference_metrics(output, self.beta))
+        for name, mean in means.take(mode).items():
+            self._metrics[mode][name].append(mean)
         return (output.loss, {}) if return_outputs else output.loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self._compute_loss(model, inputs, False)
+            loss = self._compute_loss(model, inputs, return_outputs=False)
         return loss.detach(), None, None
 
 
-def _batch(inputs: dict) -> dict:
-    """TRL's padded batch as `PreferenceCollator` makes them."""
-    responses = inputs["completion_mask"].bool()
-    responses[:, 0] = False  # nothing predicts the first token
-    positions = responses.view(-1).nonzero()[:, 0]
+def _preference_batch(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """TRL's padded batch in the form of `PreferenceCollator`'s."""
+    input_ids = inputs["input_ids"]
+    sequences, length = input_ids.shape
+    starts = torch.arange(sequences, device=input_ids.device) * length
     return {
-        "input_ids": inputs["input_ids"],
+        "input_ids": input_ids,
         "attention_mask": inputs["attention_mask"],
-        "rows": positions - 1,
-        "targets": inputs["input_ids"].view(-1)[positions],
-        "cu_seqlens": torch.cat([positions.new_zeros(1), responses.sum(-1).cumsum(0)]),
+        **predicted_responses(input_ids, inputs["completion_mask"].bool(), starts),
     }

@@ -1,1 +1,1 @@
-"""The paper's controlled-sentiment experiment in small, through the public trainer and library."""
+"""The paper's controlled-sentiment experiment at small scale, through the public trainer and library."""

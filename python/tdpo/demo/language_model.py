@@ -15,7 +15,7 @@ BATCH = 32
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `VOCABULARY` entries."""
+    """Trains a byte-level BPE of `VOCABULARY` entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(texts: list[str], tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> GPT2LMHeadModel:
-    """A 2-layer GPT-2 of width 128 after `steps` steps of next-token prediction."""
+    """Trains a 2-layer GPT-2 of width 128 for `steps` steps of next-token prediction."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -68,14 +68,14 @@ def pretrain(texts: list[str], tokenizer: PreTrainedTokenizerFast, steps: int, s
 def sample(
     model: GPT2LMHeadModel, prompts: Tensor, tokens: int, seed: int, desc: str | None = None, batch: int = 512
 ) -> Tensor:
-    """Responses drawn at temperature 1: prompts (n, P) -> (n, tokens). A seed gives the same responses every time."""
+    """Responses sampled at temperature 1: prompts (n, P) -> (n, tokens). Equal seeds give equal responses."""
     was_training = model.training
     model.eval()
     responses = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in tqdm(prompts.split(batch), desc=desc, disable=desc is None):
-            drawn = model.generate(
+            sequences = model.generate(
                 part,
                 attention_mask=torch.ones_like(part),
                 do_sample=True,
@@ -84,6 +84,6 @@ def sample(
                 min_new_tokens=tokens,
                 pad_token_id=model.config.eos_token_id,
             )
-            responses.append(drawn[:, part.shape[1] :])
+            responses.append(sequences[:, part.shape[1] :])
     model.train(was_training)
     return torch.cat(responses)

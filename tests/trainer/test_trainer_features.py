@@ -1,4 +1,4 @@
-"""What the trainer leaves to transformers, accelerate and peft; and what it says when things go wrong."""
+"""Adapters, packing, options of transformers, samples and checkpoints; and the messages of runs that fail."""
 
 import errno
 import json
@@ -12,26 +12,26 @@ from trainer_cases import losses, make_trainer
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_adapters_off_are_the_reference(family, tmp_path, tokenizer, preferences):
+def test_adapters_off_are_the_reference(family, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    trainer = make_trainer(tmp_path, tokenizer, preferences, make_model(family), peft_config=config)
-    assert trainer.loss.obstacle is None
+    trainer = make_trainer(tmp_path, model=make_model(family), peft_config=config)
+    assert trainer.loss.fallback_reason is None
     assert trainer.ref_model is None
     batch = next(iter(trainer.get_train_dataloader()))
     output = trainer.model(preference=batch)
     assert output.chosen.kl.min() > 1e-4  # the adapters are not at zero
     with trainer.model.disable_adapter():
         assert trainer.model(preference=batch).chosen.kl.abs().max() < 1e-6
-    plain = make_trainer(tmp_path, tokenizer, preferences, make_model(family))
+    plain = make_trainer(tmp_path, model=make_model(family))
     expected = plain.ref_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = expected.log_softmax(-1).flatten(0, 1)[batch["rows"]].gather(-1, batch["targets"][:, None])[:, 0]
     torch.testing.assert_close(output.chosen.ref_logps.sum() + output.rejected.ref_logps.sum(), expected.sum())
 
 
-def test_adapters_train_and_are_saved(tmp_path, tokenizer, preferences):
+def test_adapters_train_and_are_saved(tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
-    trainer = make_trainer(tmp_path, tokenizer, preferences, make_model("llama"), peft_config=config, **options)
+    trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, **options)
     frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
     assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
@@ -41,17 +41,16 @@ def test_adapters_train_and_are_saved(tmp_path, tokenizer, preferences):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_padding_free_equals_padded(family, tmp_path, tokenizer, preferences):
-    found = []
+def test_padding_free_equals_padded(family, tmp_path):
+    results = []
     for padding_free in (False, True):
-        trainer = make_trainer(
-            *(tmp_path, tokenizer, preferences, make_model(family, 0), make_model(family, 1)), padding_free=padding_free
-        )
+        models = {"model": make_model(family, 0), "ref_model": make_model(family, 1)}
+        trainer = make_trainer(tmp_path, **models, padding_free=padding_free)
         batch = next(iter(trainer.get_train_dataloader()))
         output = trainer.model(preference=batch)
         output.loss.backward()
-        found.append((output, {name: p.grad for name, p in trainer.model.named_parameters()}, batch))
-    (padded, grads, batch), (packed, packed_grads, packed_batch) = found
+        results.append((output, {name: p.grad for name, p in trainer.model.named_parameters()}, batch))
+    (padded, grads, batch), (packed, packed_grads, packed_batch) = results
     assert packed_batch["input_ids"].numel() == batch["attention_mask"].sum()
     torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(packed.chosen.kl, padded.chosen.kl, rtol=1e-4, atol=1e-6)
@@ -59,22 +58,22 @@ def test_padding_free_equals_padded(family, tmp_path, tokenizer, preferences):
         torch.testing.assert_close(packed_grads[name], grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_models_that_mix_packed_sequences_are_refused(tmp_path, tokenizer, preferences):
+def test_models_that_mix_packed_sequences_are_refused(tmp_path):
     model = make_model("llama")
     backbone = model.model.forward
 
-    def forgetful(*args, position_ids=None, **kwargs):  # takes the packed row for one sequence
+    def ignores_positions(*args, position_ids=None, **kwargs):  # takes the packed row for one sequence
         return backbone(*args, **kwargs)
 
-    model.model.forward = forgetful
+    model.model.forward = ignores_positions
     with pytest.raises(ValueError, match="padding_free"):
-        make_trainer(tmp_path, tokenizer, preferences, model, padding_free=True)
+        make_trainer(tmp_path, model=model, padding_free=True)
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"optim": "rmsprop"}, {"gradient_checkpointing": True}])
-def test_training_options(options, tmp_path, tokenizer, preferences):
-    warm = {"lr_scheduler_type": "linear", "warmup_steps": 3, "learning_rate": 3e-4}
-    trainer = make_trainer(tmp_path, tokenizer, preferences, make_model("llama"), max_steps=12, **warm, **options)
+def test_training_options(options, tmp_path):
+    schedule = {"lr_scheduler_type": "linear", "warmup_steps": 3, "learning_rate": 3e-4}
+    trainer = make_trainer(tmp_path, model=make_model("llama"), max_steps=12, **schedule, **options)
     trainer.train()
     log = trainer.state.log_history
     assert log[11]["rewards/margins"] > log[0]["rewards/margins"] + 0.02
@@ -82,8 +81,8 @@ def test_training_options(options, tmp_path, tokenizer, preferences):
     assert 0 <= log[0]["mean_token_accuracy"] <= 1
 
 
-def test_evaluation_loss_weighs_pairs(tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, make_model("gpt2", 0), make_model("gpt2", 1))
+def test_evaluation_loss_weighs_pairs(tmp_path):
+    trainer = make_trainer(tmp_path, model=make_model("gpt2", 0), ref_model=make_model("gpt2", 1))
     several = trainer.evaluate()
     trainer.args.per_device_eval_batch_size = 3  # a last batch of two
     uneven = trainer.evaluate()
@@ -91,9 +90,11 @@ def test_evaluation_loss_weighs_pairs(tmp_path, tokenizer, preferences):
         assert uneven[name] == pytest.approx(several[name], rel=1e-5), name
 
 
-def test_samples_and_model_card(tmp_path, tokenizer, preferences, capsys):
+def test_samples_and_model_card(tmp_path, capsys):
     trainer = make_trainer(
-        *(tmp_path, tokenizer, preferences, make_model("llama", 0), make_model("llama", 1)),
+        tmp_path,
+        model=make_model("llama", 0),
+        ref_model=make_model("llama", 1),
         eval_samples=2,
         eval_sample_tokens=5,
     )
@@ -108,8 +109,8 @@ def test_samples_and_model_card(tmp_path, tokenizer, preferences, capsys):
     assert "TDPO2, beta 0.1, alpha 0.5" in card
 
 
-def test_loss_that_is_not_finite(tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, save_strategy="steps", save_steps=2, max_steps=6)
+def test_loss_that_is_not_finite(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
     step = trainer.compute_loss
 
     def poisoned(model, inputs, **options):
@@ -121,13 +122,13 @@ def test_loss_that_is_not_finite(tmp_path, tokenizer, preferences):
     trainer.compute_loss = poisoned
     with pytest.raises(FloatingPointError, match=r"step 4, on rows \[\d+.*checkpoint-2"):
         trainer.train()
-    again = make_trainer(tmp_path, tokenizer, preferences, save_strategy="steps", save_steps=2, max_steps=6)
+    again = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
     again.train(resume_from_checkpoint=True)
     assert len(losses(again)) == 6
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, tokenizer, preferences):
-    trainer = make_trainer(tmp_path, tokenizer, preferences, save_strategy="steps", save_steps=2, max_steps=6)
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
     save = trainer._save_optimizer_and_scheduler
 
     def full(output_dir):
@@ -142,11 +143,17 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, tokenizer, preferenc
     assert not (tmp_path / ".checkpoint-being-written").exists()
 
 
-def test_checkpoints_rotate_and_keep_the_best(tmp_path, tokenizer, preferences):
+def test_checkpoints_rotate_and_keep_the_best(tmp_path):
     trainer = make_trainer(
-        *(tmp_path, tokenizer, preferences),
-        **{"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 8},
-        **{"save_total_limit": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
+        tmp_path,
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
     )
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)

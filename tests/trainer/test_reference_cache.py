@@ -1,17 +1,13 @@
-"""The reference's hidden states on disk: equal to a live reference, resumable, and refused when stale or torn."""
+"""The reference's hidden states on disk: equal to a live reference, resumable, and refused when stale or corrupt."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import tdpo.reference
 import torch
 from model_families import make_model
-from tdpo import cache_reference, tokenize_preferences
-from tdpo.reference import ReferenceCache
-from trainer_cases import losses, make_trainer
+from tdpo import ReferenceCache, cache_reference, reference_cache, tokenize_preferences
+from trainer_cases import losses, make_trainer, run_python
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +17,13 @@ def tokens(tokenizer, preferences):
 
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("own", [True, False], ids=["the policy's start", "another model"])
-def test_training_from_the_cache_equals_a_live_reference(own, padding_free, tmp_path, tokenizer, preferences):
+def test_training_from_the_cache_equals_a_live_reference(own, padding_free, tmp_path):
     curves, evaluations = [], []
     for cached in (False, True):
         trainer = make_trainer(
-            *(tmp_path / str(cached), tokenizer, preferences, make_model("llama", 0)),
-            None if own else make_model("llama", 1),
+            tmp_path / str(cached),
+            model=make_model("llama", 0),
+            ref_model=None if own else make_model("llama", 1),
             precompute_reference=cached,
             reference_dtype="float32",
             padding_free=padding_free,
@@ -40,26 +37,46 @@ def test_training_from_the_cache_equals_a_live_reference(own, padding_free, tmp_
         assert evaluations[1][name] == pytest.approx(evaluations[0][name], rel=1e-4, abs=1e-6), name
 
 
-def test_every_evaluation_split_has_its_metrics(tmp_path, tokenizer, preferences):
+def test_every_evaluation_split_has_its_metrics(tmp_path, preferences):
     splits = {"short": preferences.select(range(4)), "long": preferences.select(range(4, 12))}
-    found = []
+    evaluations = []
     for cached in (False, True):
         trainer = make_trainer(
-            *(tmp_path / str(cached), tokenizer, preferences, make_model("llama", 0), make_model("llama", 1)),
-            **{"eval_dataset": splits, "precompute_reference": cached, "reference_dtype": "float32"},
+            tmp_path / str(cached),
+            model=make_model("llama", 0),
+            ref_model=make_model("llama", 1),
+            eval_dataset=splits,
+            precompute_reference=cached,
+            reference_dtype="float32",
         )
-        found.append(trainer.evaluate())
+        evaluations.append(trainer.evaluate())
     for split in splits:
         for name in (f"eval_{split}_loss", f"eval_{split}_kl/chosen"):
-            assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
-    assert found[0]["eval_short_loss"] != found[0]["eval_long_loss"]
+            assert evaluations[1][name] == pytest.approx(evaluations[0][name], rel=1e-5)
+    assert evaluations[0]["eval_short_loss"] != evaluations[0]["eval_long_loss"]
 
 
-def test_bfloat16_storage_moves_the_kl_little(tmp_path, tokenizer, preferences):
+def test_caches_belong_to_the_splits_of_the_trainer(tmp_path, preferences):
+    splits = {"short": preferences.select(range(4)), "long": preferences.select(range(4, 12))}
+    options = {"precompute_reference": True, "model": make_model("llama", 0), "ref_model": make_model("llama", 1)}
+    trainer = make_trainer(tmp_path, eval_dataset=splits, **options)
+    by_name = trainer.evaluate()
+    given = trainer.evaluate(trainer.eval_dataset["short"])
+    assert given["eval_kl/chosen"] == by_name["eval_short_kl/chosen"]
+    trainer.train_dataset = trainer.train_dataset.select(range(4))
+    with pytest.raises(ValueError, match="has no cache"):
+        trainer.get_train_dataloader()
+    with pytest.raises(ValueError, match="split 'train'"):
+        make_trainer(tmp_path, eval_dataset={"train": splits["short"]}, **options)
+
+
+def test_bfloat16_storage_changes_the_kl_little(tmp_path):
     values = []
     for dtype in ("float32", "bfloat16"):
         trainer = make_trainer(
-            *(tmp_path / dtype, tokenizer, preferences, make_model("llama", 0), make_model("llama", 1)),
+            tmp_path / dtype,
+            model=make_model("llama", 0),
+            ref_model=make_model("llama", 1),
             precompute_reference=True,
             reference_dtype=dtype,
         )
@@ -69,32 +86,32 @@ def test_bfloat16_storage_moves_the_kl_little(tmp_path, tokenizer, preferences):
     assert not torch.equal(values[1], values[0])
 
 
-def test_an_interrupted_cache_goes_on(tmp_path, tokens, monkeypatch):
+def test_an_interrupted_cache_resumes(tmp_path, tokens, monkeypatch):
     model = make_model("gpt2")
-    whole = cache_reference(tmp_path / "whole", model, tokens, 0, "float32", batch=4)
-    monkeypatch.setattr(tdpo.reference, "_SAVE_EVERY", 4)
-    real, calls = tdpo.reference.zlib.crc32, []
+    unbroken = cache_reference(tmp_path / "unbroken", model, tokens, 0, "float32", batch=4)
+    monkeypatch.setattr(reference_cache, "_ROWS_PER_SAVE", 4)
+    crc32, calls = reference_cache.zlib.crc32, []
 
     def interrupted(data):
         calls.append(1)
         if len(calls) == 10:
             raise KeyboardInterrupt
-        return real(data)
+        return crc32(data)
 
-    monkeypatch.setattr(tdpo.reference.zlib, "crc32", interrupted)
+    monkeypatch.setattr(reference_cache.zlib, "crc32", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache_reference(tmp_path / "parts", model, tokens, 0, "float32", batch=4)
-    monkeypatch.setattr(tdpo.reference.zlib, "crc32", real)
+    monkeypatch.setattr(reference_cache.zlib, "crc32", crc32)
     assert json.loads((tmp_path / "parts" / "header.json").read_text())["done"] == 8
     with pytest.raises(ValueError, match=r"not finished: 8 of 24.*tdpo cache-reference"):
         ReferenceCache.open(tmp_path / "parts", model, tokens, "float32")
     parts = cache_reference(tmp_path / "parts", model, tokens, 0, "float32", batch=4)
     for row in range(len(tokens)):
         for side in ("chosen", "rejected"):
-            assert torch.equal(parts.hidden(row, side), whole.hidden(row, side))
+            assert torch.equal(parts.hidden(row, side), unbroken.hidden(row, side))
 
 
-def test_stale_and_torn_caches_are_refused(tmp_path, tokens, tokenizer, preferences):
+def test_stale_and_corrupt_caches_are_refused(tmp_path, tokens, tokenizer, preferences):
     model, folder = make_model("gpt2"), tmp_path / "cache"
     with pytest.raises(ValueError, match="does not exist"):
         ReferenceCache.open(folder, model, tokens, "bfloat16")
@@ -113,11 +130,11 @@ def test_stale_and_torn_caches_are_refused(tmp_path, tokens, tokenizer, preferen
     stored[7] ^= 1
     stored.flush()
     cache = ReferenceCache.open(folder, model, tokens, "bfloat16")
-    with pytest.raises(ValueError, match=r"torn: row 0 .*tdpo cache-reference"):
+    with pytest.raises(ValueError, match=r"corrupt: row 0 .*tdpo cache-reference"):
         cache.hidden(0, "chosen")
     with open(folder / "hidden.bin", "r+b") as file:
         file.truncate(100)
-    with pytest.raises(ValueError, match=r"torn.*sizes"):
+    with pytest.raises(ValueError, match=r"corrupt.*sizes"):
         ReferenceCache.open(folder, model, tokens, "bfloat16")
 
 
@@ -130,15 +147,25 @@ def test_nothing_in_a_cache_is_unpickled(tmp_path, tokens):
 
 
 PEAK = """
-import sys, torch
+import sys
+
+import torch
+from trainer_cases import make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
-from trainer_cases import make_preferences, make_trainer
-from model_families import make_tokenizer
+
+folder, kind, cache = sys.argv[1:]
 torch.manual_seed(0)
-sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 8}
-config = LlamaConfig(vocab_size=300, **sizes)
-trainer = make_trainer(sys.argv[1], make_tokenizer(), make_preferences(), LlamaForCausalLM(config), max_steps=1,
-                       optim="sgd", precompute_reference=sys.argv[2] == "cached", reference_cache=sys.argv[3])
+config = LlamaConfig(
+    vocab_size=300, hidden_size=768, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=8
+)
+trainer = make_trainer(
+    folder,
+    model=LlamaForCausalLM(config),
+    max_steps=1,
+    optim="sgd",
+    precompute_reference=kind == "cached",
+    reference_cache=cache,
+)
 trainer.train()
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
 """
@@ -147,8 +174,7 @@ print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 @pytest.mark.slow
 def test_peak_memory_with_a_cache_is_lower(tmp_path):
     def peak(kind):
-        command = [sys.executable, "-c", PEAK, str(tmp_path / kind), kind, str(tmp_path / "cache")]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=__file__.rsplit("/", 1)[0])
+        done = run_python("-c", PEAK, str(tmp_path / kind), kind, str(tmp_path / "cache"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return float(done.stdout.split()[-1])
 

@@ -8,24 +8,33 @@ from model_families import make_model, make_tokenizer
 from peft import LoraConfig
 from trainer_cases import make_preferences
 
-from tdpo_ext import reference, tdpo_loss
+from tdpo_ext import eager, tdpo_loss
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 from tdpo.trl import TDPOTrainer  # noqa: E402
 
+SETTINGS = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "bf16": False,
+    "beta": 0.2,
+}
 
-def make(tmp_path, trainer=TDPOTrainer, model=None, ref_model=None, peft_config=None, options=None, **config):
+
+def make(tmp_path, *, model=None, ref_model=None, peft_config=None, options=None, **config):
+    """TRL's trainer with `options` of the TDPO loss; `config` is that of DPOConfig."""
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    settings = {
-        **{"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True},
-        **{"bf16": False, "beta": 0.2, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True},
-    }
-    args = trl.DPOConfig(output_dir=str(tmp_path), **{**settings, **config})
-    return trainer(
+    return TDPOTrainer(
         model or make_model("llama", 0),
         ref_model,
-        args=args,
+        args=trl.DPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **config}),
         train_dataset=make_preferences(),
         eval_dataset=make_preferences(8),
         processing_class=tokenizer,
@@ -43,7 +52,7 @@ def test_equals_the_oracle(tmp_path):
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad():
         logits, ref_logits = policy(**inputs).logits[:, :-1].double(), frozen(**inputs).logits[:, :-1].double()
-    divergence = reference.token_divergence(logits, ref_logits, labels[:, 1:])
+    divergence = eager.token_divergence(logits, ref_logits, labels[:, 1:])
     objective = functools.partial(tdpo_loss, beta=0.2, alpha=0.3)
     expected = objective(*divergence.per_sequence().chunk(2)).mean()
     torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Preference data in every form: what becomes of prompts, responses and what is too long."""
+"""Preference data in every form: prompts and responses as tokens, and what is too long."""
 
 import json
 
@@ -115,13 +115,13 @@ def test_tools_reach_the_template(chat_tokenizer):
     assert texts(tokenize([row], tokenizer)[0], tokenizer)[0].startswith("<1 tools>")
 
 
-def test_chat_messages_want_a_template(tokenizer):
+def test_chat_messages_need_a_template(tokenizer):
     row = {"chosen": [message("assistant", "a")], "rejected": [message("assistant", "b")]}
     with pytest.raises(ValueError, match="chat template"):
         tokenize([row], tokenizer)
 
 
-def test_dropped_rows_are_told(tokenizer, caplog):
+def test_dropped_rows_are_reported(tokenizer, caplog):
     good = {"prompt": "the film", "chosen": " great", "rejected": " bad"}
     rows = [
         good,
@@ -133,11 +133,16 @@ def test_dropped_rows_are_told(tokenizer, caplog):
     with caplog.at_level("WARNING"):
         kept = tokenize(rows, tokenizer, overlong="drop")
     assert kept["index"] == [0]
-    said = caplog.text
     for reason in ("dropped 4 of 5", "an empty 'chosen'", "equal responses", "a prompt over 30", "over 60 tokens"):
-        assert reason in said
+        assert reason in caplog.text
     assert len(tokenize(rows, tokenizer)) == 3  # truncated rows stay
     assert all(len(row["prompt_ids"]) + len(row["chosen_ids"]) <= 60 for row in tokenize(rows, tokenizer))
+
+
+def test_many_dropped_rows_before_the_first_good_one(tokenizer):
+    good = {"prompt": "the film", "chosen": " great", "rejected": " bad"}
+    rows = [{**good, "chosen": " great" * 60}] * 1500 + [good]  # over a thousand: what datasets infers types from
+    assert tokenize(rows, tokenizer, overlong="drop")["index"] == [1500]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])

@@ -7,9 +7,10 @@ import pytest
 import yaml
 from model_families import make_model, make_tokenizer
 from tdpo.cli import main
-from tdpo.commands import KINDS
 from tdpo.options import parse_options
 from trainer_cases import make_preferences
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_train_then_evaluate(home, tmp_path, capsys):
     assert "TDPO2, beta 0.2" in (out / "README.md").read_text()
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] == 4
-    assert main(["train", str(home / "config.yaml"), *options, "--max_steps", "6"]) == 0  # goes on
+    assert main(["train", str(home / "config.yaml"), *options, "--max_steps", "6"]) == 0  # resumes
     state = json.loads((out / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
 
@@ -93,9 +94,9 @@ def test_unknown_keys_of_a_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["full", "lora", "cached_reference", "fsdp2"])
 def test_examples_parse(name, tmp_path):
-    example = yaml.safe_load((Path(__file__).parent.parent / "examples" / f"{name}.yaml").read_text())
+    example = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     (tmp_path / "cpu.yaml").write_text(yaml.safe_dump({**example, "use_cpu": True, "bf16": False}))
-    models, data, args = parse_options("train", KINDS, "", [str(tmp_path / "cpu.yaml"), "--beta", "0.3"])
+    models, data, args = parse_options("train", "", [str(tmp_path / "cpu.yaml"), "--beta", "0.3"])
     assert args.beta == 0.3
     assert models.model == example["model"]
     assert data.dataset == example["dataset"]

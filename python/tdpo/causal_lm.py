@@ -1,0 +1,126 @@
+"""What the fused loss reads of a causal language model: hidden states of its backbone, weights of its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The causal language model inside a peft model, its adapters still in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A causal language model as backbone and head.
+
+    Attributes:
+        model: the causal language model.
+        softcap: the model caps its logits as softcap * tanh(logits / softcap); None if it doesn't.
+        fallback_reason: why this model's head can't be fused, so that logits must be materialised; None if it can.
+    """
+
+    model: nn.Module
+    softcap: float | None
+    fallback_reason: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> CausalLM:
+        """Inspects a model and, on two tokens, compares its own logits with those formed from its hidden states."""
+        model = unwrap_peft(model)
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        fallback_reason = None
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            fallback_reason = f"its head is {type(head).__name__}, not a linear layer"
+        elif not cls(model, softcap, None)._reproduces_logits():
+            fallback_reason = "its logits are not a linear (and softcapped) function of its last hidden state"
+        return cls(model, softcap, fallback_reason)
+
+    def hidden(self, **batch: Tensor) -> Tensor:
+        """Last hidden states, (B, T, D), after the final norm."""
+        return self.model.base_model(**_model_inputs(batch)).last_hidden_state
+
+    def logits(self, **batch: Tensor) -> Tensor:
+        """The model's own logits, (B, T, V)."""
+        return self.model(**_model_inputs(batch)).logits
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def weight(self) -> Tensor:  # (V, D)
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def bias(self) -> Tensor | None:  # (V,)
+        return self.model.get_output_embeddings().bias
+
+    @torch.no_grad()
+    def isolates_packed_sequences(self) -> bool:
+        """Whether sequences packed into one row and separated by position_ids alone do not attend to each other."""
+        device = self.weight.device
+        tokens = (torch.arange(1, 9, device=device) % self.vocab_size)[None]
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=device)
+        packed = self.hidden(input_ids=tokens, position_ids=positions)
+        alone = self.hidden(input_ids=tokens[:, 3:], position_ids=positions[:, 3:])
+        return torch.allclose(packed[:, 3:], alone, rtol=0.02, atol=0.02 * alone.std().item())
+
+    @torch.no_grad()
+    def _reproduces_logits(self) -> bool:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            tokens = torch.tensor([[1, 2]], device=self.weight.device) % self.vocab_size
+            batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            bias = None if self.bias is None else _full_tensor(self.bias)
+            logits = nn.functional.linear(self.hidden(**batch), _full_tensor(self.weight), bias).float()
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            actual = _full_tensor(self.logits(**batch)).float()
+        except (AttributeError, TypeError, RuntimeError):
+            return False
+        finally:
+            self.model.train(was_training)
+        if actual.shape != logits.shape:
+            return False
+        spread = actual.std() + torch.finfo(torch.float32).tiny
+        return bool(((actual - logits).abs().max() / spread) < 0.05)
+
+
+@dataclass(frozen=True)
+class CachedReferenceHead:
+    """The part of a reference that stays in memory when its hidden states are cached: its head, (V, D) and (V,).
+
+    `softcap` and `fallback_reason` are those of `CausalLM`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    fallback_reason: str | None
+
+    @classmethod
+    def copy_of(cls, reference: CausalLM) -> CachedReferenceHead:
+        """A copy, so that the model can be freed or trained."""
+        bias = None if reference.bias is None else reference.bias.detach().clone()
+        return cls(reference.weight.detach().clone(), bias, reference.softcap, reference.fallback_reason)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.weight)
+
+
+def _full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all ranks where it is a DTensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor | bool]:
+    return {**{name: batch[name] for name in _MODEL_INPUTS if name in batch}, "use_cache": False}

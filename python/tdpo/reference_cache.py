@@ -1,0 +1,220 @@
+"""The reference's hidden states on disk: computed once, after which only the reference's head is needed.
+
+A cache is a folder of plain arrays with a JSON header; nothing in it is ever unpickled:
+
+    header.json    fingerprints of the reference and the data, sizes, and the number of rows done
+    offsets.npy    int64 (2 rows + 1): where each response begins in hidden.bin, chosen before rejected of every row
+    hidden.bin     the last hidden states that predict the response tokens, (tokens, D), float32 or 16-bit
+    checksums.npy  uint32 (rows): CRC-32 of a row's bytes, checked whenever the row is read
+
+It is written row by row; an interrupted run resumes at the last row that the header counts. A cache of other weights,
+other tokens or another precision is refused, and so is a truncated or corrupt one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .causal_lm import CausalLM, unwrap_peft
+from .collator import PreferenceCollator
+from .files import write_json
+
+FORMAT = 1
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ROWS_PER_SAVE = 64  # rows between two updates of the header
+
+
+# What a cache was made from, under the names that header.json and messages use.
+Source = TypedDict("Source", {"format": int, "dtype": str, "reference weights": str, "tokenized data": str})
+
+
+class Header(Source):
+    """header.json."""
+
+    rows: int
+    width: int
+    done: int
+
+
+def _source(model: nn.Module, dataset: Dataset, dtype: str) -> Source:
+    weights = hashlib.blake2b(digest_size=16)
+    for name, value in unwrap_peft(model).state_dict().items():
+        weights.update(name.encode())
+        weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    tokens = hashlib.blake2b(digest_size=16)
+    for row in dataset:
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            tokens.update(np.asarray([len(row[name]), *row[name]], dtype=np.int64).data)
+    return {
+        "format": FORMAT,
+        "dtype": dtype,
+        "reference weights": weights.hexdigest(),
+        "tokenized data": tokens.hexdigest(),
+    }
+
+
+class ReferenceCache:
+    """Reads a finished cache.
+
+    Raises:
+        ValueError: the cache does not exist, is not finished, is corrupt, or was made from something else; the message
+            says which, and how to rebuild it.
+    """
+
+    def __init__(self, folder: str | Path, header: Header):
+        self.folder, self.header = Path(folder), header
+        self._offsets = np.load(self.folder / "offsets.npy", allow_pickle=False)
+        self._checksums = np.load(self.folder / "checksums.npy", allow_pickle=False)
+        tokens = int(self._offsets[-1])
+        size = (self.folder / "hidden.bin").stat().st_size
+        if size != _hidden_bytes(header, tokens) or len(self._checksums) != header["rows"]:
+            raise ValueError(_with_advice(folder, "is corrupt: its arrays don't have the sizes that its header gives"))
+        self._hidden = _map_hidden(self.folder, header, tokens, "r")
+
+    @classmethod
+    def open(cls, folder: str | Path, model: nn.Module, dataset: Dataset, dtype: str) -> ReferenceCache:
+        """Opens the cache in `folder` after checking that it is of this reference and of these tokens."""
+        header = _read_header(folder)
+        if header is None:
+            raise ValueError(_with_advice(folder, "does not exist"))
+        source = _source(model, dataset, dtype)
+        differences = [name for name, value in source.items() if header.get(name) != value]
+        if differences:
+            raise ValueError(_with_advice(folder, f"was made with another {' and another '.join(differences)}"))
+        if header["done"] != header["rows"]:
+            raise ValueError(_with_advice(folder, f"is not finished: {header['done']} of {header['rows']} rows"))
+        return cls(folder, header)
+
+    def hidden(self, row: int, side: str) -> Tensor:
+        """The hidden states of one response, (tokens, D), after a check of the row's checksum."""
+        begin, middle, end = (int(offset) for offset in self._offsets[2 * row : 2 * row + 3])
+        if zlib.crc32(self._hidden[begin:end].tobytes()) != self._checksums[row]:
+            raise ValueError(_with_advice(self.folder, f"is corrupt: row {row} does not match its checksum"))
+        stored = self._hidden[begin:middle] if side == "chosen" else self._hidden[middle:end]
+        return torch.from_numpy(stored.copy()).view(DTYPES[self.header["dtype"]])
+
+
+def cache_reference(
+    folder: str | Path, model: nn.Module, dataset: Dataset, pad_token_id: int, dtype: str = "bfloat16", batch: int = 8
+) -> ReferenceCache:
+    """Fills the cache in `folder` with the reference's hidden states of a tokenized dataset, or resumes filling it.
+
+    Args:
+        folder: created if it doesn't exist; a finished cache of the same reference and tokens is opened as it is.
+        model: the reference.
+        dataset: from `tokenize_preferences`.
+        pad_token_id: pads the batches that the reference reads.
+        dtype: bfloat16, float16 or float32; what storing costs the KL is in docs/performance.md.
+        batch: rows at a time.
+
+    Raises:
+        ValueError: the folder holds a cache of something else, or `dtype` is unknown.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    folder, reference = Path(folder), CausalLM.of(model)
+    if reference.fallback_reason is not None:
+        raise ValueError(f"the reference's hidden states can't be cached: {reference.fallback_reason}")
+    header: Header = {
+        **_source(model, dataset, dtype),
+        "rows": len(dataset),
+        "width": reference.weight.shape[1],
+        "done": 0,
+    }
+    existing = _read_header(folder)
+    if existing is not None:
+        if {**existing, "done": 0} != header:
+            message = "holds the cache of another reference, other data or another precision"
+            raise ValueError(_with_advice(folder, message))
+        header = existing
+    if existing is None or existing["done"] < existing["rows"]:
+        writer = _CacheWriter(folder, header, dataset, PreferenceCollator(pad_token_id))
+        if existing is None:
+            writer.allocate()
+        writer.fill(reference, batch)
+    return ReferenceCache(folder, header)
+
+
+class _CacheWriter:
+    """Writes a cache; `header` counts the rows that are done."""
+
+    def __init__(self, folder: Path, header: Header, dataset: Dataset, collate: PreferenceCollator):
+        self.folder, self.header, self.dataset, self.collate = folder, header, dataset, collate
+        # The collator decides which response tokens count: a batch of one row has the lengths of chosen and rejected.
+        lengths = [collate([row])["cu_seqlens"].diff() for row in dataset]
+        self.offsets = np.concatenate([[0], torch.cat(lengths).cumsum(0).numpy()])
+
+    def allocate(self) -> None:
+        """Creates the files at their full sizes, the header last."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        np.save(self.folder / "offsets.npy", self.offsets)
+        np.save(self.folder / "checksums.npy", np.zeros(self.header["rows"], dtype=np.uint32))
+        with open(self.folder / "hidden.bin", "wb") as file:
+            file.truncate(_hidden_bytes(self.header, int(self.offsets[-1])))
+        self._save_header()
+
+    @torch.no_grad()
+    def fill(self, reference: CausalLM, batch: int) -> None:
+        """Runs the reference over the rows that are not done, `batch` at a time."""
+        hidden = _map_hidden(self.folder, self.header, int(self.offsets[-1]), "r+")
+        checksums = np.load(self.folder / "checksums.npy", mmap_mode="r+", allow_pickle=False)
+        total, saved = self.header["rows"], self.header["done"]
+        was_training = reference.model.training
+        reference.model.eval()
+        with tqdm(total=total, initial=saved, desc="Caching the reference") as progress:
+            for first in range(saved, total, batch):
+                rows = range(first, min(total, first + batch))
+                for row, states in zip(rows, self._states(reference, rows)):
+                    stored = hidden[self.offsets[2 * row] : self.offsets[2 * row + 2]]
+                    stored[:] = states.view(torch.uint8).numpy().view(stored.dtype)
+                    checksums[row] = zlib.crc32(stored.tobytes())
+                progress.update(len(rows))
+                if rows.stop == total or rows.stop // _ROWS_PER_SAVE != rows.start // _ROWS_PER_SAVE:
+                    hidden.flush()
+                    checksums.flush()
+                    self.header["done"] = rows.stop
+                    self._save_header()
+        reference.model.train(was_training)
+
+    def _states(self, reference: CausalLM, rows: range) -> list[Tensor]:
+        """The hidden states of each row's responses, chosen before rejected: (tokens, D)."""
+        batch = self.collate([self.dataset[row] for row in rows])
+        device, dtype = reference.weight.device, DTYPES[self.header["dtype"]]
+        hidden = reference.hidden(**{name: value.to(device) for name, value in batch.items()})
+        states = hidden.flatten(0, 1)[batch["rows"].to(device)].to(dtype).cpu()
+        sequences = states.tensor_split(batch["cu_seqlens"][1:-1])  # chosen of all rows, then rejected
+        return [torch.cat(pair) for pair in zip(sequences[: len(rows)], sequences[len(rows) :])]
+
+    def _save_header(self) -> None:
+        write_json(self.folder / "header.json", self.header)
+
+
+def _hidden_bytes(header: Header, tokens: int) -> int:
+    return tokens * header["width"] * DTYPES[header["dtype"]].itemsize
+
+
+def _map_hidden(folder: Path, header: Header, tokens: int, mode: Literal["r", "r+"]) -> np.memmap:  # (tokens, D)
+    storage: Any = np.float32 if header["dtype"] == "float32" else np.uint16  # as bits: numpy has no bfloat16
+    return np.memmap(folder / "hidden.bin", dtype=storage, mode=mode, shape=(tokens, header["width"]))
+
+
+def _read_header(folder: str | Path) -> Header | None:
+    path = Path(folder, "header.json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _with_advice(folder: str | Path, problem: str) -> str:
+    return (
+        f"the reference cache {folder} {problem}; to rebuild it, remove the folder and run `tdpo cache-reference` with "
+        "the same options"
+    )

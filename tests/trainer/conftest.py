@@ -1,0 +1,15 @@
+"""Fixtures of the trainer's tests."""
+
+import pytest
+from model_families import make_tokenizer
+from trainer_cases import make_preferences
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def preferences():
+    return make_preferences()

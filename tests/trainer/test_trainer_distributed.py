@@ -1,0 +1,89 @@
+"""Several processes (DDP and FSDP2, on gloo) train to the loss curve of one."""
+
+import json
+
+import pytest
+from trainer_cases import run_python
+
+RUN = """
+import json, os, sys
+
+import accelerate.state
+from model_families import make_model
+from torch.distributed.tensor import DTensor
+from trainer_cases import losses, make_trainer
+
+out, options = sys.argv[1], json.loads(sys.argv[2])
+fsdp = bool(os.environ.get("ACCELERATE_USE_FSDP"))
+initialise = accelerate.state.AcceleratorState.__init__
+
+
+def initialise_with_fsdp(self, *arguments, fsdp_plugin=None, **rest):
+    initialise(self, *arguments, fsdp_plugin=fsdp_plugin, **rest)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = accelerate.state.DistributedType.FSDP, fsdp_plugin
+
+
+def full_state_dict(model):
+    return {name: value.full_tensor() for name, value in model.state_dict().items()}
+
+
+if fsdp:  # accelerate shards on accelerators only; the rest of it works on gloo too
+    accelerate.state.AcceleratorState.__init__ = initialise_with_fsdp
+trainer = make_trainer(out, model=make_model("llama"), ref_model=make_model("llama", 1), **options)
+trainer.train()
+if fsdp:
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    trainer.accelerator.get_state_dict = full_state_dict  # what accelerate gathers on an accelerator
+evaluated = trainer.evaluate()
+trainer.save_model(out + "/final")
+if trainer.args.should_save:
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "losses": losses(trainer),
+        "kl": [entry["kl/rejected"] for entry in log],
+        "eval": evaluated["eval_loss"],
+        "eval_kl": evaluated["eval_kl/chosen"],
+    }
+    print("RESULT" + json.dumps(result))
+# Without finalising the interpreter: gloo's threads may need its lock for their last tensors, and abort then.
+sys.stdout.flush()
+os._exit(0)
+"""
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def run(folder, processes, environment=None, **options):
+    script = folder / "run.py"
+    script.write_text(RUN)
+    command = [str(script), str(folder), json.dumps(options)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--master_port", "0"]
+        command = [*launcher, "--nproc_per_node", str(processes), *command]
+    done = run_python(*command, cwd=folder, environment={"OMP_NUM_THREADS": "1", **(environment or {})})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.split("RESULT")[1].splitlines()[0])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("alone"), 1, per_device_train_batch_size=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "ddp with a cache", "fsdp2"])
+def test_two_processes_equal_one(kind, tmp_path, alone):
+    options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    if kind == "ddp with a cache":
+        options |= {"precompute_reference": True, "reference_dtype": "float32"}
+    two = run(tmp_path, 2, FSDP if kind == "fsdp2" else None, **options)
+    for name, values in alone.items():
+        assert two[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+    assert (tmp_path / "final" / "model.safetensors").exists()
