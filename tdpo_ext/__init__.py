@@ -5,15 +5,18 @@ from .divergence import TokenDivergence, shift_labels, token_divergence
 from .fused.plan import ChunkedPlan, StreamingPlan, make_plan
 from .info import build_info
 from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_divergence
-from .losses import dpo_loss, rewards, tdpo_loss
+from .losses import MarginLoss, dpo_loss, rewards, tdpo_loss
+from .objectives import TokenRows, per_token
 from .ops.memory import release_scratch
 from .vocab_parallel import VocabShard
 
 __all__ = [
     "ChunkedPlan",
     "LinearTDPOLoss",
+    "MarginLoss",
     "StreamingPlan",
     "TokenDivergence",
+    "TokenRows",
     "VocabShard",
     "build_info",
     "dpo_loss",
@@ -22,6 +25,7 @@ __all__ = [
     "linear_token_divergence",
     "make_plan",
     "ops",
+    "per_token",
     "release_scratch",
     "rewards",
     "shift_labels",

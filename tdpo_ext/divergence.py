@@ -8,11 +8,21 @@ import torch
 import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
+from . import checks
 from .ops import operators
 from .ops.operators import RowOptions
-from .vocab_parallel import VocabShard, local_tensors, merged_row_states
+from .vocab_parallel import Exchange, VocabShard, digest, local_tensors
 
 _UNKNOWN_SIZE = 1 << 62  # the size of a sharded vocabulary, until its ranks have exchanged their shards
+# What the ranks of a shard must share, and whose argument it is.
+_AGREED_ON = {
+    "rows": "labels",
+    "labels": "labels",
+    "bytes": "logits",
+    "ignore_index": "ignore_index",
+    "temperature": "temperature",
+    "softcap": "softcap",
+}
 
 
 class TokenDivergence(NamedTuple):
@@ -59,6 +69,7 @@ class TokenDivergence(NamedTuple):
         Raises:
             ValueError: dimension 0 doesn't divide into `chunks` equal parts.
         """
+        checks.integer("chunks", chunks, least=1)
         if self.logps.dim() == 0 or self.logps.shape[0] % chunks:
             raise ValueError(
                 f"chunks is {chunks} but dimension 0 of shape {tuple(self.logps.shape)} doesn't divide by it"
@@ -70,12 +81,18 @@ class TokenDivergence(NamedTuple):
         return TokenDivergence._make(value.detach() for value in self)
 
 
-def check_options(temperature: float, softcap: float | None) -> None:
-    """Raises ValueError naming the option that is out of range."""
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None")
+def check_options(ignore_index: int, temperature: float, softcap: float | None) -> None:
+    """Raises TypeError or ValueError naming the option that is of the wrong type or out of range."""
+    checks.integer("ignore_index", ignore_index)
+    checks.scale("temperature", temperature)
+    if softcap is not None:
+        checks.scale("softcap", softcap)
+
+
+def check_shard(shard: VocabShard | None) -> None:
+    """Raises TypeError unless `shard` is a VocabShard or None."""
+    if shard is not None and not isinstance(shard, VocabShard):
+        raise TypeError(f"shard is {checks.describe(shard)}; a VocabShard or None is needed")
 
 
 def token_divergence(
@@ -111,9 +128,13 @@ def token_divergence(
 
     Source: arXiv 2404.11999, sections 3 and 4; the arithmetic is in docs/math.md.
     """
-    check_options(temperature, softcap)
-    if not isinstance(logits, Tensor) or logits.dim() == 0:
-        raise ValueError("logits must be a tensor of shape (..., vocabulary)")
+    check_options(ignore_index, temperature, softcap)
+    check_shard(shard)
+    checks.float_tensor("logits", logits)
+    if logits.dim() == 0:
+        raise ValueError("logits has no dimensions; (..., vocabulary) is needed")
+    checks.float_tensor("ref_logits", ref_logits)
+    checks.label_tensor("labels", labels)
     for name, tensor in (("ref_logits", ref_logits), ("labels", labels)):
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
@@ -147,8 +168,11 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     Entry t of the result is the token that position t predicts, labels[..., t + 1]; the last is `ignore_index`.
 
     Raises:
+        TypeError: `labels` is no int64 tensor, or `ignore_index` no integer.
         ValueError: `labels` has no dimension.
     """
+    checks.label_tensor("labels", labels)
+    checks.integer("ignore_index", ignore_index)
     if labels.dim() == 0:
         raise ValueError("labels has no dimensions; (..., tokens) is needed")
     shifted = torch.full_like(labels, ignore_index)
@@ -178,20 +202,26 @@ def _token_divergence(
     softcap: float,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    dtype = operators.state_dtype(logits.dtype)
-    shard = None
+    dtype, shard = operators.state_dtype(logits.dtype), None
     if group_name:
         group = dist._resolve_process_group(group_name)
         shard = VocabShard(vocab_start, vocab_start + logits.shape[-1], group)
-        facts = {"rows": labels.numel(), "bytes": dtype.itemsize}
+        facts = {
+            "rows": labels.numel(),
+            "labels": digest(labels),
+            "bytes": dtype.itemsize,
+            "ignore_index": ignore_index,
+            "temperature": temperature,
+            "softcap": softcap,
+        }
         _, ranks = shard.agree(labels.device, lambda: (None, facts))
-        ranks.check_same("rows", "labels")
-        ranks.check_same("bytes", "logits")
+        ranks.check_same(_AGREED_ON)
         vocab_size = ranks.vocab_size
-    options = RowOptions(vocab_start, vocab_size, ignore_index, temperature, softcap)
-    states = merged_row_states(
-        shard, lambda: operators.row_states(logits, ref_logits, labels, options), labels.shape, dtype, labels.device
+    options, exchange = RowOptions(vocab_start, vocab_size, ignore_index, temperature, softcap), Exchange(shard)
+    states = exchange.merged_row_states(
+        lambda: operators.row_states(logits, ref_logits, labels, options), labels.shape, dtype, labels.device
     )
+    exchange.finish(labels.device)
     values = operators.finalize_row_states(states, labels, ignore_index=ignore_index, temperature=temperature)
     return values, states
 

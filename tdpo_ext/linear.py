@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .divergence import TokenDivergence, check_options
+from . import checks
+from .divergence import TokenDivergence, check_options, check_shard
 from .fused.chunked import chunked_loss
-from .fused.inputs import FusedOptions, LMHead, prepare
-from .fused.plan import ChunkedPlan, make_plan, streaming_plan
-from .fused.rows import OneSequence, PackedPairs, PaddedPairs
-from .fused.streaming import streamed_divergence
-from .losses import Objective, check_objective, check_tdpo_options, tdpo_loss
-from .vocab_parallel import VocabShard
+from .fused.inputs import FusedOptions, LMHead, check_columns, prepare
+from .fused.plan import ChunkedPlan, check_budget, make_plan, streaming_plan
+from .fused.rows import KnownPairs, OneSequence, PackedPairs, PaddedPairs, Sequences
+from .fused.streaming import streamed_divergence, streamed_loss
+from .losses import Objective, margin_form, tdpo_margin_loss
+from .objectives import check_objective
+from .vocab_parallel import VocabShard, digest
 
 
 @torch.compiler.disable
@@ -71,7 +73,7 @@ def linear_token_divergence(
     index = call.rows.index
     plan = streaming_plan(len(index), call.sizes, call.budget, "per-token values are differentiable")
     values = streamed_divergence(call.inputs, index, plan)
-    return TokenDivergence.unstack(values.view(-1, *labels.shape))
+    return TokenDivergence._make(value.view(labels.shape) for value in values)
 
 
 @torch.compiler.disable
@@ -84,6 +86,8 @@ def linear_preference_loss(
     labels: Tensor,  # (2B, T), or packed (N,)
     *,
     cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    row_lengths: Sequence[int] | None = None,  # 2B
+    token_columns: Mapping[str, Tensor] | None = None,  # each of labels' shape
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
@@ -95,14 +99,21 @@ def linear_preference_loss(
     """Mean pairwise preference loss of B pairs from hidden states, with a memory budget instead of logits.
 
     The first B sequences are the chosen responses, the last B the rejected ones. Prompt, padding and ignored rows never
-    reach the head. The planner works on whole pairs at a time where their logits fit the budget: gradients are then
-    formed in the forward pass and nothing is recomputed (4 matrix products, 3 with a frozen head). A longer pair is
-    streamed over slices of the vocabulary. docs/math.md describes both plans.
+    reach the head. The planner takes whole pairs at a time where their logits fit the budget: gradients are formed in
+    the forward pass and nothing is recomputed (4 matrix products, 3 with a frozen head). A longer pair is taken a block
+    of rows at a time where the objective is a `MarginLoss`, with as many products; other objectives stream it over
+    slices of the vocabulary and compute logits twice. docs/math.md describes the plans.
 
     Args:
         objective: `objective(chosen, rejected) -> (pairs,)` on per-sequence sums, such as
-            `functools.partial(tdpo_loss, beta=0.1)`. It sees any number of pairs at a time and must treat each alone.
+            `functools.partial(tdpo_loss, beta=0.1)`, or on tokens (see `per_token`). It sees any number of pairs at a
+            time and must treat each alone. A `MarginLoss` (as `tdpo_loss` and `dpo_loss` are) needs no recompute for
+            pairs of any length.
         cu_seqlens: for packed rows, int32 or int64 offsets of the 2B sequences (flash-attention's convention).
+        row_lengths: for packed rows, the lengths of the 2B sequences as Python integers, given by a collator that knows
+            them and has left out prompt, padding and ignored rows. Nothing is then read back from the device; with
+            cu_seqlens on the device too, nothing is uploaded and the call can be captured in a CUDA graph.
+        token_columns: numbers per token for objectives decorated with `per_token`, by name; they may require gradients.
         others: as in `linear_token_divergence`.
 
     Returns:
@@ -112,12 +123,23 @@ def linear_preference_loss(
     Raises:
         ValueError, TypeError, IndexError: a bad argument, named in the message; an objective that couples pairs.
     """
-    check_objective(objective, hidden.device)
+    if token_columns is not None and not isinstance(token_columns, Mapping):
+        raise TypeError(f"token_columns is {checks.describe(token_columns)}; tensors by name are needed")
+    columns = dict(token_columns or {})
+
+    def check_pairwise() -> dict[str, int | float]:
+        checks.function("objective", objective)
+        check_columns(columns, labels)
+        return {
+            "objective": check_objective(objective, labels.device, columns),
+            "columns": 0 if shard is None else sum(digest(column) for column in columns.values()) >> 8,
+        }
+
     call = prepare(
         policy=LMHead(hidden, weight, bias),
         reference=LMHead(ref_hidden, ref_weight, ref_bias),
         labels=labels,
-        sequences=PaddedPairs() if cu_seqlens is None else PackedPairs(cu_seqlens),
+        sequences=_sequences(cu_seqlens, row_lengths),
         options=FusedOptions(
             ignore_index=ignore_index,
             temperature=temperature,
@@ -125,14 +147,26 @@ def linear_preference_loss(
             logits_budget=logits_budget,
             shard=shard,
         ),
+        check_objective=check_pairwise,
     )
-    inputs, rows = call.inputs, call.rows
-    plan = make_plan(rows.pair_lengths, call.sizes, call.budget)
+    columns = {name: column.reshape(-1) for name, column in columns.items()}
+    margin_loss = margin_form(objective)
+    plan = make_plan(
+        call.rows.pair_lengths,
+        call.sizes,
+        call.budget,
+        can_defer=margin_loss is not None or not call.sizes.needs_grad,
+        device_type=call.inputs.device.type,
+    )
     if isinstance(plan, ChunkedPlan):
-        return chunked_loss(objective, inputs, rows, plan)
-    values = streamed_divergence(inputs, rows.index, plan)
-    chosen, rejected = TokenDivergence.unstack(rows.segments.sum(values[:, rows.index])).chunk(2)
-    return objective(chosen, rejected).mean(), chosen.detach(), rejected.detach()
+        return chunked_loss(margin_loss or objective, call.inputs, call.rows, plan, columns)
+    return streamed_loss(objective, call.inputs, call.rows, plan, columns)
+
+
+def _sequences(cu_seqlens: Tensor | None, row_lengths: Sequence[int] | None) -> Sequences:
+    if row_lengths is not None:
+        return KnownPairs(row_lengths, cu_seqlens)
+    return PaddedPairs() if cu_seqlens is None else PackedPairs(cu_seqlens)
 
 
 class LinearTDPOLoss(nn.Module):
@@ -159,9 +193,11 @@ class LinearTDPOLoss(nn.Module):
         softcap: float | None = None,
     ) -> None:
         super().__init__()
-        check_tdpo_options(beta, alpha, variant)
-        check_options(temperature, softcap)
-        self.objective = functools.partial(tdpo_loss, beta=beta, alpha=alpha, variant=variant)
+        check_options(ignore_index, temperature, softcap)
+        check_shard(shard)
+        if logits_budget is not None:
+            check_budget(logits_budget)
+        self.objective = tdpo_margin_loss(beta=beta, alpha=alpha, variant=variant)
         self.logits_budget, self.shard = logits_budget, shard
         self.ignore_index, self.temperature, self.softcap = ignore_index, temperature, softcap
 
@@ -176,6 +212,7 @@ class LinearTDPOLoss(nn.Module):
         bias: Tensor | None = None,
         ref_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        row_lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
         """As `linear_preference_loss`: (loss, chosen, rejected)."""
         return linear_preference_loss(
@@ -186,6 +223,7 @@ class LinearTDPOLoss(nn.Module):
             ref_weight,
             labels,
             cu_seqlens=cu_seqlens,
+            row_lengths=row_lengths,
             bias=bias,
             ref_bias=ref_bias,
             ignore_index=self.ignore_index,

@@ -2,35 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
-import weakref
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import checks
 from .divergence import TokenDivergence
 
-Objective = Callable[[TokenDivergence, TokenDivergence], Tensor]
-"""objective(chosen, rejected) -> (pairs,): a loss per pair from per-sequence sums, each pair treated alone."""
+Objective = Callable[..., Tensor]
+"""objective(chosen, rejected) -> (pairs,): a loss per pair, each pair treated alone. Both sides are TokenDivergence of
+per-sequence sums or, where the objective is decorated with `per_token`, TokenRows."""
 
 VARIANTS = ("tdpo1", "tdpo2")
 
 
 def check_beta(beta: float) -> None:
-    """Raises ValueError unless beta is positive."""
-    if not beta > 0:
-        raise ValueError(f"beta is {beta}; it must be positive")
+    """Raises TypeError or ValueError unless beta is a positive, finite number."""
+    checks.real("beta", beta, above=0)
 
 
 def check_tdpo_options(beta: float, alpha: float, variant: str) -> None:
-    """Raises ValueError naming the option that is out of range."""
+    """Raises TypeError or ValueError naming the option that is of the wrong type or out of range."""
     check_beta(beta)
-    if not alpha >= 0:
-        raise ValueError(f"alpha is {alpha}; it must not be negative")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; allowed are {' and '.join(map(repr, VARIANTS))}")
+    checks.real("alpha", alpha, least=0)
+    checks.choice("variant", variant, VARIANTS)
+
+
+def _check_sides(chosen: TokenDivergence, rejected: TokenDivergence) -> None:
+    """Raises TypeError or ValueError unless both are sums of as many sequences."""
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(side, TokenDivergence):
+            raise TypeError(f"{name} is {checks.describe(side)}; a TokenDivergence is needed")
+        checks.tensor(f"{name}.logps", side.logps)
+    if chosen.logps.shape != rejected.logps.shape:
+        raise ValueError(f"rejected has shape {tuple(rejected.logps.shape)} but chosen has {tuple(chosen.logps.shape)}")
+
+
+@dataclass(frozen=True)
+class MarginLoss:
+    """An objective link(margin(chosen, rejected)) whose margin is linear: pairs of any length need no recompute.
+
+    The gradient of every token of a pair is then the pair's scalar link'(margin) times a gradient with coefficients
+    that are known before the pair has been seen to its end. DPO, TDPO1, TDPO2, IPO and hinge losses are of this form:
+
+        ipo = MarginLoss(lambda chosen, rejected: chosen.logratio - rejected.logratio, lambda m: (m - 5.0) ** 2)
+
+    Attributes:
+        margin: margin(chosen, rejected) -> (pairs,), linear in `logps` and `kl` up to detached terms; its coefficients
+            may depend on `tokens` and, decorated with `per_token`, on columns and lengths, and on nothing else.
+        link: (pairs,) -> (pairs,), any differentiable function of each pair's margin.
+
+    Raises (where it is used):
+        ValueError: the margin is not linear. Such an objective can be passed as an ordinary function instead.
+    """
+
+    margin: Objective
+    link: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        checks.function("margin", self.margin)
+        checks.function("link", self.link)
+
+    def __call__(self, chosen, rejected) -> Tensor:
+        return self.link(self.margin(chosen, rejected))
 
 
 def tdpo_loss(
@@ -57,13 +95,22 @@ def tdpo_loss(
     Raises:
         ValueError: an option out of range, named in the message.
     """
+    loss = tdpo_margin_loss(beta=beta, alpha=alpha, variant=variant)
+    _check_sides(chosen, rejected)
+    return loss(chosen, rejected)
+
+
+def tdpo_margin_loss(*, beta: float = 0.1, alpha: float = 0.5, variant: str = "tdpo2") -> MarginLoss:
+    """`tdpo_loss` with these options, as margin and link."""
     check_tdpo_options(beta, alpha, variant)
-    margin = chosen.logratio - rejected.logratio
-    if variant == "tdpo1":
-        margin = margin - (rejected.kl - chosen.kl)
-    else:
-        margin = margin - alpha * (rejected.kl - chosen.kl.detach())
-    return -F.logsigmoid(beta * margin)
+
+    def margin(chosen: TokenDivergence, rejected: TokenDivergence) -> Tensor:
+        logratios = chosen.logratio - rejected.logratio
+        if variant == "tdpo1":
+            return logratios - (rejected.kl - chosen.kl)
+        return logratios - alpha * (rejected.kl - chosen.kl.detach())
+
+    return MarginLoss(margin, lambda margins: -F.logsigmoid(beta * margins))
 
 
 def dpo_loss(
@@ -83,11 +130,36 @@ def dpo_loss(
     Raises:
         ValueError: an option out of range, named in the message.
     """
+    loss = dpo_margin_loss(beta=beta, label_smoothing=label_smoothing)
+    _check_sides(chosen, rejected)
+    return loss(chosen, rejected)
+
+
+def dpo_margin_loss(*, beta: float = 0.1, label_smoothing: float = 0.0) -> MarginLoss:
+    """`dpo_loss` with these options, as margin and link."""
     check_beta(beta)
-    if not 0 <= label_smoothing < 0.5:
+    if not checks.real("label_smoothing", label_smoothing, least=0) < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
-    margin = beta * (chosen.logratio - rejected.logratio)
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+    def link(margins: Tensor) -> Tensor:
+        scaled = beta * margins
+        return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+
+    return MarginLoss(lambda chosen, rejected: chosen.logratio - rejected.logratio, link)
+
+
+_MARGIN_FORMS: dict[Objective, Callable[..., MarginLoss]] = {tdpo_loss: tdpo_margin_loss, dpo_loss: dpo_margin_loss}
+
+
+def margin_form(objective: Objective) -> MarginLoss | None:
+    """The objective as margin and link: a MarginLoss itself, `tdpo_loss`, `dpo_loss`, or a partial of these."""
+    if isinstance(objective, MarginLoss):
+        return objective
+    function, options = objective, {}
+    if isinstance(objective, functools.partial) and not objective.args:
+        function, options = objective.func, objective.keywords
+    form = _MARGIN_FORMS.get(function) if isinstance(function, FunctionType) else None
+    return None if form is None else form(**options)
 
 
 def rewards(sequence: TokenDivergence, *, beta: float) -> Tensor:
@@ -97,49 +169,6 @@ def rewards(sequence: TokenDivergence, *, beta: float) -> Tensor:
         ValueError: beta <= 0.
     """
     check_beta(beta)
+    if not isinstance(sequence, TokenDivergence):
+        raise TypeError(f"sequence is {checks.describe(sequence)}; a TokenDivergence is needed")
     return (beta * (sequence.logratio + sequence.kl)).detach()
-
-
-_accepted: weakref.WeakSet = weakref.WeakSet()
-
-
-def check_objective(objective: Objective, device: torch.device) -> None:
-    """Tries an objective, once, on two made-up pairs: it must return two losses, each a function of its own pair.
-
-    Raises:
-        ValueError: it returns something else, or one pair's loss depends on the other's values.
-    """
-    with contextlib.suppress(TypeError):  # what can't be hashed or weakly referenced is tried at every call
-        if objective in _accepted:
-            return
-    with torch.enable_grad():
-        chosen, rejected = _made_up_pairs(1.0, device), _made_up_pairs(1.3, device)
-        leaves = [value.requires_grad_() for side in (chosen, rejected) for value in (side.logps, side.kl)]
-        losses = objective(chosen, rejected)
-        if not isinstance(losses, Tensor) or losses.shape != (2,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"objective returned {got} for 2 pairs; a loss per pair, shape (2,), is needed")
-        for pair, other in ((0, 1), (1, 0)):
-            if not losses.requires_grad:
-                break
-            grads = torch.autograd.grad(losses[pair], leaves, retain_graph=True, allow_unused=True)
-            if any(grad is not None and grad[other] != 0 for grad in grads):
-                raise ValueError("objective couples pairs: the loss of one pair depends on another pair's values")
-    with contextlib.suppress(TypeError):
-        _accepted.add(objective)
-
-
-def _made_up_pairs(scale: float, device: torch.device) -> TokenDivergence:
-    """Sums of one side of two pairs."""
-
-    def sums(first: float, second: float) -> Tensor:
-        return scale * torch.tensor([first, second], device=device)
-
-    return TokenDivergence(
-        logps=sums(-9.0, -7.0),
-        ref_logps=sums(-8.0, -6.5),
-        kl=sums(0.3, 0.5),
-        entropy=sums(2.0, 1.5),
-        correct=torch.tensor([1.0, 2.0], device=device),
-        tokens=torch.tensor([3.0, 4.0], device=device),
-    )

@@ -1,25 +1,28 @@
 """A vocabulary sharded over the ranks of a process group, and every collective of the library.
 
-Kernels are local. Ranks exchange three things: a short header with what they must agree on and whether each is ready,
-the row states of a chunk (`STATE_SIZE` numbers per row and rank, whatever the vocabulary), and the sum of dhidden. Each
-carries a failure flag: when one rank fails, all raise its message instead of waiting for it forever.
+Kernels are local. Ranks exchange four things in a call: a header with what they must agree on and whether each is
+ready; the row states of a chunk (`STATE_SIZE` numbers per row and rank, whatever the vocabulary); the sum of dhidden;
+and, at the end, whether all have succeeded. A rank that fails in between takes part in the remaining exchanges with
+zeros, so that no rank waits for another, and at the end all raise its message.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import checks
 from .ops import operators
 
 Result = TypeVar("Result")
-_HEADER = 12  # numbers in a header
+_HEADER = 24  # numbers in a header
+_ODD = 0x1E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class VocabShard:
     sum_hidden_grad: bool = True
 
     def __post_init__(self) -> None:
+        checks.integer("start", self.start)
+        checks.integer("stop", self.stop)
+        if not isinstance(self.sum_hidden_grad, bool):
+            raise TypeError(f"sum_hidden_grad is {checks.describe(self.sum_hidden_grad)}; True or False is needed")
         if not 0 <= self.start <= self.stop:
             raise ValueError(f"start and stop are {self.start} and {self.stop}; 0 <= start <= stop is needed")
         if hasattr(self.group, "mesh_dim_names"):
@@ -59,7 +66,10 @@ class VocabShard:
     @classmethod
     def from_group(cls, vocab_size: int, group: Any, **options) -> VocabShard:
         """This rank's share of `vocab_size` entries in equal parts, as `torch.chunk` cuts them (so does DTensor)."""
+        checks.integer("vocab_size", vocab_size, least=1)
         group = group.get_group() if hasattr(group, "mesh_dim_names") else group
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group is {checks.describe(group)}; a torch process group is needed")
         return cls(*_part(vocab_size, dist.get_world_size(group), dist.get_rank(group)), group, **options)
 
     @classmethod
@@ -71,6 +81,8 @@ class VocabShard:
         """
         from torch.distributed.tensor import Shard
 
+        if not hasattr(tensor, "placements"):
+            raise TypeError(f"tensor is {checks.describe(tensor)}; a DTensor is needed")
         dim %= tensor.ndim
         mesh, sharded = tensor.device_mesh, [p for p in tensor.placements if not p.is_replicate()]
         if len(sharded) != 1 or type(sharded[0]) is not Shard or sharded[0].dim % tensor.ndim != dim:
@@ -98,7 +110,7 @@ class VocabShard:
         return tensor if tensor.shape[dim] == self.size else tensor.narrow(dim, 0, self.size)
 
     def agree(
-        self, device: torch.device, prepare: Callable[[], tuple[Result, dict[str, int]]]
+        self, device: torch.device, prepare: Callable[[], tuple[Result, dict[str, int | float]]]
     ) -> tuple[Result, RankFacts]:
         """Runs `prepare() -> (result, facts)` on every rank; returns this rank's result and the facts of all ranks.
 
@@ -107,61 +119,29 @@ class VocabShard:
             ValueError: the shards don't tile a vocabulary.
         """
         failure: Exception | None = None
-        result, facts = None, dict[str, int]()
+        result, facts = None, dict[str, int | float]()
         try:
             result, facts = prepare()
         except Exception as error:
             failure = error
         header = torch.zeros(_HEADER, dtype=torch.int64)
         header[:3] = torch.tensor([failure is None, self.start, self.stop])
-        header[3 : 3 + len(facts)] = torch.tensor(list(facts.values()), dtype=torch.int64)
-        headers = self._gather(header.to(device)).tolist()
+        header[3 : 3 + len(facts)] = torch.tensor([_as_integer(value) for value in facts.values()])
+        headers = self.all_gather(header.to(device)).tolist()
         if not all(succeeded for succeeded, *_ in headers):
-            self._raise(failure)
+            self.raise_failure(failure)
         vocab_size = _tiled_size([(start, stop) for _, start, stop, *_ in headers])
         by_rank = {name: [row[3 + index] for row in headers] for index, name in enumerate(facts)}
         return result, RankFacts(vocab_size, by_rank)  # type: ignore[return-value]
 
-    def gather(self, local: Callable[[Tensor], object], shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """What `local` writes on each rank into a tensor of `shape`, stacked in rank order: (ranks, *shape)."""
-        payload, failure = self._run_local(local, shape, like)
-        gathered = self._gather(payload)
-        if gathered[:, -1].any():
-            self._raise(failure)
-        return gathered[:, :-1].reshape(-1, *shape)
-
-    def sum(self, local: Callable[[Tensor], object], shape: tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
-        """Starts summing what `local` writes on each rank into a tensor of `shape`; the returned function waits."""
-        payload, failure = self._run_local(local, shape, like)
-        work = dist.all_reduce(payload, group=self.group, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            if payload[-1] != 0:
-                self._raise(failure)
-            return payload[:-1].view(shape)
-
-        return wait
-
-    def _run_local(
-        self, local: Callable[[Tensor], object], shape: tuple[int, ...], like: Tensor
-    ) -> tuple[Tensor, Exception | None]:
-        """What `local` writes, flat, followed by a flag that is 1 where it raised instead."""
-        payload = like.new_zeros(prod(shape) + 1)
-        try:
-            local(payload[:-1].view(shape))
-        except Exception as error:
-            payload.zero_()[-1] = 1
-            return payload, error
-        return payload, None
-
-    def _gather(self, payload: Tensor) -> Tensor:
+    def all_gather(self, payload: Tensor) -> Tensor:
+        """Every rank's payload (n,), stacked in rank order: (ranks, n)."""
         gathered = payload.new_empty(dist.get_world_size(self.group), len(payload))
         dist.all_gather(list(gathered.unbind()), payload, group=self.group)
         return gathered
 
-    def _raise(self, failure: Exception | None) -> NoReturn:
-        """Raises this rank's own failure or, where only others failed, theirs."""
+    def raise_failure(self, failure: Exception | None) -> NoReturn:
+        """Raises this rank's own failure or, where only others failed, theirs; all ranks call."""
         messages: list[str | None] = [None] * dist.get_world_size(self.group)
         message = None if failure is None else f"{type(failure).__name__}: {failure}"
         dist.all_gather_object(messages, message, group=self.group)
@@ -169,6 +149,65 @@ class VocabShard:
             raise failure
         failed = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None)
         raise RuntimeError(f"tdpo_ext: failed on another rank of the vocabulary's group: {failed}")
+
+
+class Exchange:
+    """The exchanges of one call over a shard, or of a call that has none.
+
+    Local work runs through `run`, which keeps a failure for the end; `finish` raises it, on all ranks. Without a shard,
+    failures are raised where they happen.
+    """
+
+    def __init__(self, shard: VocabShard | None):
+        self.shard = shard
+        self._failure: Exception | None = None
+
+    def run(self, work: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
+        """`work()`; where it fails, or anything before it has failed, `otherwise()`."""
+        if self.shard is None:
+            return work()
+        if self._failure is None:
+            try:
+                return work()
+            except Exception as error:
+                self._failure = error
+        return otherwise()
+
+    def merged_row_states(
+        self, local: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:  # (*shape, STATE_SIZE)
+        """The states of rows of `shape` that `local` computes over this rank's slice, merged with the other ranks'."""
+        if self.shard is None:
+            return local()
+        size = (*shape, operators.STATE_SIZE)
+        states = self.run(local, lambda: torch.zeros(size, dtype=dtype, device=device))
+        gathered = self.shard.all_gather(states.reshape(-1)).reshape(-1, *size)
+        return operators.merge_row_states(gathered)
+
+    def start_sum(self, local: Callable[[Tensor], object], out: Tensor) -> Callable[[], Tensor]:
+        """Starts summing over the ranks what `local` writes into `out`; the returned function waits for the sum."""
+        assert self.shard is not None
+
+        def write() -> Tensor:
+            local(out)
+            return out
+
+        payload = self.run(write, out.zero_)
+        work = dist.all_reduce(payload, group=self.shard.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return payload
+
+        return wait
+
+    def finish(self, device: torch.device) -> None:
+        """Raises, on every rank, if any has failed since the exchange began."""
+        if self.shard is None:
+            return
+        succeeded = torch.tensor([self._failure is None], dtype=torch.int64).to(device)
+        if not bool(self.shard.all_gather(succeeded).all()):
+            self.shard.raise_failure(self._failure)
 
 
 @dataclass(frozen=True)
@@ -183,25 +222,27 @@ class RankFacts:
     vocab_size: int
     by_rank: dict[str, list[int]]
 
-    def check_same(self, fact: str, argument: str) -> None:
-        """Raises ValueError, on every rank, where ranks differ in `fact`, which follows from `argument`."""
-        if len(set(self.by_rank[fact])) > 1:
-            raise ValueError(f"{argument} differs between the vocabulary's ranks: {fact} {self.by_rank[fact]}")
+    def check_same(self, arguments: dict[str, str]) -> None:
+        """Raises ValueError, on every rank, where ranks differ in a fact; `arguments` says what each follows from."""
+        for fact, argument in arguments.items():
+            values = self.by_rank.get(fact, [])
+            if len(set(values)) > 1:
+                raise ValueError(f"{argument} differs between the vocabulary's ranks: {fact} {values}")
 
 
-def merged_row_states(
-    shard: VocabShard | None,
-    local: Callable[[], Tensor],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:  # (*shape, STATE_SIZE)
-    """The states of rows of `shape` that `local` computes over this rank's slice, merged with the other ranks'."""
-    if shard is None:
-        return local()
-    like = torch.empty(0, dtype=dtype, device=device)
-    states = shard.gather(lambda out: out.copy_(local()), (*shape, operators.STATE_SIZE), like)
-    return operators.merge_row_states(states)
+def digest(values: Tensor) -> int:
+    """A number that tells tensors of integers or floats apart, whatever their shape; read from the device."""
+    flat = values.detach().reshape(-1)
+    if flat.is_floating_point():
+        flat = flat.double().view(torch.int64)
+    flat = flat.to(torch.int64)
+    factors = torch.arange(1, 2 * len(flat), 2, device=flat.device) * _ODD
+    return int(((flat ^ (flat >> 29)) * factors).sum()) ^ len(flat)
+
+
+def _as_integer(value: int | float) -> int:
+    """The value itself, or the bits of a float."""
+    return struct.unpack("<q", struct.pack("<d", value))[0] if isinstance(value, float) else int(value)
 
 
 def local_tensors(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,12 +53,12 @@ class HiddenGradient:
         self._pending: Callable[[], object] | None = None
 
     def add(self, block: Block, dz: Tensor) -> None:
-        weight, shard, index = self._inputs.policy.weight, self._inputs.hidden_grad_shard, self._index[block.rows]
-        if shard is None:
+        weight, index = self._inputs.policy.weight, self._index[block.rows]
+        if not self._inputs.sums_hidden_grad:
             self._grad.index_copy_(0, index, torch.mm(dz, weight))
             return
-        like = torch.empty(0, dtype=self._inputs.logit_dtype, device=weight.device)
-        total = shard.sum(lambda out: product(dz, weight, out), (len(index), weight.shape[1]), like)
+        share = torch.empty(len(index), weight.shape[1], dtype=self._inputs.logit_dtype, device=weight.device)
+        total = self._inputs.exchange.start_sum(lambda out: product(dz, weight, out), share)
         self._pending = lambda: self._grad.index_copy_(0, index, total().to(self._grad.dtype))
 
     def wait(self) -> None:
@@ -67,6 +67,12 @@ class HiddenGradient:
             self._pending()
             self._pending = None
 
+    def scale(self, rows: slice, factor: Tensor) -> None:
+        """Multiplies the gradient of complete rows by a number on the device."""
+        index = self._index[rows]
+        scaled = self._grad[index] * factor
+        self._grad.index_copy_(0, index, scaled.to(self._grad.dtype))
+
     def finish(self) -> Tensor:
         return self._grad
 
@@ -74,50 +80,26 @@ class HiddenGradient:
 class PartialHiddenGradient:
     """dhidden, (N, D), of rows that are complete only after every slice of the vocabulary.
 
-    Summed in the logits' precision. Ranks that share the vocabulary sum a block's rows once its last slice was added.
+    Summed in the logits' precision; ranks that share the vocabulary sum it in the end.
     """
 
     def __init__(self, inputs: FusedInputs, index: Tensor):
         self._inputs, self._index = inputs, index
         shape = (len(index), inputs.policy.width)
         self._sums = torch.zeros(shape, dtype=inputs.logit_dtype, device=inputs.device)
-        self._pending: dict[int, Callable[[], Tensor]] = {}  # sums over ranks, by their first row
 
     def add(self, block: Block, dz: Tensor) -> None:
         product(dz, self._inputs.policy.weight[block.columns], self._sums[block.rows], accumulate=True)
-        if self._inputs.hidden_grad_shard is not None and block.columns.stop == self._inputs.vocab:
-            self._start_sum(block.rows, lambda out: out.copy_(self._sums[block.rows]))
 
     def wait(self) -> None:
-        """Nothing: the sums over ranks go on until `finish`."""
-
-    def fail(self, blocks: list[slice], failure: Exception) -> NoReturn:
-        """Raises `failure` on this rank, and its message on all ranks that wait for sums over these blocks of rows."""
-
-        def raise_failure(_out: Tensor) -> None:
-            raise failure
-
-        if self._inputs.hidden_grad_shard is not None:
-            for rows in blocks:
-                if rows.start not in self._pending:
-                    self._start_sum(rows, raise_failure)
-            self._finish_sums()
-        raise failure
+        """Nothing: the sum over ranks is taken by `finish`."""
 
     def finish(self) -> Tensor:
-        self._finish_sums()
+        sums = self._sums
+        if self._inputs.sums_hidden_grad:
+            sums = self._inputs.exchange.start_sum(lambda _: None, sums)()
         grad = torch.zeros_like(self._inputs.policy.hidden)
-        return grad.index_copy_(0, self._index, self._sums.to(grad.dtype))
-
-    def _start_sum(self, rows: slice, local: Callable[[Tensor], object]) -> None:
-        shard, share = self._inputs.hidden_grad_shard, self._sums[rows]
-        assert shard is not None
-        self._pending[rows.start] = shard.sum(local, tuple(share.shape), share)
-
-    def _finish_sums(self) -> None:
-        for first, total in self._pending.items():
-            summed = total()
-            self._sums[first : first + len(summed)] = summed
+        return grad.index_copy_(0, self._index, sums.to(grad.dtype))
 
 
 class WeightGradient:
@@ -139,8 +121,23 @@ class WeightGradient:
         if not accumulate:
             self._round()
             self._columns = columns
-        target = self._grad[columns] if self._sums is None else self._sums[: columns.stop - columns.start]
-        product(dz.t(), hidden, target, accumulate=accumulate)
+        product(dz.t(), hidden, self._target(columns), accumulate=accumulate)
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies what was added so far by a number on the device."""
+        if self._columns is not None:
+            self._target(self._columns).mul_(factor)
+
+    def add_scaled(self, columns: slice, total: Tensor, factor: Tensor) -> None:
+        """dW[columns] += factor * total."""
+        if self._columns is None:
+            torch.mul(total, factor, out=self._target(columns))
+            self._columns = columns
+        else:
+            self._target(columns).addcmul_(total, factor)
+
+    def _target(self, columns: slice) -> Tensor:
+        return self._grad[columns] if self._sums is None else self._sums[: columns.stop - columns.start]
 
     def finish(self) -> Tensor:
         if self._columns is None:  # no rows
@@ -162,6 +159,10 @@ class BiasGradient:
 
     def add(self, columns: slice, dz: Tensor) -> None:
         self._sums[columns] += dz.sum(0, dtype=self._sums.dtype)
+
+    def add_scaled(self, total: Tensor, factor: Tensor) -> None:
+        """dbias += factor * total."""
+        self._sums.addcmul_(total, factor)
 
     def finish(self) -> Tensor:
         return self._sums.to(self._dtype)
@@ -197,3 +198,54 @@ class Gradients:
             None if self.weight is None else self.weight.finish(),
             None if self.bias is None else self.bias.finish(),
         )
+
+
+class DeferredGradients:
+    """The gradients of one pair, formed block by block up to a factor that is known only at its end.
+
+        pair = DeferredGradients(gradients, inputs, chunk.rows, weight_sum)
+        for each block of the pair's rows:  pair.add(block, hidden, dz)
+        pair.commit(factor)
+
+    Args:
+        gradients: of the call, which the pair's are added to.
+        rows: of the pair.
+        weight_sum: memory for the pair's dW, (V, D) in the logits' precision; None where it is the call's only pair,
+            whose dW is scaled in place.
+    """
+
+    def __init__(self, gradients: Gradients, inputs: FusedInputs, rows: slice, weight_sum: Tensor | None):
+        self._gradients, self._rows, self._weight_sum = gradients, rows, weight_sum
+        self._bias_sum = None
+        if gradients.bias is not None:
+            self._bias_sum = torch.zeros(inputs.vocab, dtype=inputs.logit_dtype, device=inputs.device)
+        self._empty = True
+
+    def add(self, block: Block, hidden: Tensor, dz: Tensor) -> None:
+        """A block's unscaled share; its columns are the whole vocabulary."""
+        gradients = self._gradients
+        if gradients.hidden is not None:
+            gradients.hidden.add(block, dz)
+        if self._bias_sum is not None:
+            self._bias_sum += dz.sum(0, dtype=self._bias_sum.dtype)
+        if gradients.weight is not None and self._weight_sum is None:
+            gradients.weight.add(block.columns, hidden, dz)
+        elif self._weight_sum is not None:
+            product(dz.t(), hidden, self._weight_sum, accumulate=not self._empty)
+        if gradients.hidden is not None:
+            gradients.hidden.wait()
+        self._empty = False
+
+    def commit(self, factor: Tensor) -> None:
+        """Adds the pair's gradients, times `factor`, to those of the call."""
+        gradients = self._gradients
+        if self._empty:
+            return
+        if isinstance(gradients.hidden, HiddenGradient):
+            gradients.hidden.scale(self._rows, factor)
+        if gradients.bias is not None and self._bias_sum is not None:
+            gradients.bias.add_scaled(self._bias_sum, factor)
+        if gradients.weight is not None and self._weight_sum is None:
+            gradients.weight.scale(factor)
+        elif gradients.weight is not None and self._weight_sum is not None:
+            gradients.weight.add_scaled(slice(0, len(self._weight_sum)), self._weight_sum, factor)

@@ -1,34 +1,61 @@
-"""Which rows reach the heads, and which sequence each belongs to."""
+"""Which rows reach the heads, and which sequence each belongs to.
+
+On a GPU the host must not wait: it reads a batch's lengths at most once, before the first product, and not at all where
+the caller gives them. Everything else about rows is computed where the labels are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from .. import checks
+from ..objectives import segment_sums
+
 
 @dataclass(frozen=True)
 class Segments:
-    """Sequences that lie one after the other: rows of each, and where they are summed."""
+    """Sequences that lie one after the other: their rows, on the host and on the device, (sequences,)."""
 
     lengths: tuple[int, ...]
-    device: torch.device
-
-    @cached_property
-    def _on_device(self) -> Tensor:
-        return torch.tensor(self.lengths, device=self.device)
+    lengths_on_device: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums over each sequence, in a fixed order: (fields, rows) -> (fields, sequences). Differentiable."""
-        return torch.segment_reduce(values.t(), "sum", lengths=self._on_device, initial=0).t()
+        """Sums over each sequence, in float64 and in a fixed order: (fields, rows) -> (fields, sequences)."""
+        return segment_sums(values.t(), self.lengths_on_device).t()
 
     def spread(self, per_sequence: Tensor) -> Tensor:
-        """Every row's value of a per-sequence tensor: (sequences,) -> (rows,)."""
-        return per_sequence.repeat_interleave(self._on_device, output_size=sum(self.lengths))
+        """Every row's values of per-sequence tensors: (fields, sequences) -> (fields, rows)."""
+        return per_sequence.repeat_interleave(self.lengths_on_device, dim=1, output_size=sum(self.lengths))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive pairs: their rows, as a slice of `ChunkedRows.index`, and segments, chosen before rejected."""
+
+    rows: slice
+    segments: Segments
+
+    @property
+    def pairs(self) -> int:
+        return len(self.segments.lengths) // 2
+
+    @property
+    def chosen_rows(self) -> int:
+        """Rows of the chosen sequences, which come first."""
+        return sum(self.segments.lengths[: self.pairs])
+
+
+@dataclass(frozen=True)
+class ChunkedRows:
+    """The rows that count, reordered so that every chunk is a slice of `index`."""
+
+    index: Tensor
+    chunks: list[Chunk]
 
 
 @dataclass(frozen=True)
@@ -37,11 +64,13 @@ class Rows:
 
     Attributes:
         index: positions of the rows among all (flattened) rows, (rows,).
-        lengths: rows of each sequence; of 2B sequences, the first B are chosen, the last B rejected.
+        lengths: rows of each sequence, on the host; of 2B sequences, the first B are chosen, the last B rejected.
+        lengths_on_device: the same where the labels are, (sequences,).
     """
 
     index: Tensor
     lengths: tuple[int, ...]
+    lengths_on_device: Tensor
 
     @property
     def pairs(self) -> int:
@@ -52,29 +81,35 @@ class Rows:
         """Rows of each pair, both responses together."""
         return [chosen + rejected for chosen, rejected in zip(self.lengths[: self.pairs], self.lengths[self.pairs :])]
 
-    @property
-    def segments(self) -> Segments:
-        return Segments(self.lengths, self.index.device)
+    def in_chunks(self, pairs: Sequence[tuple[int, int]]) -> ChunkedRows:
+        """The rows reordered for chunks of the pairs first to stop: those of its chosen, then of its rejected."""
+        sequences = torch.arange(len(self.lengths), device=self.index.device)
+        spans = [(begin + side, end + side) for begin, end in pairs for side in (0, self.pairs)]
+        order = torch.cat([sequences[begin:end] for begin, end in spans])
+        lengths = self.lengths_on_device[order]
+        # From a row's new place to its old one, sequence by sequence.
+        moved = self.lengths_on_device.cumsum(0)[order] - lengths.cumsum(0)
+        moved = moved.repeat_interleave(lengths, output_size=len(self.index))
+        index = self.index[torch.arange(len(self.index), device=self.index.device) + moved]
 
-    def in_chunks(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Chunk]]:
-        """The index reordered so that every chunk (first pair, stop) is a slice of it; and the chunks."""
-        starts = [0, *accumulate(self.lengths)]
-        parts, chunks, done = [], [], 0
-        for first, stop in pairs:
-            sides = [(first, stop), (self.pairs + first, self.pairs + stop)]  # of sequences: chosen, rejected
-            parts += [self.index[starts[begin] : starts[end]] for begin, end in sides]
-            lengths = tuple(length for begin, end in sides for length in self.lengths[begin:end])
-            chunks.append(Chunk(slice(done, done + sum(lengths)), Segments(lengths, self.index.device)))
-            done += sum(lengths)
-        return torch.cat(parts), chunks
+        chunks, first_row, first_sequence = [], 0, 0
+        for chosen, rejected in zip(spans[::2], spans[1::2]):
+            on_host = self.lengths[slice(*chosen)] + self.lengths[slice(*rejected)]
+            rows = slice(first_row, first_row + sum(on_host))
+            on_device = lengths[first_sequence : first_sequence + len(on_host)]
+            chunks.append(Chunk(rows, Segments(on_host, on_device)))
+            first_row, first_sequence = rows.stop, first_sequence + len(on_host)
+        return ChunkedRows(index, chunks)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Rows of consecutive pairs, a slice of the reordered index; its segments are chosen before rejected."""
+def reading_is_free(device: torch.device) -> bool:
+    """Whether the host can look at a tensor without waiting for the device."""
+    return device.type == "cpu"
 
-    rows: slice
-    segments: Segments
+
+def counted_rows(counts: Tensor, total: int) -> Tensor:
+    """Positions where `counts` (N,) is True, of which there are `total`."""
+    return torch.nonzero_static(counts, size=total)[:, 0]
 
 
 class Sequences:
@@ -85,11 +120,18 @@ class Sequences:
 
 
 class OneSequence(Sequences):
-    """No pairs: every label, of any shape, by itself."""
+    """No pairs: every label, of any shape, by itself.
+
+    Where the host would have to wait to know which rows are ignored, none is dropped: they contribute 0 all the same.
+    """
 
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
-        index = (labels.reshape(-1) != ignore_index).nonzero()[:, 0]
-        return Rows(index, (len(index),))
+        flat = labels.reshape(-1)
+        if reading_is_free(labels.device):
+            index = (flat != ignore_index).nonzero()[:, 0]
+        else:
+            index = torch.arange(len(flat), device=labels.device)
+        return Rows(index, (len(index),), torch.full((1,), len(index), device=labels.device))
 
 
 class PaddedPairs(Sequences):
@@ -98,10 +140,11 @@ class PaddedPairs(Sequences):
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
         if labels.dim() != 2:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; (2B, T) is needed, or cu_seqlens with (N,)")
+        _check_pairs(len(labels))
         counts = labels != ignore_index
-        lengths = tuple(counts.sum(-1).tolist())
-        _check_pairs(len(lengths))
-        return Rows(counts.reshape(-1).nonzero()[:, 0], lengths)
+        lengths = counts.sum(-1)
+        on_host = tuple(lengths.tolist())
+        return Rows(counted_rows(counts.reshape(-1), sum(on_host)), on_host, lengths)
 
 
 @dataclass(frozen=True)
@@ -111,20 +154,64 @@ class PackedPairs(Sequences):
     cu_seqlens: Tensor
 
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
-        cu_seqlens = self.cu_seqlens
-        if labels.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; integer offsets of "
-                "shape (2B + 1,) are needed, with rows (N, D) and labels (N,)"
-            )
-        offsets = cu_seqlens.tolist()
-        if not offsets or offsets[0] != 0 or offsets[-1] != len(labels) or any(b < a for a, b in pairwise(offsets)):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {len(labels)}; got {offsets}")
-        _check_pairs(len(offsets) - 1)
+        cu_seqlens, total = _checked_offsets(self.cu_seqlens, labels), len(labels)
         counts = labels != ignore_index
         running = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        lengths = running[cu_seqlens.to(running.device, torch.int64)].diff()
-        return Rows(counts.nonzero()[:, 0], tuple(lengths.tolist()))
+        offsets = cu_seqlens.to(labels.device, torch.int64, non_blocking=True)
+        counted = running[offsets.clamp(0, total)]
+        given, counted_offsets = torch.stack([offsets, counted]).tolist()  # the one wait
+        if not given or given[0] != 0 or given[-1] != total or any(b < a for a, b in pairwise(given)):
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {total}; got {given}")
+        _check_pairs(len(given) - 1)
+        lengths = tuple(b - a for a, b in pairwise(counted_offsets))
+        return Rows(counted_rows(counts, sum(lengths)), lengths, counted.diff())
+
+
+@dataclass(frozen=True)
+class KnownPairs(Sequences):
+    """Labels (N,) of packed sequences whose lengths the host knows; every row counts, and nothing is read back."""
+
+    lengths: Sequence[int]
+    cu_seqlens: Tensor | None
+
+    def rows(self, labels: Tensor, ignore_index: int) -> Rows:
+        if isinstance(self.lengths, (str, Tensor)) or not isinstance(self.lengths, Sequence):
+            raise TypeError(f"row_lengths is {checks.describe(self.lengths)}; a list of integers is needed")
+        lengths = tuple(checks.integer("row_lengths", length, least=0) for length in self.lengths)
+        if labels.dim() != 1 or sum(lengths) != len(labels):
+            raise ValueError(
+                f"row_lengths has the sum {sum(lengths)} but labels has shape {tuple(labels.shape)}; packed rows, "
+                "labels (N,), are needed, as many as the lengths together"
+            )
+        _check_pairs(len(lengths))
+        if self.cu_seqlens is None:
+            offsets = torch.tensor([0, *accumulate(lengths)])
+        else:
+            offsets = _checked_offsets(self.cu_seqlens, labels)
+            if offsets.shape != (len(lengths) + 1,):
+                raise ValueError(
+                    f"cu_seqlens has shape {tuple(offsets.shape)} but ({len(lengths) + 1},) is needed beside "
+                    f"{len(lengths)} row_lengths"
+                )
+            if reading_is_free(offsets.device) and offsets.tolist() != [0, *accumulate(lengths)]:
+                raise ValueError(f"cu_seqlens is {offsets.tolist()}, which row_lengths {lengths} contradicts")
+        if offsets.device != labels.device:  # an upload that the host does not wait for
+            offsets = offsets.pin_memory().to(labels.device, non_blocking=True)
+        index = torch.arange(len(labels), device=labels.device)
+        return Rows(index, lengths, offsets.to(torch.int64).diff())
+
+
+def _checked_offsets(cu_seqlens: Tensor, labels: Tensor) -> Tensor:
+    """Offsets of packed rows, of an integer dtype and one dimension."""
+    checks.tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; allowed are int32 and int64")
+    if labels.dim() != 1 or cu_seqlens.dim() != 1:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} beside labels of shape {tuple(labels.shape)}; offsets of "
+            "shape (2B + 1,) are needed, with rows (N, D) and labels (N,)"
+        )
+    return cu_seqlens
 
 
 def _check_pairs(sequences: int) -> None:

@@ -1,62 +1,158 @@
-"""The streaming plan: slices of the vocabulary whose row states are merged, logits recomputed in backward.
+"""The streaming plan: slices of the vocabulary whose row states are merged, logits recomputed for the gradients.
 
-Pass 1 merges the states of every slice. Backward forms each slice's logits again, then dz, writes that slice's rows of
-dW once and adds into a float32 dhidden. Rows without a gradient are dropped; rows whose KL has none (TDPO2's chosen
-responses) skip the reference's product.
+Pass 1 merges the states of every slice. Pass 2 forms each slice's logits again, then dz, writes that slice's rows of dW
+once and adds into a float32 dhidden. Rows whose KL has no gradient (TDPO2's chosen responses) skip the reference's
+product. Where the host can look without waiting for the device, rows without any gradient are dropped too.
+
+A preference loss takes both passes in the forward pass; per-token values take the second in backward.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..divergence import TokenDivergence
+from ..losses import Objective
 from ..ops import memory, operators
 from ..ops.memory import Buffer
+from ..vocab_parallel import Exchange, digest
 from .gradients import BiasGradient, Block, Gradients, PartialHiddenGradient, Wanted, WeightGradient, slices
-from .inputs import FusedInputs
-from .plan import StreamingPlan
+from .handed_over import Outcome, PairLoss, column_gradient
+from .inputs import FusedInputs, GatheredRows, LMHead
+from .plan import StreamingPlan, row_pitch
+from .rows import Rows, reading_is_free
 
 
-def streamed_divergence(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> Tensor:
-    """Values (fields, N) of all rows, in the order of TokenDivergence, 0 at those not in `index`; differentiable."""
-    policy = inputs.policy
-    return _Streaming.apply(policy.hidden, policy.weight, policy.bias, inputs, index, plan)
+def streamed_loss(
+    objective: Objective, inputs: FusedInputs, rows: Rows, plan: StreamingPlan, columns: Mapping[str, Tensor]
+) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
+    """(mean loss over pairs, and sums of the chosen and the rejected sequences, each (B,), without a graph)."""
+    loss = PairLoss(objective, inputs, rows, columns)
+    return loss.apply(functools.partial(_run, loss, plan))
 
 
-class _Streaming(torch.autograd.Function):
+def _run(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
+    inputs = loss.inputs
+    chunked = loss.rows.in_chunks([(0, loss.rows.pairs)])
+    index, (chunk,) = chunked.index, chunked.chunks
+    states = _states(inputs, index, plan)
+    values = inputs.finalize(states, inputs.labels[index])
+    columns = {name: column.detach()[index] for name, column in loss.columns.items()}
+    objective = loss.pair_objective(wanted, wanted_columns)
+    upstream = inputs.exchange.run(
+        lambda: objective.upstream(values, chunk, columns), lambda: objective.nothing(values, chunk)
+    )
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if any(wanted):
+        chosen, rejected = slice(0, chunk.chosen_rows), slice(chunk.chosen_rows, len(index))
+        gradient_rows = _GradientRows.ordered(
+            index,
+            states,
+            logps_grad=upstream.logps_grad,
+            kl_grad=upstream.kl_grad,
+            groups=[(chosen, upstream.chosen_kl), (rejected, upstream.rejected_kl)],
+            drops_rows=inputs.exchange.shard is None,
+        )
+        gradients = _gradients(inputs, gradient_rows, plan, wanted)
+    chosen_sums, rejected_sums = upstream.sums.chunk(2, dim=1)
+    return Outcome(
+        loss=upstream.loss,
+        chosen=chosen_sums,
+        rejected=rejected_sums,
+        gradients=gradients,
+        column_gradients={
+            name: column_gradient(loss.columns[name], index, grad) for name, grad in upstream.columns_grad.items()
+        },
+    )
+
+
+def streamed_divergence(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> TokenDivergence:
+    """Values (N,) of all rows, 0 at those not in `index`; differentiable."""
+    policy, reference = inputs.policy, inputs.reference
+    logps, kl, others = _TokenValues.apply(
+        policy.hidden,
+        policy.weight,
+        policy.bias,
+        reference.hidden,
+        reference.weight,
+        reference.bias,
+        inputs.labels,
+        inputs,
+        index,
+        plan,
+    )
+    ref_logps, entropy, correct, tokens = others.unbind(0)
+    return TokenDivergence(logps=logps, ref_logps=ref_logps, kl=kl, entropy=entropy, correct=correct, tokens=tokens)
+
+
+class _TokenValues(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        labels: Tensor,
+        inputs: FusedInputs,
+        index: Tensor,
+        plan: StreamingPlan,
+    ):
         with torch.autocast(hidden.device.type, enabled=False):
             states = _states(inputs, index, plan)
-            counted = inputs.finalize(states, index)
-        ctx.save_for_backward(hidden, weight, bias, index, states)
-        ctx.inputs, ctx.plan = inputs, plan
-        values = counted.new_zeros(len(counted), len(inputs.labels))
-        return values.index_copy_(1, index, counted)
+            counted = inputs.finalize(states, labels[index])
+        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)
+        inputs.exchange.finish(inputs.device)
+        ctx.options, ctx.shard, ctx.plan = inputs.options, inputs.exchange.shard, plan
+        ctx.set_materialize_grads(False)
+        values = counted.new_zeros(len(counted), len(labels)).index_copy_(1, index, counted)
+        values = TokenDivergence._make(values.unbind(0))
+        others = torch.stack([values.ref_logps, values.entropy, values.correct, values.tokens])
+        ctx.mark_non_differentiable(others)
+        return values.logps.clone(), values.kl.clone(), others
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, values_grad: Tensor):
-        *_, index, states = ctx.saved_tensors  # unpacking them detects inputs that were modified in place
-        grads = TokenDivergence._make(values_grad[:, index].to(states.dtype))
-        # Rows with a KL gradient come first; rows with no gradient at all are left out.
-        with_kl, without_kl = grads.kl != 0, (grads.kl == 0) & (grads.logps != 0)
-        order = torch.cat([with_kl.nonzero()[:, 0], without_kl.nonzero()[:, 0]])
-        rows = _GradientRows(
-            index=index[order],
-            states=states[order],
-            logps_grad=grads.logps[order],
-            kl_grad=grads.kl[order],
-            with_kl=int(with_kl.sum()),
+    def backward(ctx, logps_grad: Tensor | None, kl_grad: Tensor | None, _others_grad):
+        # Unpacking detects inputs that were modified in place since.
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states = ctx.saved_tensors
+        inputs = FusedInputs(
+            policy=LMHead(hidden, weight, bias),
+            reference=LMHead(ref_hidden, ref_weight, ref_bias),
+            labels=labels,
+            options=ctx.options,
+            exchange=Exchange(ctx.shard),
         )
+        nothing = states.new_zeros(len(index))
+        rows = _GradientRows.ordered(
+            index,
+            states,
+            logps_grad=nothing if logps_grad is None else logps_grad[index].to(states.dtype),
+            kl_grad=nothing if kl_grad is None else kl_grad[index].to(states.dtype),
+            groups=[(slice(0, len(index)), kl_grad is not None)],
+            drops_rows=ctx.shard is None,
+        )
+        _agree_on_gradients(inputs, rows)
         with torch.autocast(index.device.type, enabled=False):
-            dhidden, dweight, dbias = _gradients(ctx.inputs, rows, ctx.plan, Wanted._make(ctx.needs_input_grad[:3]))
-        return dhidden, dweight, dbias, None, None, None
+            gradients = _gradients(inputs, rows, ctx.plan, Wanted._make(ctx.needs_input_grad[:3]))
+        inputs.exchange.finish(inputs.device)
+        return (*gradients, *[None] * 7)
+
+
+def _agree_on_gradients(inputs: FusedInputs, rows: _GradientRows) -> None:
+    """Raises ValueError on all ranks of a shard where they differentiate different functions of the values."""
+    shard = inputs.exchange.shard
+    if shard is not None:
+        upstream = digest(torch.stack([rows.logps_grad, rows.kl_grad]))
+        _, ranks = shard.agree(inputs.device, lambda: (None, {"digest": upstream}))
+        ranks.check_same({"digest": "the gradient of the values"})
 
 
 def _states(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> Tensor:
@@ -65,23 +161,23 @@ def _states(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> Tensor:
     buffers = _Buffers.allocate(inputs, plan)
     for rows in slices(len(index), plan.rows):
         local_states = functools.partial(_states_of_block, inputs, index[rows], plan, buffers)
-        merged[rows] = inputs.merge_over_ranks(index[rows], local_states)
+        merged[rows] = inputs.merge_over_ranks(rows.stop - rows.start, local_states)
     return merged
 
 
-def _states_of_block(inputs: FusedInputs, rows: Tensor, plan: StreamingPlan, buffers: _Buffers) -> Tensor:
-    """States of the rows at `rows` over what this rank holds of the vocabulary."""
-    total = None
+def _states_of_block(inputs: FusedInputs, index: Tensor, plan: StreamingPlan, buffers: _Buffers) -> Tensor:
+    """States of the rows at `index` over what this rank holds of the vocabulary."""
+    total, rows = None, inputs.rows_at(index, inputs.labels[index])
     for columns in _column_slices(inputs, plan):
-        shape = (len(rows), columns.stop - columns.start)
-        state = inputs.row_states(rows, columns, z=_view(buffers.z, shape), r=_view(buffers.r, shape))
+        z, r = buffers.z_of(len(index), columns), buffers.r_of(len(index), columns)
+        state = inputs.row_states(rows, columns, z=z, r=r)
         total = state if total is None else operators.merge_row_states(torch.stack([total, state]))
     return total
 
 
 @dataclass(frozen=True)
 class _GradientRows:
-    """The rows that have a gradient, those with a KL gradient (`with_kl` of them) first.
+    """The rows that may have a gradient, those with a KL gradient (`with_kl` of them) first.
 
     Attributes:
         index: positions among all rows, (n,).
@@ -94,6 +190,37 @@ class _GradientRows:
     logps_grad: Tensor
     kl_grad: Tensor
     with_kl: int
+
+    @classmethod
+    def ordered(
+        cls,
+        index: Tensor,
+        states: Tensor,
+        *,
+        logps_grad: Tensor,
+        kl_grad: Tensor,
+        groups: list[tuple[slice, bool]],
+        drops_rows: bool,
+    ) -> _GradientRows:
+        """`groups` cover all rows; the host knows of each whether its KL may have a gradient.
+
+        Ranks of a shard exchange rows, so that they drop none.
+        """
+        if drops_rows and reading_is_free(index.device):
+            has_kl, has_logps = kl_grad != 0, (kl_grad == 0) & (logps_grad != 0)
+            order = torch.cat([has_kl.nonzero()[:, 0], has_logps.nonzero()[:, 0]])
+            with_kl = int(has_kl.sum())
+        else:
+            kl_first = sorted(groups, key=lambda group: not group[1])
+            order = torch.cat([torch.arange(rows.start, rows.stop, device=index.device) for rows, _ in kl_first])
+            with_kl = sum(rows.stop - rows.start for rows, may_have_kl in groups if may_have_kl)
+        return cls(
+            index=index[order],
+            states=states[order],
+            logps_grad=logps_grad[order],
+            kl_grad=kl_grad[order],
+            with_kl=with_kl,
+        )
 
     def blocks(self, size: int) -> list[slice]:
         """At most `size` rows at a time; no block has rows both with and without a KL gradient."""
@@ -111,73 +238,94 @@ class _Buffers:
     weight_sum: Tensor | None
 
     @classmethod
-    def allocate(cls, inputs: FusedInputs, plan: StreamingPlan, *, dz: bool = False, weight_sum: bool = False):
-        entries = (plan.rows * plan.columns,)
-        logits = Buffer(entries, inputs.logit_dtype)
-        wanted = {
-            "z": logits,
-            "r": logits,
-            "dz": Buffer(entries, inputs.weight_dtype) if dz else None,
-            "weight_sum": Buffer((plan.columns, inputs.policy.width), inputs.logit_dtype) if weight_sum else None,
-        }
-        found = memory.allocate(inputs.device, wanted)
+    def allocate(
+        cls, inputs: FusedInputs, plan: StreamingPlan, *, dz: bool = False, weight_sum: bool = False
+    ) -> _Buffers:
+        shape, pitch = (plan.rows, plan.columns), row_pitch(plan.columns)
+        logits = Buffer(shape, inputs.logit_dtype, pitch)
+        found = memory.allocate(
+            inputs.device,
+            {
+                "z": logits,
+                "r": logits,
+                "dz": Buffer(shape, inputs.weight_dtype, pitch) if dz else None,
+                "weight_sum": Buffer((plan.columns, inputs.policy.width), inputs.logit_dtype) if weight_sum else None,
+            },
+        )
         z = found["z"]
         return cls(z=z, r=found["r"], dz=found.get("dz", z), weight_sum=found.get("weight_sum"))
 
+    def z_of(self, rows: int, columns: slice) -> Tensor:
+        return self.z[:rows, : columns.stop - columns.start]
 
-def _gradients(inputs: FusedInputs, rows: _GradientRows, plan: StreamingPlan, wanted: Wanted):
+    def r_of(self, rows: int, columns: slice) -> Tensor:
+        return self.r[:rows, : columns.stop - columns.start]
+
+    def dz_of(self, rows: int, columns: slice) -> Tensor:
+        return self.dz[:rows, : columns.stop - columns.start]
+
+
+def _gradients(
+    inputs: FusedInputs, rows: _GradientRows, plan: StreamingPlan, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dhidden, dW and dbias."""
     blocks = rows.blocks(plan.rows)
     low_precision = inputs.weight_dtype != inputs.logit_dtype
     # A slice of a low-precision dW that several blocks add to is summed in float32 first.
     sums_weight = wanted.weight and low_precision and len(blocks) > 1
     buffers = _Buffers.allocate(inputs, plan, dz=low_precision, weight_sum=sums_weight)
-    hidden_gradient = PartialHiddenGradient(inputs, rows.index) if wanted.hidden else None
     gradients = Gradients(
-        hidden=hidden_gradient,
+        hidden=PartialHiddenGradient(inputs, rows.index) if wanted.hidden else None,
         weight=WeightGradient(inputs, buffers.weight_sum) if wanted.weight else None,
         bias=BiasGradient(inputs) if wanted.bias else None,
     )
     if gradients.any:
-        try:
-            for block, dz in _dz_blocks(inputs, rows, blocks, plan, buffers):
-                gradients.add(block, inputs.policy.hidden[rows.index[block.rows]], dz)
-        except Exception as error:
-            if hidden_gradient is None:
-                raise
-            hidden_gradient.fail(blocks, error)
+        for block, hidden, dz in _dz_blocks(inputs, rows, blocks, plan, buffers):
+            gradients.add(block, hidden, dz)
     return gradients.finish()
 
 
 def _dz_blocks(
     inputs: FusedInputs, rows: _GradientRows, blocks: list[slice], plan: StreamingPlan, buffers: _Buffers
-) -> Iterator[tuple[Block, Tensor]]:
-    """Every block of rows over every slice of the vocabulary, with its dz, recomputed."""
+) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    """Every block of rows over every slice of the vocabulary, with its hidden states and its dz, recomputed."""
     for columns in _column_slices(inputs, plan):
         for block in blocks:
-            index, shape = rows.index[block], (block.stop - block.start, columns.stop - columns.start)
-            z = inputs.policy.logits(index, columns, out=_view(buffers.z, shape))
-            r = z  # not read where the KL has no gradient
-            if block.start < rows.with_kl:
-                r = inputs.reference.logits(index, columns, out=_view(buffers.r, shape))
-            dz = _view(buffers.dz, shape)
-            operators.logit_gradient_out(
-                z,
-                r,
-                inputs.labels[index],
-                rows.states[block],
-                logps_grad=rows.logps_grad[block],
-                kl_grad=rows.kl_grad[block],
-                options=inputs.options.from_column(columns.start),
-                out=dz,
+            index = rows.index[block]
+            gathered = inputs.rows_at(index, inputs.labels[index])
+            dz = buffers.dz_of(len(index), columns)
+            inputs.exchange.run(
+                functools.partial(_form_dz, inputs, rows, block, columns, gathered, buffers), lambda: None
             )
-            yield Block(block, columns), dz
+            yield Block(block, columns), gathered.hidden, dz
+
+
+def _form_dz(
+    inputs: FusedInputs,
+    rows: _GradientRows,
+    block: slice,
+    columns: slice,
+    gathered: GatheredRows,
+    buffers: _Buffers,
+) -> None:
+    """Recomputes a block's logits and writes dz into its buffer."""
+    count = block.stop - block.start
+    z = inputs.policy.logits(gathered.hidden, columns, out=buffers.z_of(count, columns))
+    r = z  # not read where the KL has no gradient
+    if block.start < rows.with_kl:
+        r = inputs.reference.logits(gathered.ref_hidden, columns, out=buffers.r_of(count, columns))
+    operators.logit_gradient_out(
+        z,
+        r,
+        gathered.labels,
+        rows.states[block],
+        logps_grad=rows.logps_grad[block],
+        kl_grad=rows.kl_grad[block],
+        options=inputs.options.from_column(columns.start),
+        out=buffers.dz_of(count, columns),
+    )
 
 
 def _column_slices(inputs: FusedInputs, plan: StreamingPlan) -> list[slice]:
     """The slices of this rank's vocabulary; a rank that holds none of it takes part with an empty one."""
     return slices(inputs.vocab, plan.columns) or [slice(0, 0)]
-
-
-def _view(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
-    return buffer[: shape[0] * shape[1]].view(shape)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,8 @@ def product(
     """out = a @ b, or out += a @ b, in the precision of `out`.
 
     `out` has the operands' dtype, or is float32 where they are bfloat16 or float16: then no intermediate is rounded to
-    the operands' dtype. Returns `out`.
+    the operands' dtype. Returns `out`. On a GPU, float32 operands follow `torch.set_float32_matmul_precision`; see
+    `full_precision`.
     """
     if a.dtype == out.dtype:
         if accumulate:
@@ -37,6 +41,24 @@ def product(
     if accumulate:
         return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Within, float32 products on a GPU are float32, whatever `torch.set_float32_matmul_precision` says.
+
+    For logits: TF32 keeps 10 bits of an operand, and a KL near equality would be lost as in bfloat16. Products of
+    gradients are left to the setting.
+    """
+    if device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
+        yield
+        return
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

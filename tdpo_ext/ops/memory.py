@@ -26,15 +26,30 @@ def release_scratch() -> None:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Shape and dtype of a tensor that is yet to be allocated."""
+    """Shape and dtype of a tensor that is yet to be allocated.
+
+    Attributes:
+        pitch: entries from one row of a matrix to the next, if not its columns.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    pitch: int | None = None
+
+    @property
+    def allocated_shape(self) -> tuple[int, ...]:
+        return self.shape if self.pitch is None else (self.shape[0], self.pitch)
 
     @property
     def nbytes(self) -> int:
         """Bytes, rounded up to the alignment."""
-        return -(-prod(self.shape) * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return -(-prod(self.allocated_shape) * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+    def view(self, memory: Tensor) -> Tensor:
+        """The tensor at the beginning of a piece of memory, (bytes,)."""
+        shape = self.allocated_shape
+        whole = memory[: prod(shape) * self.dtype.itemsize].view(self.dtype).view(shape)
+        return whole if self.pitch is None else whole[:, : self.shape[1]]
 
 
 def allocate(device: torch.device, buffers: dict[str, Buffer | None]) -> dict[str, Tensor]:
@@ -42,7 +57,4 @@ def allocate(device: torch.device, buffers: dict[str, Buffer | None]) -> dict[st
     needed = {name: buffer for name, buffer in buffers.items() if buffer is not None}
     block = empty((sum(buffer.nbytes for buffer in needed.values()),), torch.uint8, device)
     pieces = block.split([buffer.nbytes for buffer in needed.values()])
-    return {
-        name: piece[: prod(buffer.shape) * buffer.dtype.itemsize].view(buffer.dtype).view(buffer.shape)
-        for (name, buffer), piece in zip(needed.items(), pieces)
-    }
+    return {name: buffer.view(piece) for (name, buffer), piece in zip(needed.items(), pieces)}

@@ -2,6 +2,7 @@
 
 import os
 import traceback
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,11 @@ def _worker(rank, world, device, store, checks, outcomes):
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),  # a rank that waits for another in vain fails its test
     )
     for name, check in checks.items():
         torch.manual_seed(0)

@@ -1,0 +1,101 @@
+"""A preference loss whose gradients are formed in the forward pass, by whatever plan; backward hands them over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..divergence import TokenDivergence
+from ..losses import Objective
+from ..ops import operators
+from .gradients import Wanted
+from .inputs import FusedInputs
+from .rows import Rows
+from .upstream import PairObjective
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan computes: the mean loss, sums of each side (fields, B), and the gradients that were wanted.
+
+    Attributes:
+        gradients: dhidden, dW and dbias.
+        column_gradients: of the columns that want one, each (N,).
+    """
+
+    loss: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    gradients: tuple[Tensor | None, ...]
+    column_gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """A preference loss over the rows of a batch.
+
+    Attributes:
+        columns: the call's token columns, flat, each (N,).
+    """
+
+    objective: Objective
+    inputs: FusedInputs
+    rows: Rows
+    columns: Mapping[str, Tensor]
+
+    def pair_objective(self, wanted: Wanted, wanted_columns: frozenset[str]) -> PairObjective:
+        """The objective with each pair's share in the mean, differentiable where anything is wanted."""
+        return PairObjective(self.objective, self.rows.pairs, any(wanted) or bool(wanted_columns), wanted_columns)
+
+    def apply(
+        self, run: Callable[[Wanted, frozenset[str]], Outcome]
+    ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
+        """(mean loss over pairs, and sums of the chosen and the rejected sequences, each (B,), without a graph)."""
+        policy = self.inputs.policy
+        leaves = (policy.hidden, policy.weight, policy.bias, *self.columns.values())
+        differentiable = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+
+        def outcome(needs_grad: tuple[bool, ...]) -> Outcome:
+            wanted = Wanted._make(differentiable and needed for needed in needs_grad[:3])
+            columns = (name for name, needed in zip(self.columns, needs_grad[3:]) if differentiable and needed)
+            result = run(wanted, frozenset(columns))
+            self.inputs.exchange.finish(self.inputs.device)
+            return result
+
+        loss, chosen, rejected = _HandedOver.apply(tuple(self.columns), outcome, *leaves)
+        return loss, TokenDivergence.unstack(chosen), TokenDivergence.unstack(rejected)
+
+
+class _HandedOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, column_names: tuple[str, ...], run, hidden: Tensor, *others: Tensor | None):
+        with torch.autocast(hidden.device.type, enabled=False):
+            outcome: Outcome = run(ctx.needs_input_grad[2:])
+        ctx.gradients = (*outcome.gradients, *(outcome.column_gradients.get(name) for name in column_names))
+        # Sums are taken in float64; users get them in the precision of the values.
+        dtype = operators.state_dtype(hidden.dtype)
+        loss, chosen, rejected = (value.to(dtype) for value in (outcome.loss, outcome.chosen, outcome.rejected))
+        ctx.mark_non_differentiable(chosen, rejected)
+        return loss, chosen, rejected
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, loss_grad: Tensor, *_):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "tdpo_ext: the gradients of this linear_preference_loss were handed over by an earlier backward; "
+                "compute the loss again (retain_graph can't keep them)"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                operators.scale_unless_one(gradient, loss_grad.to(operators.state_dtype(gradient.dtype)))
+        return (None, None, *gradients)
+
+
+def column_gradient(column: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a whole column, (N,), from that of the rows at `index`."""
+    return torch.zeros_like(column).index_copy_(0, index, grad.to(column.dtype))

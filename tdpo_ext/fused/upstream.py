@@ -1,0 +1,189 @@
+"""From the values of some pairs' rows to their loss, and to its gradients with respect to every row.
+
+The objective is ordinary differentiable torch code on a handful of numbers; its autograd gives dL/dlogps and dL/dkl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..divergence import TokenDivergence
+from ..losses import MarginLoss, Objective
+from ..objectives import TokenRows, sees_tokens
+from .rows import Chunk
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The loss of some pairs, and its gradients.
+
+    Attributes:
+        loss: their share of the mean loss over all pairs.
+        sums: of each sequence, (fields, 2 pairs), chosen before rejected.
+        logps_grad, kl_grad: dL/dlogps and dL/dkl of each row, (rows,); 0 where nothing is differentiated.
+        columns_grad: dL/dcolumn of each row, of the columns that require it.
+        chosen_kl, rejected_kl: whether that side's KL has a gradient at all (TDPO2's chosen side has none).
+    """
+
+    loss: Tensor
+    sums: Tensor
+    logps_grad: Tensor
+    kl_grad: Tensor
+    columns_grad: dict[str, Tensor]
+    chosen_kl: bool
+    rejected_kl: bool
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """dmargin/dlogps and dmargin/dkl of each row, (rows,)."""
+
+    logps_grad: Tensor
+    kl_grad: Tensor
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """An objective and the share that each of its pairs' losses has in the mean.
+
+    Attributes:
+        total_pairs: of the whole call.
+        differentiable: whether gradients are wanted.
+        column_grads: names of the columns that want a gradient.
+    """
+
+    function: Objective
+    total_pairs: int
+    differentiable: bool
+    column_grads: frozenset[str] = frozenset()
+
+    def upstream(self, values: Tensor, chunk: Chunk, columns: Mapping[str, Tensor]) -> Upstream:
+        """Loss and gradients of a chunk from its rows' values, (fields, rows), chosen before rejected."""
+        with torch.set_grad_enabled(self.differentiable):
+            sides = _sides(self.function, values, chunk, self._column_leaves(columns), self.differentiable)
+            loss = self._mean_share(self.function(sides.chosen, sides.rejected), chunk)
+        if not (self.differentiable and loss.requires_grad):
+            return _without_gradients(loss.detach(), sides.sums, values)
+        return sides.upstream(loss)
+
+    def coefficients(self, values: Tensor, chunk: Chunk, columns: Mapping[str, Tensor]) -> Coefficients:
+        """The gradient of a MarginLoss's margin by every row of a chunk: it does not depend on `values`."""
+        assert isinstance(self.function, MarginLoss)
+        with torch.enable_grad():
+            sides = _sides(self.function, values, chunk, columns, True)
+            upstream = sides.upstream(self.function.margin(sides.chosen, sides.rejected).sum())
+        return Coefficients(upstream.logps_grad, upstream.kl_grad)
+
+    def link_upstream(self, values: Tensor, chunk: Chunk, columns: Mapping[str, Tensor]) -> tuple[Upstream, Tensor]:
+        """Of a chunk of one pair: loss, sums and gradients of columns, and the loss's derivative by the margin."""
+        assert isinstance(self.function, MarginLoss)
+        with torch.set_grad_enabled(self.differentiable):
+            sides = _sides(self.function, values, chunk, self._column_leaves(columns), self.differentiable)
+            margin = self.function.margin(sides.chosen, sides.rejected)
+            loss = self._mean_share(self.function.link(margin), chunk)
+        if not (self.differentiable and loss.requires_grad):
+            return _without_gradients(loss.detach(), sides.sums, values), loss.new_zeros(())
+        leaves = sides.column_leaves
+        slope, *column_grads = torch.autograd.grad(
+            loss, (margin, *leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        upstream = _without_gradients(loss.detach(), sides.sums, values)
+        return replace(upstream, columns_grad=dict(zip(leaves, column_grads))), slope.sum()
+
+    def nothing(self, values: Tensor, chunk: Chunk) -> Upstream:
+        """What stands for a chunk's loss where it could not be computed."""
+        return _without_gradients(values.new_zeros((), dtype=torch.float64), chunk.segments.sum(values), values)
+
+    def _column_leaves(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: column.detach().requires_grad_(self.differentiable and name in self.column_grads)
+            for name, column in columns.items()
+        }
+
+    def _mean_share(self, losses: Tensor, chunk: Chunk) -> Tensor:
+        if losses.shape != (chunk.pairs,):
+            raise ValueError(f"objective returned {tuple(losses.shape)} for {chunk.pairs} pairs")
+        return losses.sum() / self.total_pairs
+
+
+def _without_gradients(loss: Tensor, sums: Tensor, values: Tensor) -> Upstream:
+    zeros = values.new_zeros(values.shape[1])
+    return Upstream(loss, sums, logps_grad=zeros, kl_grad=zeros, columns_grad={}, chosen_kl=False, rejected_kl=False)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides as the objective sees them, with the leaves that gradients are taken of."""
+
+    chunk: Chunk
+    chosen: TokenDivergence | TokenRows
+    rejected: TokenDivergence | TokenRows
+    column_leaves: dict[str, Tensor]
+    row_dtype: torch.dtype
+    sums: Tensor
+
+    def upstream(self, loss: Tensor) -> Upstream:
+        """The gradients of `loss`, for every row."""
+        leaves = (self.chosen.logps, self.rejected.logps, self.chosen.kl, self.rejected.kl)
+        grads = torch.autograd.grad(loss, (*leaves, *self.column_leaves.values()), allow_unused=True)
+        filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
+        both = torch.cat(filled).view(2, -1)  # of logps, of kl
+        if isinstance(self.chosen, TokenDivergence):
+            both = self.chunk.segments.spread(both)
+        both = both.to(self.row_dtype)
+        columns_grad = {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(self.column_leaves.items(), grads[4:])
+        }
+        return Upstream(
+            loss=loss.detach(),
+            sums=self.sums,
+            logps_grad=both[0],
+            kl_grad=both[1],
+            columns_grad=columns_grad,
+            chosen_kl=grads[2] is not None,
+            rejected_kl=grads[3] is not None,
+        )
+
+
+def _sides(
+    objective: Objective, values: Tensor, chunk: Chunk, columns: Mapping[str, Tensor], differentiable: bool
+) -> _Sides:
+    leaves = {name: column for name, column in columns.items() if column.requires_grad}
+    if not sees_tokens(objective):
+        sums = chunk.segments.sum(values)
+        chosen, rejected = (
+            side._replace(
+                logps=side.logps.detach().requires_grad_(differentiable),
+                kl=side.kl.detach().requires_grad_(differentiable),
+            )
+            for side in TokenDivergence.unstack(sums).chunk(2)
+        )
+        return _Sides(chunk, chosen, rejected, leaves, values.dtype, sums)
+
+    def side_rows(rows: slice, rows_of_pair: Tensor) -> TokenRows:
+        logps, ref_logps, kl, entropy, correct, tokens = values.detach()[:, rows].unbind(0)
+        return TokenRows(
+            logps=logps.detach().requires_grad_(differentiable),
+            ref_logps=ref_logps,
+            kl=kl.detach().requires_grad_(differentiable),
+            entropy=entropy,
+            correct=correct,
+            tokens=tokens,
+            columns={name: column[rows] for name, column in columns.items()},
+            rows_of_pair=rows_of_pair,
+        )
+
+    middle, lengths = chunk.chosen_rows, chunk.segments.lengths_on_device
+    return _Sides(
+        chunk,
+        chosen=side_rows(slice(0, middle), lengths[: chunk.pairs]),
+        rejected=side_rows(slice(middle, None), lengths[chunk.pairs :]),
+        column_leaves=leaves,
+        row_dtype=values.dtype,
+        sums=chunk.segments.sum(values),
+    )

@@ -1,0 +1,180 @@
+"""Ranks of a vocabulary shard that disagree, or of which one fails: every rank says so, none waits for another."""
+
+import functools
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_on_ranks
+from linear_cases import make_case
+
+import tdpo_ext
+from tdpo_ext import VocabShard, linear_preference_loss, linear_token_divergence, per_token, tdpo_loss
+from tdpo_ext.ops import operators
+
+SECONDS = 20  # a failure must reach every rank well before the group's timeout of 60
+BUDGETS = {"one chunk": 1 << 30, "several chunks": 20_000, "streaming": 3_000}
+OBJECTIVE = functools.partial(tdpo_loss, beta=0.1)
+CHECKS = {}
+
+
+def on_every_rank(check):
+    """Registers check(rank, world, device) to be run on all ranks of one process group."""
+    CHECKS[check.__name__] = check
+    return check
+
+
+def arguments_of(rank, world, **sizes):
+    tensors = make_case(torch.float32, **sizes).tensors()
+    shard = VocabShard.from_group(301, dist.group.WORLD)
+    for name in ("weight", "ref_weight"):
+        tensors[name] = tensors[name][shard.start : shard.stop].detach()
+    tensors["weight"].requires_grad_()
+    return {**tensors, "shard": shard}
+
+
+def expect(message, call, *, own=None, rank=None):
+    """`call` fails with `message` on every rank: alike, or as `own` on rank 1 and as RuntimeError on the others."""
+    begin = time.monotonic()
+    kind = ValueError if own is None else (own if rank == 1 else RuntimeError)
+    with pytest.raises(kind, match=message):
+        call()
+    assert time.monotonic() - begin < SECONDS
+
+
+@on_every_rank
+def arguments_that_differ(rank, world, device):
+    good = arguments_of(rank, world, pairs=2)
+    odd = rank == 1
+    other_labels = good["labels"].clone()
+    other_labels[other_labels != -100] = (other_labels[other_labels != -100] + 1) % 301
+    shard = good["shard"]
+    width = good["hidden"].shape[-1]
+    faults = {
+        "labels differs": {"labels": other_labels},
+        "temperature differs": {"temperature": 0.9},
+        "softcap differs": {"softcap": 5.0},
+        "hidden differs": {
+            "hidden": good["hidden"].detach()[..., : width // 2],
+            "weight": good["weight"].detach()[:, : width // 2],
+        },
+        "hidden.requires_grad differs": {"hidden": good["hidden"].detach()},
+        "shard differs": {"shard": VocabShard(shard.start, shard.stop, dist.group.WORLD, sum_hidden_grad=False)},
+    }
+    for message, fault in faults.items():
+        arguments = {**good, **fault} if odd else good
+        expect(message, lambda arguments=arguments: linear_preference_loss(OBJECTIVE, **arguments))
+    objective = functools.partial(tdpo_loss, beta=0.2) if odd else OBJECTIVE
+    expect("objective differs", lambda: linear_preference_loss(objective, **good))
+    with torch.set_grad_enabled(not odd):
+        expect("is_grad_enabled", lambda: linear_preference_loss(OBJECTIVE, **good))
+    loss, _, _ = linear_preference_loss(OBJECTIVE, **good)  # the group still works
+    loss.backward()
+
+
+@on_every_rank
+def rows_split_otherwise(rank, world, device):
+    good = arguments_of(rank, world, pairs=2, tokens=6, ignored=0.0)
+    for name in ("hidden", "ref_hidden", "labels"):
+        good[name] = good[name].detach().flatten(0, 1)
+    offsets = torch.tensor([0, 6, 12, 18, 24] if rank == 1 else [0, 5, 12, 18, 24])
+    expect(r"cu_seqlens\) differs", lambda: linear_preference_loss(OBJECTIVE, **good, cu_seqlens=offsets))
+
+
+@on_every_rank
+def columns_that_differ(rank, world, device):
+    @per_token
+    def weighted(chosen, rejected):
+        return rejected.sum(rejected.columns["w"] * rejected.logratio) - chosen.sum(chosen.logratio)
+
+    good = arguments_of(rank, world, pairs=2)
+    column = torch.full(good["labels"].shape, 1.0 + rank)
+    expect("token_columns differs", lambda: linear_preference_loss(weighted, **good, token_columns={"w": column}))
+
+
+@on_every_rank
+def logits_that_differ(rank, world, device):
+    shard = VocabShard.from_group(40, dist.group.WORLD)
+    logits, labels = torch.randn(3, shard.size), torch.tensor([1, 2, 3])
+    other = torch.tensor([1, 2, 4]) if rank == 1 else labels
+    call = functools.partial(tdpo_ext.token_divergence, logits, logits, shard=shard)
+    expect("labels differs", lambda: call(other))
+    expect("temperature differs", lambda: call(labels, temperature=1.0 + rank))
+    call(labels)
+
+
+class FailsOnRankOne:
+    """An objective that passes the check and then raises on rank 1."""
+
+    def __init__(self, rank):
+        self.fails = rank == 1
+        self.calls = 0
+
+    def __call__(self, chosen, rejected):
+        self.calls += 1
+        if self.fails and self.calls > 4:  # the check makes four calls
+            raise KeyError("lost objective")
+        return OBJECTIVE(chosen, rejected)
+
+
+@on_every_rank
+def objective_that_raises_on_one_rank(rank, world, device):
+    for budget in BUDGETS.values():
+        good = arguments_of(rank, world, pairs=4)
+        call = functools.partial(linear_preference_loss, FailsOnRankOne(rank), **good, logits_budget=budget)
+        expect("lost objective", call, own=KeyError, rank=rank)
+    linear_preference_loss(OBJECTIVE, **arguments_of(rank, world))[0].backward()
+
+
+@on_every_rank
+def operators_that_raise_on_one_rank(rank, world, device):
+    long = {"pairs": 1, "tokens": 200}  # deferred at 60,000 bytes
+    for name in ("row_states", "logit_gradient_out"):
+        for sizes, budget in [({"pairs": 4}, b) for b in BUDGETS.values()] + [(long, 120_000)]:
+            good, real, calls = arguments_of(rank, world, **sizes), getattr(operators, name), []
+
+            def failing(*arguments, real=real, calls=calls, **options):
+                calls.append(1)
+                if rank == 1 and len(calls) == 1:
+                    raise MemoryError("out of luck")
+                return real(*arguments, **options)
+
+            setattr(operators, name, failing)
+            try:
+                call = functools.partial(linear_preference_loss, OBJECTIVE, **good, logits_budget=budget)
+                expect("out of luck", call, own=MemoryError, rank=rank)
+            finally:
+                setattr(operators, name, real)
+
+
+@on_every_rank
+def backward_that_fails(rank, world, device):
+    good = arguments_of(rank, world, pairs=2)
+    real = operators.logit_gradient_out
+
+    def failing(*arguments, **options):
+        if rank == 1:
+            raise MemoryError("out of luck")
+        return real(*arguments, **options)
+
+    values = linear_token_divergence(**good, logits_budget=3_000)
+    operators.logit_gradient_out = failing
+    try:
+        expect("out of luck", (values.kl.sum() + values.logps.sum()).backward, own=MemoryError, rank=rank)
+    finally:
+        operators.logit_gradient_out = real
+    values = linear_token_divergence(**good, logits_budget=3_000)
+    expect("gradient of the values differs", ((1.0 + rank) * values.kl.sum()).backward)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return run_on_ranks(CHECKS, 2, "cpu", tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+def test_faults(check, outcomes):
+    failed = {rank: text for (name, rank), text in outcomes.items() if name == check and text}
+    assert not failed, "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
