@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BUDGETS, OBJECTIVES, ipo_loss, loss_and_gradients, make_case
 
+import tdpo_ext.fused.plan
+import tdpo_ext.linear
 from tdpo_ext import LinearTDPOLoss, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
 from tdpo_ext.fused.plan import ChunkedPlan, Sizes, make_plan
 
@@ -50,6 +52,37 @@ def test_low_precision_weight_gradients_of_several_chunks(width):
     assert plan.keeps_dz == (width == 64)
     assert len(plan.chunks) > 1
     assert_matches_oracle(case, OBJECTIVES["tdpo2"], logits_budget=90_000)
+
+
+def not_a_margin_loss(chosen, rejected):
+    return OBJECTIVES["tdpo2"](chosen, rejected)
+
+
+@pytest.mark.parametrize("plan", ["chunked", "streaming"])
+def test_low_precision_weight_gradients_are_summed_in_float32(plan, monkeypatch):
+    """The error of dW over many chunks, or blocks of rows, is that of one: a single rounding, not one per sum."""
+    case = make_case(torch.bfloat16, pairs=40, tokens=12, width=16, vocab=401, ignored=0.0)
+    objective = OBJECTIVES["tdpo2"] if plan == "chunked" else not_a_margin_loss
+    monkeypatch.setattr(tdpo_ext.fused.plan, "STREAMING_ROWS", 32)
+    made = []
+
+    def recorded(*arguments, **options):
+        made.append(make_plan(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(tdpo_ext.linear, "make_plan", recorded)
+    errors = []
+    truth = loss_and_gradients(eager.linear_preference_loss, case, objective, dtype=torch.float64)[2]["weight"]
+    for budget in (1 << 30, 180_000 if plan == "chunked" else 60_000):
+        grad = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget)[2]["weight"]
+        errors.append(((grad.double() - truth).norm() / truth.norm()).item())
+    if plan == "chunked":
+        assert len(made[-1].chunks) >= 16
+        assert not made[-1].keeps_dz
+    else:
+        assert not isinstance(made[-1], ChunkedPlan)
+        assert made[-1].rows == 32
+    assert errors[1] < 1.15 * errors[0]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -138,3 +138,50 @@ def test_compiled_model_around_the_loss():
     torch.testing.assert_close(compiled(case.hidden), step(case.hidden))
     compiled(case.hidden).backward()
     assert layer.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 9, 4, 20, 30, 40, 66], [0, 11, 22, 33, 44, 55, 65], [1, 11, 22, 33, 44, 55, 66]]
+)
+def test_offsets_that_do_not_rise_to_the_end(offsets):
+    tensors = make_case(ignored=0.0).tensors()
+    for name in ("hidden", "ref_hidden", "labels"):
+        tensors[name] = tensors[name].detach().flatten(0, 1)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
+        linear_preference_loss(ipo_loss, **tensors, cu_seqlens=torch.tensor(offsets))
+
+
+def test_known_lengths_equal_padded():
+    case = make_case(ignored=0.0)
+    loss, sides, grads = loss_and_gradients(linear_preference_loss, case, ipo_loss)
+    packed = Case(
+        hidden=case.hidden.flatten(0, 1),
+        weight=case.weight,
+        ref_hidden=case.ref_hidden.flatten(0, 1),
+        ref_weight=case.ref_weight,
+        labels=case.labels.flatten(),
+        bias=None,
+        ref_bias=None,
+    )
+    for budget in BUDGETS.values():
+        other, other_sides, other_grads = loss_and_gradients(
+            linear_preference_loss, packed, ipo_loss, row_lengths=[11] * 6, logits_budget=budget
+        )
+        torch.testing.assert_close(other, loss)
+        torch.testing.assert_close(other_sides[0].kl, sides[0].kl)
+        torch.testing.assert_close(other_grads["hidden"].view(6, 11, -1), grads["hidden"])
+
+
+def test_known_lengths_keep_ignored_rows_out_of_the_loss():
+    """Rows are not dropped then; an ignored one still contributes nothing."""
+    tensors = make_case(ignored=0.0).tensors()
+    for name in ("hidden", "ref_hidden", "labels"):
+        tensors[name] = tensors[name].detach().flatten(0, 1)
+    tensors["labels"][7] = -100
+    tensors["hidden"][7] = torch.nan
+    tensors["hidden"].requires_grad_()
+    loss, chosen, _ = linear_preference_loss(ipo_loss, **tensors, row_lengths=[11] * 6)
+    loss.backward()
+    assert loss.isfinite()
+    assert chosen.tokens.tolist() == [10, 11, 11]
+    assert not tensors["hidden"].grad[7].any()

@@ -1,9 +1,22 @@
 """The planner, and the memory that plans run in."""
 
+from dataclasses import replace
+
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tdpo_ext
-from tdpo_ext.fused.plan import ChunkedPlan, Sizes, StreamingPlan, make_plan
+from tdpo_ext.fused.plan import (
+    ChunkedPlan,
+    Sizes,
+    StreamingPlan,
+    cuda_budget,
+    make_plan,
+    row_pitch,
+    streaming_plan,
+)
 from tdpo_ext.ops import memory
 
 SIZES = Sizes(vocab=1000, width=64, ref_width=64, weight_bytes=4, logit_bytes=4, needs_weight_grad=True)
@@ -42,6 +55,113 @@ def test_few_rows_keep_their_dz():
     summed = make_plan([30] * 10, LOW_PRECISION, budget)
     assert isinstance(summed, ChunkedPlan)
     assert not summed.keeps_dz
+
+
+def test_no_chunk_exceeds_the_budget():
+    """Chunks are evened out, but never beyond what fits."""
+    row = SIZES.whole_row
+    plan = make_plan([9, 1, 1, 9, 9], SIZES, 10 * row)
+    assert isinstance(plan, ChunkedPlan)
+    assert plan.rows <= 10
+    assert plan.bytes <= plan.budget
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    rows=st.integers(1, 200),
+    weight_bytes=st.sampled_from([2, 4]),
+    needs_weight_grad=st.booleans(),
+    can_defer=st.booleans(),
+)
+def test_plans_cover_all_pairs_within_the_budget(lengths, rows, weight_bytes, needs_weight_grad, can_defer):
+    sizes = Sizes(
+        vocab=1000,
+        width=64,
+        ref_width=32,
+        weight_bytes=weight_bytes,
+        logit_bytes=4,
+        needs_weight_grad=needs_weight_grad,
+    )
+    plan = make_plan(lengths, sizes, rows * sizes.whole_row, can_defer=can_defer)
+    if isinstance(plan, StreamingPlan):
+        return
+    assert [pair for first, stop in plan.chunks for pair in range(first, stop)] == list(range(len(lengths)))
+    chunk_rows = [sum(lengths[first:stop]) for first, stop in plan.chunks]
+    assert plan.longest == max(chunk_rows)
+    assert plan.deferred == (max(chunk_rows) > plan.rows)
+    logits = plan.rows * sizes.whole_row
+    if plan.keeps_dz:
+        logits = plan.rows * (sizes.whole_row - 1000 * weight_bytes) + sizes.kept_dz(sum(lengths))
+    assert logits <= plan.budget
+    beyond = sizes.weight_sum + sizes.accumulated_weight * plan.deferred if can_defer else 0
+    assert plan.bytes <= plan.budget + beyond
+
+
+def test_row_bytes_by_hand():
+    """Per row: two float32 logits and a bfloat16 dz of 1,000 entries; hidden, its gradient, ref_hidden; 128 bytes."""
+    assert LOW_PRECISION.whole_row == 1000 * (4 + 4 + 2) + 2 * (64 + 64 + 64) + 128
+    assert SIZES.whole_row == 1000 * (4 + 4) + 4 * (64 + 64 + 64) + 128
+    without_grad = replace(LOW_PRECISION, needs_grad=False, needs_weight_grad=False)
+    assert without_grad.whole_row == 1000 * (4 + 4) + 2 * (64 + 64 + 64) + 128
+
+
+def test_streaming_bytes_by_hand():
+    sizes = Sizes(vocab=50_000, width=64, ref_width=64, weight_bytes=2, logit_bytes=4, needs_weight_grad=True)
+    plan = streaming_plan(10_000, sizes, 256 << 20, "for this test")
+    assert plan.rows == 4096
+    assert plan.columns % 64 == 0
+    expected = 4096 * sizes.row + 10_000 * 64 * 4 + plan.columns * (4096 * 10 + 64 * 4)
+    assert plan.bytes == expected <= 256 << 20
+    assert plan.bytes + 64 * (4096 * 10 + 64 * 4) > 256 << 20  # the widest that fits
+
+
+def test_rows_of_logits_are_padded():
+    assert [row_pitch(columns) for columns in (5, 1023, 1024, 50_257, 128_256, 128_257)] == [
+        5,
+        1023,
+        1024,
+        50_304,
+        128_256,
+        128_320,
+    ]
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("memory", "budget"), [(8 * GIB, 8 * GIB // 12), (24 * GIB, 2 * GIB), (80 * GIB, 5 * GIB), (2 * GIB, GIB // 4)]
+)
+def test_the_default_budget_follows_a_device_s_total_memory(memory, budget):
+    assert cuda_budget(memory) == budget
+
+
+def llm_sizes(vocab, width=4096):
+    return Sizes(vocab=vocab, width=width, ref_width=width, weight_bytes=2, logit_bytes=4, needs_weight_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("pair_rows", "pairs", "vocab", "most_chunks"),
+    [
+        (1024, 4, 128_256, 1),  # 4,096 rows
+        (256, 16, 128_256, 1),
+        (1024, 8, 128_256, 3),  # 8,192 rows
+        (1024, 4, 151_936, 2),
+        (2048, 8, 128_256, 8),  # 16,384 rows
+    ],
+)
+def test_the_usual_batches_stay_chunked_on_80_gb(pair_rows, pairs, vocab, most_chunks):
+    plan = make_plan([pair_rows] * pairs, llm_sizes(vocab), cuda_budget(80 * GIB), can_defer=True, device_type="cuda")
+    assert isinstance(plan, ChunkedPlan)
+    assert not plan.deferred
+    assert len(plan.chunks) <= most_chunks
+    assert plan.bytes <= 6 * GIB
+
+
+def test_long_pairs_defer_on_80_gb():
+    plan = make_plan([16_384], llm_sizes(128_256), cuda_budget(80 * GIB), can_defer=True, device_type="cuda")
+    assert isinstance(plan, ChunkedPlan)
+    assert plan.deferred
 
 
 def test_scratch_is_kept_and_released():

@@ -1,0 +1,191 @@
+"""The deferred plan: margin losses of pairs of any length without recompute, equal to the other plans."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from linear_cases import OBJECTIVES, Case, loss_and_gradients, make_case
+
+import tdpo_ext.linear
+from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, tdpo_loss
+from tdpo_ext.fused.plan import ChunkedPlan, Sizes, StreamingPlan, make_plan
+
+
+def logratio_margin(chosen, rejected):
+    return chosen.logratio - rejected.logratio
+
+
+MARGIN_LOSSES = {
+    "tdpo2": OBJECTIVES["tdpo2"],
+    "tdpo1": OBJECTIVES["tdpo1"],
+    "smoothed dpo": functools.partial(dpo_loss, beta=0.1, label_smoothing=0.2),
+    "ipo": MarginLoss(logratio_margin, lambda margin: (margin - 2.0) ** 2),
+    "hinge": MarginLoss(logratio_margin, lambda margin: (1.0 - 0.05 * margin).relu()),
+    "mean": MarginLoss(
+        lambda chosen, rejected: chosen.logratio / chosen.tokens - rejected.logratio / rejected.tokens,
+        lambda margin: -torch.nn.functional.logsigmoid(margin),
+    ),
+}
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans of the calls that a test makes."""
+    made = []
+
+    def recorded(*arguments, **options):
+        made.append(make_plan(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(tdpo_ext.linear, "make_plan", recorded)
+    return made
+
+
+def assert_gradients_match(grads, true_grads, tolerance):
+    for name, grad in grads.items():
+        error = (grad.double() - true_grads[name]).norm() / true_grads[name].norm().clamp(min=1e-2)
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("objective", MARGIN_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_equals_the_oracle(objective, dtype, pairs, plans):
+    case = make_case(dtype, pairs=pairs, tokens=150, bias=True)
+    options = {"temperature": 1.3, "softcap": 4.0}
+    function = MARGIN_LOSSES[objective]
+    loss, sides, grads = loss_and_gradients(linear_preference_loss, case, function, logits_budget=500_000, **options)
+    assert plans[-1].deferred
+    truth, true_sides, true_grads = loss_and_gradients(
+        eager.linear_preference_loss, case, function, dtype=torch.float64, **options
+    )
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=1e-5)  # ipo squares a sum over 150 tokens
+    for side, true_side in zip(sides, true_sides):
+        for value, expected in zip(side, true_side):
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_gradients_match(grads, true_grads, 1e-11 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps)
+
+
+def test_the_three_plans_agree(plans):
+    case = make_case(torch.float64, pairs=2, tokens=200, ignored=0.1)
+    near = Case(**{**vars(case), "ref_hidden": case.hidden + 1e-3 * torch.randn(case.hidden.shape).double()})
+    near.ref_weight = near.weight
+
+    def not_a_margin_loss(chosen, rejected):
+        return tdpo_loss(chosen, rejected, beta=0.1)
+
+    found = [
+        loss_and_gradients(linear_preference_loss, near, objective, logits_budget=budget)
+        for objective, budget in (
+            (OBJECTIVES["tdpo2"], 1 << 30),
+            (OBJECTIVES["tdpo2"], 500_000),
+            (not_a_margin_loss, 500_000),
+        )
+    ]
+    assert [type(plan) for plan in plans] == [ChunkedPlan, ChunkedPlan, StreamingPlan]
+    assert [plan.deferred for plan in plans[:2]] == [False, True]
+    (loss, sides, grads), *others = found
+    for other_loss, other_sides, other_grads in others:
+        torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(other_sides[1].kl, sides[1].kl, rtol=1e-9, atol=1e-12)
+        assert_gradients_match(other_grads, grads, 1e-9)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_frozen_tensors(frozen, plans):
+    case = make_case(pairs=2, tokens=150)
+    results = []
+    for budget in (1 << 30, 300_000):
+        tensors = case.tensors()
+        tensors[frozen].requires_grad_(False)
+        linear_preference_loss(OBJECTIVES["tdpo1"], **tensors, logits_budget=budget)[0].backward()
+        results.append(tensors["hidden" if frozen == "weight" else "weight"].grad)
+    assert [plan.deferred for plan in plans] == [False, True]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_no_gradient_needs_no_margin_loss(plans):
+    case = make_case(pairs=2, tokens=150)
+    with torch.no_grad():
+        loss, _, _ = linear_preference_loss(lambda w, l: (w.logratio - l.logratio).square(), **case.tensors())
+        blocks, _, _ = linear_preference_loss(
+            lambda w, l: (w.logratio - l.logratio).square(), **case.tensors(), logits_budget=300_000
+        )
+    assert [plan.deferred for plan in plans] == [False, True]
+    torch.testing.assert_close(blocks, loss)
+
+
+def test_gradients_accumulate(plans):
+    case = make_case(pairs=2, tokens=150)
+    tensors = case.tensors()
+    for _ in range(2):
+        (linear_preference_loss(OBJECTIVES["tdpo2"], **tensors, logits_budget=300_000)[0] / 2).backward()
+    assert plans[-1].deferred
+    _, _, grads = loss_and_gradients(linear_preference_loss, case, OBJECTIVES["tdpo2"], scale=1.0)
+    torch.testing.assert_close(tensors["weight"].grad, grads["weight"], rtol=1e-4, atol=1e-6)
+
+
+@given(
+    pairs=st.integers(1, 3),
+    tokens=st.integers(1, 60),
+    vocab=st.integers(2, 300),
+    ignored=st.floats(0, 1),
+    budget=st.integers(10_000, 400_000),
+    objective=st.sampled_from(["tdpo2", "tdpo1", "smoothed dpo", "ipo"]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_shape_and_budget(pairs, tokens, vocab, ignored, budget, objective, seed):
+    torch.manual_seed(seed)
+    case = make_case(torch.float64, pairs=pairs, tokens=tokens, vocab=vocab, ignored=ignored)
+    function = MARGIN_LOSSES[objective]
+    loss, _, grads = loss_and_gradients(linear_preference_loss, case, function, logits_budget=budget)
+    truth, _, true_grads = loss_and_gradients(eager.linear_preference_loss, case, function)
+    torch.testing.assert_close(loss, truth, rtol=1e-10, atol=1e-10)
+    assert_gradients_match(grads, true_grads, 1e-9)
+
+
+@pytest.mark.slow
+def test_a_pair_of_twenty_thousand_rows_at_64_mib(plans):
+    rows, width, vocab = 10_000, 32, 2_000
+    case = make_case(pairs=1, tokens=rows, width=width, ref_width=width, vocab=vocab, ignored=0.0)
+    budget = 64 << 20
+    loss, sides, grads = loss_and_gradients(linear_preference_loss, case, OBJECTIVES["tdpo2"], logits_budget=budget)
+    assert plans[-1].deferred
+    assert plans[-1].bytes <= budget
+    truth, true_sides, true_grads = loss_and_gradients(
+        eager.linear_preference_loss, case, OBJECTIVES["tdpo2"], dtype=torch.float64
+    )
+    assert sides[0].tokens.item() == rows
+    torch.testing.assert_close(sides[0].kl.double(), true_sides[0].kl, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)  # sums are taken in float64
+    for name in ("hidden", "weight"):  # the factor carries the rounding of sums over 10,000 tokens
+        direction, expected = grads[name].double(), true_grads[name]
+        cosine = (direction * expected).sum() / (direction.norm() * expected.norm())
+        assert cosine > 1 - 1e-9
+
+
+@pytest.mark.parametrize(
+    "margin",
+    [
+        lambda chosen, rejected: chosen.logratio.square() - rejected.logratio,
+        lambda chosen, rejected: chosen.kl * rejected.kl,
+        lambda chosen, rejected: chosen.ref_logps * chosen.logps,
+        lambda chosen, rejected: chosen.entropy * chosen.logps - rejected.logps,
+    ],
+)
+def test_margins_that_are_not_linear_are_refused(margin):
+    with pytest.raises(ValueError, match="margin is not linear"):
+        linear_preference_loss(MarginLoss(margin, torch.sigmoid), **make_case().tensors())
+
+
+def test_the_planner_compares_costs():
+    sizes = Sizes(vocab=50_257, width=768, ref_width=768, weight_bytes=4, logit_bytes=4, needs_weight_grad=True)
+    budget = 64 << 20
+    assert make_plan([2048], sizes, budget, can_defer=True).deferred
+    assert isinstance(make_plan([2048], sizes, budget), StreamingPlan)
+    # On a GPU, products are so fast that adding up a dW for every short pair costs more than the recompute.
+    many_short = make_plan([256] * 64, sizes, budget, can_defer=True, device_type="cuda")
+    assert isinstance(many_short, StreamingPlan)
+    assert make_plan([8192], sizes, 1 << 30, can_defer=True, device_type="cuda").deferred

@@ -1,0 +1,176 @@
+"""The host never waits for the device: what a fused loss reads back, and how many operations a chunk costs.
+
+Shown without a GPU: under FakeTensorMode there is no data, so that whatever would make the host look at a tensor
+raises; and a dispatch mode counts operations. `reading_is_free` is patched to take the paths that a GPU takes.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from linear_cases import OBJECTIVES, make_case
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tdpo_ext.fused.rows
+import tdpo_ext.fused.streaming
+from tdpo_ext import linear_preference_loss, linear_token_divergence, per_token
+
+LENGTHS = [11, 4, 7, 9, 11, 1]
+# Operators whose result the host reads, or whose shape depends on data.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    for module in (tdpo_ext.fused.rows, tdpo_ext.fused.streaming):
+        monkeypatch.setattr(module, "reading_is_free", lambda device: False)
+    monkeypatch.setattr(
+        tdpo_ext.ops.memory, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
+    )
+
+
+def packed_arguments(lengths=LENGTHS, **sizes):
+    rows = sum(lengths)
+    case = make_case(pairs=1, tokens=(rows + 1) // 2, ignored=0.0, **sizes)
+    tensors = case.tensors()
+    for name in ("hidden", "ref_hidden", "labels"):
+        tensors[name] = tensors[name].flatten(0, 1)[:rows].detach()
+    tensors["hidden"].requires_grad_()
+    return tensors
+
+
+@per_token
+def weighted(chosen, rejected):
+    w, l = chosen.columns["weight"], rejected.columns["weight"]
+    return torch.nn.functional.softplus(rejected.mean(l * rejected.logratio) - chosen.sum(w * chosen.kl))
+
+
+def not_a_margin_loss(chosen, rejected):
+    return OBJECTIVES["tdpo2"](chosen, rejected)
+
+
+# (objective, budget): one chunk, several, blocks of a pair, slices of the vocabulary.
+PLANS = {
+    "one chunk": ("tdpo2", 1 << 30),
+    "several chunks": ("tdpo2", 90_000),
+    "deferred": ("tdpo1", 60_000),
+    "streaming": (not_a_margin_loss, 30_000),
+    "per token": (weighted, 90_000),
+    "streaming per token": (weighted, 30_000),
+}
+
+
+def faked(mode, tensors):
+    """The same arguments without data."""
+    return {
+        name: None if tensor is None else mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_is_read_where_the_lengths_are_given(plan):
+    name, budget = PLANS[plan]
+    objective = OBJECTIVES[name] if isinstance(name, str) else name
+    columns = {"weight": torch.rand(sum(LENGTHS), requires_grad=True)} if "token" in plan else {}
+    arguments = packed_arguments()
+    offsets = {"cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0)}
+    options = {"row_lengths": LENGTHS, "logits_budget": budget}
+    linear_preference_loss(objective, **arguments, **offsets, token_columns=columns, **options)  # checks the objective
+    mode = FakeTensorMode()
+    arguments, offsets, columns = (faked(mode, tensors) for tensors in (arguments, offsets, columns))
+    with mode, torch.enable_grad():
+        loss, _, _ = linear_preference_loss(objective, **arguments, **offsets, token_columns=columns, **options)
+        loss.backward()
+    for leaf in (arguments["hidden"], arguments["weight"], *columns.values()):
+        assert leaf.grad.shape == leaf.shape
+
+
+def test_per_token_values_read_nothing():
+    mode = FakeTensorMode()
+    arguments = faked(mode, packed_arguments())
+    with mode, torch.enable_grad():
+        divergence = linear_token_divergence(**arguments, logits_budget=30_000)
+        (divergence.logps.sum() + divergence.kl.sum()).backward()
+    assert arguments["hidden"].grad.shape == arguments["hidden"].shape
+
+
+class Counter(TorchDispatchMode):
+    """Names of the dispatched operations, and of host reads among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.reads = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.operations.append(name)
+        if name in READS:
+            self.reads.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counted_lists(counter):
+    """Counts `Tensor.tolist`, which dispatches nothing on the CPU, as one read."""
+    tolist = torch.Tensor.tolist
+
+    def reading(tensor):
+        counter.reads.append("tolist")
+        return tolist(tensor)
+
+    torch.Tensor.tolist = reading
+    try:
+        yield
+    finally:
+        torch.Tensor.tolist = tolist
+
+
+def count(budget, objective="tdpo2", packed=False):
+    case = make_case(pairs=24, tokens=11, ignored=0.3)
+    tensors, options = case.tensors(), {}
+    if packed:
+        for name in ("hidden", "ref_hidden", "labels"):
+            tensors[name] = tensors[name].detach().flatten(0, 1)
+        tensors["hidden"].requires_grad_()
+        options["cu_seqlens"] = 11 * torch.arange(49)
+    function = OBJECTIVES[objective]
+    linear_preference_loss(function, **tensors, logits_budget=budget, **options)
+    counter = Counter()
+    with counter, counted_lists(counter):
+        loss, _, _ = linear_preference_loss(function, **tensors, logits_budget=budget, **options)
+        loss.backward()
+    return counter
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_read_however_many_chunks(packed):
+    for budget in (1 << 30, 400_000, 90_000, 60_000):
+        assert len(count(budget, packed=packed).reads) == 1, budget
+
+
+def identity(chosen, rejected):
+    return chosen.logps
+
+
+def test_a_chunk_costs_a_dozen_operations_beside_its_products(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "identity", identity)
+    chunks, original = [], tdpo_ext.linear.make_plan
+
+    def make_plan(*arguments, **options):
+        plan = original(*arguments, **options)
+        chunks.append(len(plan.chunks))
+        return plan
+
+    monkeypatch.setattr(tdpo_ext.linear, "make_plan", make_plan)
+    few, many = count(400_000, "identity"), count(60_000, "identity")
+    more_chunks = chunks[-1] - chunks[0]
+    assert more_chunks >= 4
+    products = {"mm", "addmm_", "matmul_float32"}
+    views = {"slice", "view", "t", "transpose", "unbind", "detach", "alias", "select", "split"}
+    of_the_objective = {"sum", "div", "ones_like", "expand", "zeros_like"}  # the mean, and its autograd
+    counted = [
+        sum(name not in products | views | of_the_objective for name in counter.operations) for counter in (few, many)
+    ]
+    assert (counted[1] - counted[0]) / more_chunks <= 12
