@@ -24,8 +24,8 @@ from ..ops import memory, operators
 from ..ops.memory import Buffer
 from ..vocab_parallel import Exchange
 from .gradients import BiasGradient, Block, DeferredGradients, Gradients, HiddenGradient, Wanted, WeightGradient, slices
-from .handed_over import Outcome, PairLoss, column_gradient
 from .inputs import FusedInputs, GatheredRows
+from .pair_loss import Outcome, PairLoss, column_gradient
 from .plan import ChunkedPlan, row_pitch
 from .rows import Chunk, Rows
 from .upstream import Coefficients, PairObjective, Upstream

@@ -22,8 +22,8 @@ from ..ops import memory, operators
 from ..ops.memory import Buffer
 from ..vocab_parallel import Exchange, digest
 from .gradients import BiasGradient, Block, Gradients, PartialHiddenGradient, Wanted, WeightGradient, slices
-from .handed_over import Outcome, PairLoss, column_gradient
 from .inputs import FusedInputs, GatheredRows, LMHead
+from .pair_loss import Outcome, PairLoss, column_gradient
 from .plan import StreamingPlan, row_pitch
 from .rows import Rows, reading_is_free
 
