@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 
 #include "params.h"
 #include "row_state.h"
@@ -97,8 +98,8 @@ inline CheckedInputs check_inputs(const at::Tensor& logits, const at::Tensor& re
   check_matches(ref_logits, "ref_logits", logits.sizes(), logits.scalar_type(), logits);
   check_matches(labels, "labels", logits.sizes().slice(0, logits.dim() - 1), at::kLong, logits);
   const auto vocab = logits.size(-1);
-  TORCH_CHECK_VALUE(vocab_start >= 0 && vocab_start + vocab <= vocab_size, "logits hold entries ", vocab_start, " to ",
-                    vocab_start + vocab, " but vocab_size is ", vocab_size);
+  TORCH_CHECK_VALUE(vocab_start >= 0 && vocab <= vocab_size && vocab_start <= vocab_size - vocab, "vocab_start is ",
+                    vocab_start, " and logits have ", vocab, " entries, but vocab_size is ", vocab_size);
   TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), "temperature is ", temperature,
                     "; it must be positive and finite");
   TORCH_CHECK_VALUE(softcap >= 0 && std::isfinite(softcap), "softcap is ", softcap, "; it must be positive and finite");
@@ -158,14 +159,29 @@ inline CheckedFinalize check_finalize(const at::Tensor& states, const at::Tensor
   return {states.contiguous(), labels.contiguous(), values, labels.numel()};
 }
 
+// Whether two tensors share memory, entry for entry or otherwise.
+inline bool same_memory(const at::Tensor& a, const at::Tensor& b) {
+  return a.data_ptr() == b.data_ptr() && a.scalar_type() == b.scalar_type() && a.strides() == b.strides();
+}
+inline bool may_overlap(const at::Tensor& a, const at::Tensor& b) {
+  const auto end_of = [](const at::Tensor& t) {
+    int64_t last = 0;
+    for (int64_t dim = 0; dim < t.dim(); ++dim) last += (t.size(dim) - 1) * t.stride(dim);
+    return static_cast<const char*>(t.data_ptr()) + (last + 1) * t.element_size();
+  };
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  return static_cast<const char*>(a.data_ptr()) < end_of(b) && static_cast<const char*>(b.data_ptr()) < end_of(a);
+}
+
 // The tensors of logit_gradient_out beside its CheckedInputs.
 struct CheckedGradient {
   at::Tensor states, logps_grad, kl_grad;
   GradientParams params;
 };
 
-inline CheckedGradient check_gradient(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& states,
-                                      const at::Tensor& logps_grad, const at::Tensor& kl_grad, const at::Tensor& out) {
+inline CheckedGradient check_gradient(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
+                                      const at::Tensor& states, const at::Tensor& logps_grad, const at::Tensor& kl_grad,
+                                      const at::Tensor& out) {
   const auto real = state_dtype(logits);
   check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), real, logits);
   check_matches(logps_grad, "logps_grad", labels.sizes(), real, logits);
@@ -176,6 +192,17 @@ inline CheckedGradient check_gradient(const at::Tensor& logits, const at::Tensor
   const auto rows = row_view(out);
   TORCH_CHECK_VALUE(rows, "out has strides ", out.strides(),
                     "; its rows must be dense and its leading dimensions regular");
+  TORCH_CHECK_VALUE(out.numel() < 2 || at::has_internal_overlap(out) != at::MemOverlap::Yes, "out has strides ",
+                    out.strides(), ": its entries overlap each other");
+  TORCH_CHECK_VALUE(same_memory(out, logits) || !may_overlap(out, logits),
+                    "out overlaps logits without being the same memory");
+  for (const auto& [name, input] : {std::pair<const char*, const at::Tensor&>{"ref_logits", ref_logits},
+                                    {"states", states},
+                                    {"logps_grad", logps_grad},
+                                    {"kl_grad", kl_grad},
+                                    {"labels", labels}})
+    TORCH_CHECK_VALUE(!may_overlap(out, input) || (input.is_same(logits) && same_memory(out, logits)), "out overlaps ",
+                      name);
   CheckedGradient checked{states.contiguous(), logps_grad.contiguous(), kl_grad.contiguous(), {}};
   checked.params = {
       .states = checked.states.data_ptr(),

@@ -8,6 +8,8 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
+#include "../checks.h"
+
 namespace tdpo {
 namespace {
 
@@ -241,6 +243,9 @@ void matmul_float32(const at::Tensor& a, const at::Tensor& b, bool accumulate, c
   TORCH_CHECK_VALUE(out.dim() == 2 && out.size(0) == a.size(0) && out.size(1) == b.size(1) && out.stride(1) == 1,
                     "out has shape ", out.sizes(), " and strides ", out.strides());
   TORCH_CHECK_TYPE(out.scalar_type() == at::kFloat, "out has dtype ", out.scalar_type(), "; it must be float32");
+  TORCH_CHECK_VALUE(!may_overlap(out, a) && !may_overlap(out, b), "out overlaps ", may_overlap(out, a) ? "a" : "b");
+  TORCH_CHECK_VALUE(out.size(0) < 2 || out.stride(0) >= out.size(1), "out has strides ", out.strides(),
+                    ": its rows overlap each other");
   if (out.numel() == 0) return;
   if (a.size(1) == 0) {
     if (!accumulate) out.zero_();

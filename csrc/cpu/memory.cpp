@@ -11,6 +11,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -74,6 +75,8 @@ class BlockCache {
     blocks_.clear();
   }
 
+  std::mutex& mutex() { return mutex_; }
+
  private:
   std::mutex mutex_;
   std::vector<Block> blocks_;
@@ -81,7 +84,13 @@ class BlockCache {
 
 // Never destroyed: tensors may outlive static objects at exit.
 BlockCache& cache() {
-  static BlockCache& instance = *new BlockCache;
+  static BlockCache& instance = [&]() -> BlockCache& {
+#if defined(__linux__)
+    // A fork must not copy the lock while another thread holds it: the child would wait for it forever.
+    pthread_atfork([] { cache().mutex().lock(); }, [] { cache().mutex().unlock(); }, [] { cache().mutex().unlock(); });
+#endif
+    return *new BlockCache;
+  }();
   return instance;
 }
 

@@ -58,7 +58,7 @@ void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, 
                         double softcap, const at::Tensor& out) {
   const auto inputs =
       check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
-  const auto gradient = check_gradient(logits, labels, states, logps_grad, kl_grad, out);
+  const auto gradient = check_gradient(logits, ref_logits, labels, states, logps_grad, kl_grad, out);
   const c10::cuda::CUDAGuard guard(logits.device());
   launch_gradient(inputs.params, gradient.params, current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -139,3 +139,81 @@ def test_every_instruction_set_gives_the_same(tmp_path):
             torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[dtype][0]), rtol=1e-6, atol=2e-6)
             torch.testing.assert_close(torch.tensor(kl), torch.tensor(expected[dtype][1]), rtol=1e-5, atol=1e-6)
             assert norm == pytest.approx(expected[dtype][2], rel=1e-3)
+
+
+def gradient_call(logits, ref_logits, labels, out, vocab_start=0):
+    vocab = logits.shape[1]
+    options = RowOptions(vocab_start=vocab_start, vocab_size=vocab)
+    states = operators.row_states(logits, ref_logits, labels.clamp(max=vocab - 1), RowOptions(0, vocab))
+    zeros = torch.zeros(len(logits))
+    operators.logit_gradient_out(
+        logits, ref_logits, labels, states, logps_grad=zeros, kl_grad=zeros, options=options, out=out
+    )
+
+
+def test_operators_refuse_overlapping_outputs():
+    memory = torch.randn(2, 4, 64)
+    logits, ref_logits, labels = memory[0], memory[1], torch.tensor([1, 2, 3, 4])
+    gradient_call(logits, ref_logits, labels, out=torch.empty(4, 64))
+    for message, out in (
+        ("out overlaps ref_logits", ref_logits),
+        ("out overlaps logits", memory.view(-1)[8 : 8 + 256].view(4, 64)),
+        ("overlap each other", torch.empty(64).expand(4, 64)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gradient_call(logits, ref_logits, labels, out=out)
+    gradient_call(logits, ref_logits, labels, out=logits)  # in place
+    square = torch.randn(8, 8)
+    for name, a, b in (("a", square, torch.randn(8, 8)), ("b", torch.randn(8, 8), square)):
+        with pytest.raises(ValueError, match=f"out overlaps {name}"):
+            operators.matmul_float32(a, b, accumulate=False, out=square)
+    with pytest.raises(ValueError, match="rows overlap"):
+        operators.matmul_float32(
+            torch.randn(8, 8), torch.randn(8, 8), accumulate=False, out=torch.empty(8).expand(8, 8)
+        )
+
+
+@pytest.mark.parametrize("label", [64, -1, -(1 << 40)])
+def test_gradients_refuse_labels_out_of_range(label):
+    logits, ref_logits, labels = torch.randn(4, 64), torch.randn(4, 64), torch.tensor([1, 2, 3, label])
+    options = RowOptions(vocab_start=0, vocab_size=64)
+    states, zeros = torch.zeros(4, operators.STATE_SIZE), torch.zeros(4)
+    with pytest.raises(IndexError, match=f"labels hold {label}"):
+        operators.logit_gradient(logits, ref_logits, labels, states, logps_grad=zeros, kl_grad=zeros, options=options)
+
+
+@pytest.mark.parametrize("start", [-1, 1, 1 << 62])
+def test_slices_outside_the_vocabulary_are_refused(start):
+    logits, ref_logits, labels = random_rows(4, 64)
+    with pytest.raises(ValueError, match="vocab_start"):
+        operators.row_states(logits, ref_logits, labels, RowOptions(vocab_start=start, vocab_size=64))
+
+
+FORK = """
+import os, signal, threading, torch
+from tdpo_ext.ops import memory
+busy = True
+def churn():
+    while busy:
+        del_me = [memory.empty((9 << 20,), torch.uint8, torch.device("cpu")) for _ in range(3)]
+threads = [threading.Thread(target=churn) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(150):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a deadlocked child ends by this
+        memory.empty((9 << 20,), torch.uint8, torch.device("cpu"))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status:
+        busy = False
+        raise SystemExit(f"the child ended with status {status}")
+busy = False
+"""
+
+
+@pytest.mark.slow
+def test_forks_do_not_inherit_a_held_lock(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
