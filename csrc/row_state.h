@@ -107,6 +107,19 @@ struct RowSums {
   }
 };
 
+// Beyond this base-2 exponent (logits of 7e8 in float) a rounding of the maximum is a large power of two. What is far
+// below counts as without mass, as masks of -1e30 do; a row whose maximum is beyond is refused.
+template <typename Real>
+constexpr Real kLargestExponent = sizeof(Real) == 8 ? Real(int64_t(1) << 59) : Real(1 << 30);
+
+// The running maximum of exponents, with a candidate for it; NaN candidates are passed over.
+template <typename Real>
+TDPO_FN Real running_max(Real max, Real candidate) {
+  const Real top = candidate > max ? candidate : max;
+  const bool masked = top < -kLargestExponent<Real> && top != -std::numeric_limits<Real>::infinity();
+  return masked ? -kLargestExponent<Real> : top;
+}
+
 // The maximum to subtract from exponents: 0 for a slice that is -inf throughout, where -inf - (-inf) would give NaN.
 template <typename Real>
 TDPO_FN Real finite_max(Real max) {
@@ -137,18 +150,30 @@ struct Rescale {
     }
   }
 
+  // `bregman` is moved term by term or, since bregman = z_sum - r_sum - gap, formed anew: whichever sums smaller
+  // numbers and so rounds less. The first is right where the maxima rise almost alike, the second where one rises
+  // alone.
   template <typename X>
   TDPO_FN void apply(RowSums<X>& sums) const {
     if (r == Real(0)) {  // no reference mass is left, so there is no gap either, not even an infinite one
       sums.bregman = sums.z_sum * z;
       sums.gap = X{};
     } else {
-      sums.bregman = sums.bregman * z + sums.r_sum * excess + sums.gap * growth;
-      sums.gap = (sums.gap + sums.r_sum * hop) * r;
+      const X gap = (sums.gap + sums.r_sum * hop) * r, z_sum = sums.z_sum * z, r_sum = sums.r_sum * r;
+      const X scaled = sums.bregman * z, from_mass = sums.r_sum * excess, from_gap = sums.gap * growth;
+      const auto moves = size_of(scaled) + size_of(from_mass) + size_of(from_gap) <= z_sum + r_sum + size_of(gap);
+      sums.bregman = moves ? scaled + from_mass + from_gap : z_sum - r_sum - gap;
+      sums.gap = gap;
     }
     sums.z_dot = (sums.z_dot + sums.z_sum * z_hop) * z;
     sums.z_sum *= z;
     sums.r_sum *= r;
+  }
+
+ private:
+  template <typename X>
+  static TDPO_FN X size_of(X x) {
+    return x < X{} ? -x : x;
   }
 };
 
@@ -190,7 +215,7 @@ struct RowState {
   // Adds one vocabulary entry.
   TDPO_FN void update(Real z, Real r, InvTemperature<Real> inv_temp) {
     const Real z_log = z * inv_temp.base2, r_log = r * inv_temp.base2;
-    raise_maxima(z_log > z_max ? z_log : z_max, r_log > r_max ? r_log : r_max);
+    raise_maxima(running_max(z_max, z_log), running_max(r_max, r_log));
     sums.template add<ScalarMath<Real>>(z, r, finite_max(z_max), finite_max(r_max), inv_temp);
   }
 
@@ -203,6 +228,13 @@ struct RowState {
     sums += other.sums;
     z_label += other.z_label;
     r_label += other.r_label;
+  }
+
+  // Whether the row's largest logit is too far from 0 for its exponents; not for a row that is -inf throughout.
+  TDPO_FN bool is_out_of_range() const {
+    const Real lowest = -std::numeric_limits<Real>::infinity();
+    const auto beyond = [=](Real max) { return std::fabs(max) >= kLargestExponent<Real> && max != lowest; };
+    return beyond(z_max) || beyond(r_max);
   }
 
   // In double: once per row it costs nothing, and it avoids a rounding of the label's scaled logit that the sums do not

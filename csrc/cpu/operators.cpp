@@ -110,7 +110,12 @@ at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& label
     auto* out = checked.values.data_ptr<scalar_t>();
     for (int64_t row = 0; row < checked.rows; ++row) {
       TokenValues<scalar_t> values{};
-      if (row_labels[row] != ignore_index) values = load_state(in, row).finalize(InvTemperature<scalar_t>(temperature));
+      if (row_labels[row] != ignore_index) {
+        const auto state = load_state(in, row);
+        TORCH_CHECK_VALUE(!state.is_out_of_range(), "logits or ref_logits have a maximum beyond ",
+                          kLargestExponent<scalar_t> * kLn2, " (over the temperature) in size at row ", row);
+        values = state.finalize(InvTemperature<scalar_t>(temperature));
+      }
       values.store(out, checked.rows, row);
     }
   });

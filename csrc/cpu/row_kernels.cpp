@@ -86,14 +86,12 @@ void compute_row_state(const DivergenceParams& params, int64_t row, int64_t begi
       z_top = maximum(z_row.tail(whole, stop - whole), z_top);
       r_top = maximum(r_row.tail(whole, stop - whole), r_top);
     }
-    const Real z_max = horizontal_max<Real>(z_top) * inv_temp.base2;
-    const Real r_max = horizontal_max<Real>(r_top) * inv_temp.base2;
+    const Real z_max = running_max(state.z_max, horizontal_max<Real>(z_top) * inv_temp.base2);
+    const Real r_max = running_max(state.r_max, horizontal_max<Real>(r_top) * inv_temp.base2);
     if (z_max > state.z_max || r_max > state.r_max) {
-      const Real z_new = z_max > state.z_max ? z_max : state.z_max;
-      const Real r_new = r_max > state.r_max ? r_max : state.r_max;
-      Rescale<Real>(state.z_max, state.r_max, z_new, r_new).apply(total);
-      state.z_max = z_new;
-      state.r_max = r_new;
+      Rescale<Real>(state.z_max, state.r_max, z_max, r_max).apply(total);
+      state.z_max = z_max;
+      state.r_max = r_max;
     }
 
     const Real z_shift = finite_max(state.z_max), r_shift = finite_max(state.r_max);

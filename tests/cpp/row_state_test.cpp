@@ -165,6 +165,44 @@ void small_kl_keeps_its_digits() {
   expect(std::fabs(got - wanted) < 1e-4 * wanted, "float32 KL of 1e-8", got, wanted);
 }
 
+// A spike of the policy alone, before one that both share, moves the sums out and back.
+void peaks_do_not_depend_on_the_order() {
+  for (double height : {2.0, 15.0, 60.0}) {
+    Row row = random_row(20000, 1, 0, 23);
+    row.z[7000] = height, row.r[7000] = 0;
+    row.z[15000] = row.r[15000] = height + 5;
+    const double wanted = direct(row).kl;
+    auto front = state_of<float>(row, 0, 20000), merged = state_of<float>(row, 0, 6000);
+    merged.merge(state_of<float>(row, 6000, 9000));
+    merged.merge(state_of<float>(row, 9000, 20000));
+    std::reverse(row.z.begin(), row.z.end()), std::reverse(row.r.begin(), row.r.end());
+    const auto back = state_of<float>(row, 0, 20000);
+    for (const auto& state : {front, merged, back}) {
+      const double got = state.finalize(InvTemperature<float>(1)).kl;
+      // One accumulator for 20,000 entries rounds more than the kernels do.
+      expect(std::fabs(got - wanted) <= 2e-4 * wanted + 1e-9, "a peaked row's KL", got, wanted);
+    }
+  }
+}
+
+// Entries far below everything have no mass, whether they come alone, first or last; maxima far above are noticed.
+void masked_slices_have_no_mass() {
+  const double mask = -1e30;
+  const Row row{{mask, mask, 1, 0.5, mask}, {mask, mask, 1.5, 2, mask}, 3};
+  const double wanted = direct({{1, 0.5}, {1.5, 2}, 1}).kl;
+  for (size_t cut : {1, 2, 3, 4}) {
+    auto state = state_of<float>(row, 0, cut);
+    state.merge(state_of<float>(row, cut, 5));
+    expect_near(state.finalize(InvTemperature<float>(1)).kl, wanted, 1e-6, "KL beside masked slices");
+    expect(!state.is_out_of_range(), "a masked row is in range");
+  }
+  for (double size : {-1e30, 1e9, 3e38}) {
+    const Row far{{size, size}, {0, 0}, 0}, far_reference{{0, 0}, {size, size}, 0};
+    expect(state_of<float>(far, 0, 2).is_out_of_range(), "logits out of range");
+    expect(state_of<float>(far_reference, 0, 2).is_out_of_range(), "reference logits out of range");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -174,6 +212,8 @@ int main() {
   edge_values<float>();
   edge_values<double>();
   small_kl_keeps_its_digits();
+  peaks_do_not_depend_on_the_order();
+  masked_slices_have_no_mass();
   if (failures == 0) std::puts("row_state_test: passed");
   return failures == 0 ? 0 : 1;
 }
