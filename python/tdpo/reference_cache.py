@@ -181,7 +181,7 @@ class _CacheWriter:
         """Runs the reference over the rows that are not done, `batch` at a time."""
         _check_size(self.folder / "hidden.bin", _hidden_bytes(self.header, self.offsets))
         hidden = _map_hidden(self.folder, self.header, self.offsets, "r+")
-        done_checksums = hashlib.blake2b(_read_checksums(self.folder, self.header), digest_size=16)
+        done_checksums = hashlib.blake2b(_read_checksums(self.folder, self.header).tobytes(), digest_size=16)
         checksums = np.memmap(self.folder / "checksums.bin", dtype=_CHECKSUM, mode="r+")
         total, saved = self.header["rows"], self.header["done"]
         was_training = reference.model.training
@@ -197,7 +197,7 @@ class _CacheWriter:
                 if rows.stop == total or rows.stop // _ROWS_PER_SAVE != rows.start // _ROWS_PER_SAVE:
                     hidden.flush()
                     checksums.flush()
-                    done_checksums.update(checksums[self.header["done"] : rows.stop])
+                    done_checksums.update(checksums[self.header["done"] : rows.stop].tobytes())
                     self.header["done"], self.header["checksums"] = rows.stop, done_checksums.hexdigest()
                     self._save_header()
         reference.model.train(was_training)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -235,7 +236,43 @@ class TDPOTrainer(Trainer):
             logs.update(self._means.take("train"))
         super().log(logs, *args, **kwargs)
 
-    # ---- saving ----
+    # ---- resuming and saving ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; with `resume_from_checkpoint` from that checkpoint, or with True from the newest good one.
+
+        Raises:
+            ValueError: a file of the checkpoint is damaged, or there is no good checkpoint; the message names it.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checkpoint_to_resume(self, wanted: str | bool) -> str:
+        """The main process chooses and checks a checkpoint for all: they agree, and it is read once."""
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = checkpoints.checkpoint_to_resume(self.args.output_dir, wanted)
+            except (ValueError, OSError) as error:
+                outcome[1] = str(error)
+        checkpoint, problem = broadcast_object_list(outcome)
+        if problem is not None:
+            raise ValueError(problem)
+        return checkpoint
+
+    def _load_best_model(self) -> None:
+        checkpoints.check(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model.
+
+        Raises:
+            FloatingPointError: its weights are not finite.
+        """
+        checkpoints.check_finite(self)
+        super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)

@@ -152,18 +152,17 @@ def test_flipped_bits_are_detected_or_harmless(name, tmp_path, tokens):
     cache_reference(folder, model, tokens, 0)
     before, intact = (folder / name).read_bytes(), responses(folder, model, tokens)
     bits = random.Random(0).sample(range(8 * len(before)), min(8 * len(before), 150))
-    refused = 0
+    refused = []
     for bit in bits:
         flip_bit(folder / name, bit)
         try:
             assert all(map(torch.equal, responses(folder, model, tokens), intact)), bit
         except ValueError as error:
-            refused += 1
-            assert str(folder) in str(error)
-            assert "tdpo cache-reference" in str(error)
+            refused.append(str(error))
         (folder / name).write_bytes(before)
     # Of the header, some flips only turn white space into other white space.
-    assert refused >= (len(bits) if name != "header.json" else 0.9 * len(bits))
+    assert all(f"{folder} is corrupt" in message or "was made with" in message for message in refused)
+    assert len(refused) >= (len(bits) if name != "header.json" else 0.9 * len(bits))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ if when == "step":
 if when == "checkpoint":
     trainer._save_optimizer_and_scheduler = killed_save_optimizer
 last = last_checkpoint(out)
-trainer.train(resume_from_checkpoint=last)
+trainer.train(resume_from_checkpoint=last is not None)
 print(json.dumps([last, losses(trainer)]))
 """
 

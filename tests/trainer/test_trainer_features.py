@@ -1,14 +1,12 @@
-"""Adapters, packing, options of transformers, samples and checkpoints; and the messages of runs that fail."""
+"""Adapters, packing, options of transformers, samples and the model card."""
 
-import errno
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from model_families import make_model
 from peft import LoraConfig, PeftModel
-from trainer_cases import losses, make_trainer
+from trainer_cases import make_trainer
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -107,57 +105,3 @@ def test_samples_and_model_card(tmp_path, capsys):
     card = (tmp_path / "README.md").read_text()
     assert "2404.11999" in card
     assert "TDPO2, beta 0.1, alpha 0.5" in card
-
-
-def test_loss_that_is_not_finite(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
-    step = trainer.compute_loss
-
-    def poisoned(model, inputs, **options):
-        if trainer.state.global_step == 3:
-            with torch.no_grad():
-                model.get_output_embeddings().weight.mul_(float("nan"))
-        return step(model, inputs, **options)
-
-    trainer.compute_loss = poisoned
-    with pytest.raises(FloatingPointError, match=r"step 4, on rows \[\d+.*checkpoint-2"):
-        trainer.train()
-    again = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
-    again.train(resume_from_checkpoint=True)
-    assert len(losses(again)) == 6
-
-
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
-    save = trainer._save_optimizer_and_scheduler
-
-    def full(output_dir):
-        if trainer.state.global_step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(output_dir)
-
-    trainer._save_optimizer_and_scheduler = full
-    with pytest.raises(RuntimeError, match=r"step 4 could not be written.*No space left.*checkpoint-2"):
-        trainer.train()
-    assert [path.name for path in Path(tmp_path).glob("checkpoint*")] == ["checkpoint-2"]
-    assert not (tmp_path / ".checkpoint-being-written").exists()
-
-
-def test_checkpoints_rotate_and_keep_the_best(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        max_steps=8,
-        save_strategy="steps",
-        save_steps=2,
-        save_total_limit=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-    )
-    trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.parent == tmp_path
-    assert best.is_dir()
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
-    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
