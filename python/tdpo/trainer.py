@@ -24,7 +24,7 @@ from .collator import PreferenceCollator
 from .config import TDPOConfig
 from .data import padding_token, tokenize_preferences
 from .loss import PreferenceLoss, patch_forward
-from .metrics import MetricMeans, WeightedSum, preference_metrics
+from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .model_card import model_card
 from .reference_cache import ReferenceCache, cache_reference
 from .samples import show_samples
@@ -91,7 +91,8 @@ class TDPOTrainer(Trainer):
         )
         # The loss is a mean over pairs: gradient accumulation divides it, nothing is normalised by tokens.
         self.model_accepts_loss_kwargs = False
-        self._means = MetricMeans(self.accelerator)
+        self._training_means = MetricMeans(self.accelerator)
+        self._evaluation_means = DatasetMeans(self.accelerator)
         self._splits = _splits_by_name(self.train_dataset, self.eval_dataset)
         self._caches: dict[str, ReferenceCache] = {}
         self.ref_model: nn.Module | None = None
@@ -197,10 +198,11 @@ class TDPOTrainer(Trainer):
             )
         metrics = preference_metrics(output, self.args.beta)
         if self.model.training:
-            self._means.add("train", metrics)
+            self._training_means.add(metrics)
         else:
-            pairs = len(inputs["index"])
-            self._means.add("eval", {**metrics, "loss": WeightedSum(loss.detach() * pairs, pairs)})
+            losses = self.loss.objective(output.chosen, output.rejected)  # of every pair; `loss` is their mean
+            metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
+            self._evaluation_means.add(inputs["index"], metrics)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -220,11 +222,11 @@ class TDPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Adds the means over the evaluation set to its metrics, and shows samples if `eval_samples` asks for them."""
-        self._means.take("eval")  # drops what an interrupted evaluation left
+        self._evaluation_means = DatasetMeans(self.accelerator)  # without what an interrupted evaluation left
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
-        means = self._means.take("eval")
+        means = self._evaluation_means.take()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         if self.args.eval_samples:
             show_samples(self, dataloader, metric_key_prefix)
@@ -233,7 +235,7 @@ class TDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means since the last log to the entries of the training loop."""
         if "loss" in logs:
-            logs.update(self._means.take("train"))
+            logs.update(self._training_means.take())
         super().log(logs, *args, **kwargs)
 
     # ---- resuming and saving ----
