@@ -64,6 +64,11 @@ class TDPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else args
+        for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
+            if not isinstance(given, nn.Module):
+                raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
+        if not isinstance(args, TDPOConfig):
+            raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
         if processing_class is None:
             raise ValueError("processing_class is None; the policy's tokenizer is required")
         tokenize = functools.partial(
