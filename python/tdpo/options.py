@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
+from .checkpoints import MANIFEST, check
 from .config import TDPOConfig
 from .fields import option
+from .files import read_json
 
 
 @dataclass
@@ -76,13 +79,28 @@ def _loaded(what: str, load: Callable[..., Any], name: str | None, **options: An
     Raises:
         ValueError: it is missing or damaged; the message names it.
     """
+    if name is not None and Path(name, MANIFEST).is_file():
+        check(name)
     try:
         return load(name, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # safetensors, tokenizers and pickle have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the {what} {name} could not be loaded: {reason}") from error
+        raise ValueError(f"the {what} {_unreadable_file(name) or name} could not be loaded: {reason}") from error
+
+
+def _unreadable_file(folder: str | None) -> Path | None:
+    """The first file in a folder that can't be read for what it is: the errors of its loader may not name it."""
+    for path in sorted(Path(folder or "").glob("*")):
+        try:
+            if path.suffix == ".json":
+                read_json(path)
+            if path.suffix == ".safetensors":
+                safe_open(path, framework="pt").keys()
+        except (OSError, ValueError, SafetensorError):
+            return path
+    return None
 
 
 @dataclass
