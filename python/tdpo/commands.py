@@ -36,7 +36,8 @@ def train(arguments: list[str]) -> None:
     preferences = load_preferences(require(data, "dataset"), data.split)
     evaluation = None if data.eval_dataset is None else load_preferences(data.eval_dataset, data.eval_split)
     trainer = _trainer(options, train_dataset=preferences, eval_dataset=evaluation)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoints.last_checkpoint(args.output_dir))
+    interrupted = bool(checkpoints.checkpoints_of(args.output_dir))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or interrupted)
     trainer.save_model()
     trainer.save_state()
     if models.merge_adapters and args.should_save:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from transformers import TrainingArguments
 
-from tdpo_ext import dpo_loss, tdpo_loss
-from tdpo_ext.losses import Objective, check_beta, check_tdpo_options
+from tdpo_ext import checks, dpo_loss, tdpo_loss
+from tdpo_ext.losses import Objective, check_tdpo_options
 
 from .fields import option
 
@@ -18,6 +19,8 @@ _CHOICES = {
     "overlong": ("truncate", "drop"),
     "reference_dtype": ("bfloat16", "float16", "float32"),
 }
+_SWITCHES = ("disable_dropout", "padding_free", "precompute_reference", "remove_unused_columns")
+_LEAST = {"max_length": 2, "max_prompt_length": 1, "eval_samples": 0, "eval_sample_tokens": 0}
 
 
 @dataclass
@@ -25,7 +28,7 @@ class TDPOConfig(TrainingArguments):
     """`transformers.TrainingArguments` plus the options of the loss, of the reference and of the preference data.
 
     Raises:
-        ValueError: an option out of range, named in the message.
+        TypeError, ValueError: an option of the wrong type or out of range, named in the message.
     """
 
     beta: float = option(0.1, "Strength of the KL constraint, > 0.")
@@ -58,20 +61,21 @@ class TDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
-        if self.variant == "dpo":
-            check_beta(self.beta)
-        else:
-            check_tdpo_options(self.beta, self.alpha, self.variant)
-        if not 0 < self.max_prompt_length < self.max_length:
+            checks.choice(name, getattr(self, name), allowed)
+        check_tdpo_options(self.beta, self.alpha, "tdpo2" if self.variant == "dpo" else self.variant)
+        for name, least in _LEAST.items():
+            checks.integer(name, getattr(self, name), least=least)
+        if self.max_prompt_length >= self.max_length:
             raise ValueError(
-                f"max_prompt_length is {self.max_prompt_length}; it must be positive and below max_length, "
-                f"{self.max_length}"
+                f"max_prompt_length is {self.max_prompt_length}; it must be below max_length, {self.max_length}"
             )
-        for name in ("eval_samples", "eval_sample_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.logits_budget is not None:
+            checks.integer("logits_budget", self.logits_budget, least=1)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; True or False is needed")
+        if not isinstance(self.reference_cache, (str, PathLike, type(None))):
+            raise TypeError(f"reference_cache is {self.reference_cache!r}; the path of a folder is needed")
         super().__post_init__()
 
     @property

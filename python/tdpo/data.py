@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -27,22 +28,25 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
     """Rows from a JSON, JSONL, Parquet or CSV file, from a folder that `save_to_disk` wrote, or from a hub.
 
     Raises:
-        ValueError: there is no such file, and no such dataset on the hub.
+        ValueError: there is no such file or split, it can't be read, or there is no such dataset on the hub.
     """
     path = Path(name)
-    if path.suffix in _FILE_FORMATS:
-        if not path.is_file():
-            raise ValueError(f"the dataset file {name} does not exist")
-        return load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train")
-    if path.is_dir():
-        saved = load_from_disk(name)
-        return saved[split] if isinstance(saved, DatasetDict) else saved
+    if path.suffix in _FILE_FORMATS and not path.is_file():
+        raise ValueError(f"the dataset file {name} does not exist")
     try:
-        return load_dataset(name, split=split)
-    except Exception as error:
-        raise ValueError(
-            f"the dataset {name!r} (split {split!r}) is not a file and could not be loaded: {error}"
-        ) from error
+        if path.suffix in _FILE_FORMATS:
+            return load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+        if not path.is_dir():
+            return load_dataset(name, split=split)
+        saved = load_from_disk(name)
+    except Exception as error:  # each format has errors of its own; `datasets` names the reason in the cause
+        reason = error.__cause__ or error
+        raise ValueError(f"the dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
+    if not isinstance(saved, DatasetDict):
+        return saved
+    if split not in saved:
+        raise ValueError(f"the dataset {name!r} has no split {split!r}; it has {', '.join(saved)}")
+    return saved[split]
 
 
 def _shared_prefix_length(first: Sequence, second: Sequence) -> int:
@@ -64,6 +68,22 @@ def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
     elif shared < min(len(chosen), len(rejected)):  # not within a word
         shared = chosen.rfind(" ", 0, shared)
     return max(shared, 0)
+
+
+def _check_texts_or_messages(row: dict[str, Any]) -> None:
+    """Refuses what is neither a text nor a list of messages, with the name of the column."""
+    for name in ("prompt", *RESPONSES):
+        value = row.get(name)
+        if value is None or isinstance(value, str):
+            continue
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise ValueError(f"{name!r} is {value!r}; it must be a text or a list of chat messages")
+        for message in value:
+            for key in ("role", "content"):
+                if message.get(key) is None and not (key == "content" and len(message) > 2):  # such as tool calls
+                    raise ValueError(f"a message of {name!r} has no {key!r}: {message}")
+    if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
+        raise ValueError("'chosen' and 'rejected' must both be texts or both lists of chat messages")
 
 
 def _with_explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +146,10 @@ class _Encoder:
     overlong: str
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        ids, dropped = self.encode(row)
+        try:
+            ids, dropped = self.encode(row)
+        except (ValueError, TemplateError) as error:  # a template may refuse the order of roles, for example
+            raise ValueError(f"row {index} of the dataset: {error}") from error
         return {
             "prompt_ids": ids.prompt,
             "chosen_ids": ids.chosen,
@@ -140,19 +163,20 @@ class _Encoder:
         for side in RESPONSES:
             if not row[side]:
                 return _NO_TOKENS, f"an empty {side!r} response"
-        texts = _texts(row, self.tokenizer)
-        prompt = self._encode_prompt(texts["prompt"], templated=not isinstance(row["chosen"], str))
+        _check_texts_or_messages(row)
+        texts, templated = _texts(row, self.tokenizer), not isinstance(row["chosen"], str)
+        prompt = self._encode_prompt(texts["prompt"], templated)
         if len(prompt) > self.max_prompt_length and self.overlong == "drop":
             return _NO_TOKENS, f"a prompt over {self.max_prompt_length} tokens"
         prompt = prompt[-self.max_prompt_length :]
         available = self.max_length - len(prompt)
-        responses = {side: self._encode_response(texts[side]) for side in RESPONSES}
+        responses = {side: self._encode_response(texts[side], templated) for side in RESPONSES}
         for side, response in responses.items():
             if len(response) <= available:
                 continue
             if self.overlong == "drop":
                 return _NO_TOKENS, f"prompt and {side!r} response over {self.max_length} tokens"
-            responses[side] = [*response[: available - 1], self.tokenizer.eos_token_id]
+            responses[side] = self._cut(response, available)
         if responses["chosen"] == responses["rejected"]:
             return _NO_TOKENS, "equal responses"
         return _TokenIds(prompt, responses["chosen"], responses["rejected"]), ""
@@ -164,10 +188,21 @@ class _Encoder:
         ends = bool(ids) and ids[-1] == self.tokenizer.eos_token_id  # some tokenizers end every text
         return ids[:-1] if ends else ids
 
-    def _encode_response(self, text: str) -> list[int]:
+    def _encode_response(self, text: str, templated: bool) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Templates may put white space behind the end token, which belongs to the conversation as the model knows it.
+        if templated and text.rstrip().endswith(self.tokenizer.eos_token):
+            return ids
+        return self._closed(ids)
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """The beginning of a response, which ends with the end token, perhaps with white space behind, as does ids."""
+        last_end = len(ids) - 1 - ids[::-1].index(self.tokenizer.eos_token_id)
+        return ids[:length] if last_end < length else self._closed(ids[: length - 1])
+
+    def _closed(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
-        return ids if end in ids[-3:] else [*ids, end]  # templates may put white space behind the end token
+        return ids if ids[-1:] == [end] else [*ids, end]
 
 
 def tokenize_preferences(
@@ -180,14 +215,18 @@ def tokenize_preferences(
     """Tokenizes preference rows.
 
     The columns of the result are `prompt_ids`, `chosen_ids` and `rejected_ids`; `index`, the row of `dataset`; and
-    `position`, the row of the result. A response ends with the tokenizer's end token. A prompt longer than
-    `max_prompt_length` tokens keeps its end; a response that doesn't fit `max_length` keeps its beginning and the end
-    token; or, with `overlong="drop"`, such rows are dropped. Rows with an empty response or with equal responses are
-    always dropped. A warning says how many rows were dropped, and why.
+    `position`, the row of the result. A response ends with the tokenizer's end token: it is appended unless the text
+    ends with it, or a chat template closes the message with it, with or without white space behind. A prompt longer
+    than `max_prompt_length` tokens keeps its end; a response that doesn't fit `max_length` keeps its beginning and the
+    end token; or, with `overlong="drop"`, such rows are dropped. Rows with an empty response or with equal responses
+    are always dropped. A warning says how many rows were dropped, and why.
 
     Raises:
-        ValueError: a column is missing, no row is left, or the tokenizer has no end token or no chat template.
+        ValueError: a column is missing, a row is malformed (the message names it), no row is left, or the tokenizer has
+            no end token or no chat template.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"the dataset is {type(dataset).__name__}; a datasets.Dataset is needed")
     missing = [column for column in RESPONSES if column not in dataset.column_names]
     if missing:
         raise ValueError(f"the dataset lacks {', '.join(missing)}; it has {', '.join(dataset.column_names)}")

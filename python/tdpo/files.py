@@ -1,11 +1,32 @@
-"""Files that appear complete or not at all: written beside their destination, then renamed."""
+"""Files that appear complete or not at all, and that show when they are damaged."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_SEAL = "digest"  # the key under which a sealed JSON file holds the digest of its other keys
+_BLOCK = 2**20  # bytes read or written at a time
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def digest(*parts: Any) -> str:
+    """The 128-bit BLAKE2b digest of bytes or contiguous buffers, in hexadecimal."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's content."""
+    with open(path, "rb") as file:
+        return digest(*iter(lambda: file.read(_BLOCK), b""))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -16,6 +37,71 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: the file holds no JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # of the JSON, or of its encoding
+        raise ValueError(f"{path} is damaged: it is not valid JSON ({error})") from error
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object atomically, with a digest of its content in it."""
+    write_json(path, {**content, _SEAL: _seal(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object that `write_sealed` wrote.
+
+    Raises:
+        ValueError: it was changed since; the message names the file.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.pop(_SEAL, None) != _seal(content):
+        raise ValueError(f"{path} is damaged, or of another version: its content does not match its digest")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True).encode())
+
+
+def allocate(path: Path, size: int) -> None:
+    """Creates a file of `size` zero bytes, its space reserved: a later write through a mapping can't run out of disk.
+
+    Raises:
+        OSError: the disk can't hold it. What was allocated is freed.
+    """
+    try:
+        with open(path, "wb") as file:
+            if not _fallocate(file.fileno(), size):
+                for first in range(0, size, _BLOCK):
+                    file.write(bytes(min(_BLOCK, size - first)))
+                file.flush()
+                os.fsync(file.fileno())  # some file systems reserve space only when the data reach them
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}: {size:,} bytes are needed", str(path)) from error
+
+
+def _fallocate(descriptor: int, size: int) -> bool:
+    """Reserves space for a file; False where the system or the file system can't."""
+    reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)  # macOS has none
+    if reserve is None or size == 0:
+        return False
+    try:
+        reserve(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in _NO_FALLOCATE:
+            return False
+        raise
+    return True
 
 
 def save_model(path: Path, model: Any, tokenizer: Any) -> None:

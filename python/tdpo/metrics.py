@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,15 +15,15 @@ from tdpo_ext import rewards
 from .loss import PreferenceOutput
 
 
-class WeightedSum(NamedTuple):
-    """A metric of a batch, whose mean is `total / weight`."""
+class PairMetric(NamedTuple):
+    """A metric of every pair of a batch, (B,) each; its mean over pairs is `values.sum() / weights.sum()`."""
 
-    total: Tensor
-    weight: Tensor | float
+    values: Tensor
+    weights: Tensor
 
 
 @torch.no_grad()
-def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, WeightedSum]:
+def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, PairMetric]:
     """Every metric of a batch, weighted by its pairs or by its response tokens.
 
     Args:
@@ -31,7 +32,7 @@ def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, Weigh
     """
     chosen, rejected = output.chosen, output.rejected
     reward_chosen, reward_rejected = rewards(chosen, beta=beta), rewards(rejected, beta=beta)
-    per_pair = {
+    of_pairs = {
         "rewards/chosen": reward_chosen,
         "rewards/rejected": reward_rejected,
         "rewards/accuracies": (reward_chosen > reward_rejected).float(),
@@ -42,30 +43,69 @@ def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, Weigh
         "logps/chosen": chosen.logps,
         "logps/rejected": rejected.logps,
     }
-    metrics = {name: WeightedSum(values.sum(), len(values)) for name, values in per_pair.items()}
-    tokens = chosen.tokens.sum()
-    metrics["entropy"] = WeightedSum(chosen.entropy.sum() + rejected.entropy.sum(), tokens + rejected.tokens.sum())
-    metrics["mean_token_accuracy"] = WeightedSum(chosen.correct.sum(), tokens)  # of chosen tokens, as TRL's
+    metrics = {name: PairMetric(values, torch.ones_like(values)) for name, values in of_pairs.items()}
+    metrics["entropy"] = PairMetric(chosen.entropy + rejected.entropy, chosen.tokens + rejected.tokens)
+    metrics["mean_token_accuracy"] = PairMetric(chosen.correct, chosen.tokens)  # of chosen tokens, as TRL's
     return metrics
 
 
 class MetricMeans:
-    """Weighted means of metrics between two logs, kept per split; the host reads tensors only in `take`."""
+    """Weighted means of metrics between two logs; the host reads tensors only in `take`."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._sums: dict[str, Tensor] = {}
 
-    def add(self, split: str, metrics: dict[str, WeightedSum]) -> None:
-        sums = self._sums[split]
-        for name, (total, weight) in metrics.items():
-            entry = torch.stack([total.double(), torch.as_tensor(weight, device=total.device).double()])
-            sums[name] = sums[name] + entry if name in sums else entry
+    def add(self, metrics: dict[str, PairMetric]) -> None:
+        for name, entries in _tables(metrics).items():
+            self._sums[name] = self._sums.get(name, 0) + entries.sum(0)
 
-    def take(self, split: str) -> dict[str, float]:
-        """The means of a split over all processes, each of which must call; the split's sums are reset."""
-        sums = self._sums.pop(split, {})
+    def take(self) -> dict[str, float]:
+        """The means over all processes, each of which must call; the sums are reset."""
+        sums, self._sums = self._sums, {}
         if not sums:
             return {}
-        totals = self._accelerator.reduce(torch.stack(list(sums.values())).float(), "sum").tolist()
-        return {name: total / max(weight, 1e-9) for name, (total, weight) in zip(sums, totals)}
+        return _means(sums, self._accelerator.reduce(torch.stack(list(sums.values())), "sum"))
+
+
+class DatasetMeans:
+    """Weighted means of metrics over a data set.
+
+    So that several processes run the same number of batches, their loaders repeat some rows of the data set. Metrics
+    are therefore kept row by row, and each row counts once.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._rows: list[Tensor] = []
+        self._tables: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, rows: Tensor, metrics: dict[str, PairMetric]) -> None:
+        """Adds the metrics of a batch, which holds these rows of the data set, (B,)."""
+        self._rows.append(rows)
+        for name, entries in _tables(metrics).items():
+            self._tables[name].append(entries)
+
+    def take(self) -> dict[str, float]:
+        """The means over the rows of all processes, each of which must call; what was added is forgotten."""
+        if not self._rows:
+            return {}
+        rows = self._gather(torch.cat(self._rows), padding=-1)
+        table = self._gather(torch.stack([torch.cat(entries) for entries in self._tables.values()], 1), padding=0)
+        names = list(self._tables)
+        self._rows, self._tables = [], defaultdict(list)
+        first = {row: position for position, row in reversed(list(enumerate(rows.tolist()))) if row >= 0}
+        return _means(names, table[sorted(first.values())].sum(0))
+
+    def _gather(self, values: Tensor, padding: int) -> Tensor:
+        """The entries of all processes, of which some may have fewer."""
+        return self._accelerator.gather(self._accelerator.pad_across_processes(values, pad_index=padding))
+
+
+def _tables(metrics: dict[str, PairMetric]) -> dict[str, Tensor]:
+    """Values and weights of every metric, (B, 2), in float64: sums over a data set must not lose digits."""
+    return {name: torch.stack([values, weights], 1).double() for name, (values, weights) in metrics.items()}
+
+
+def _means(names: Iterable[str], totals: Tensor) -> dict[str, float]:  # totals (metrics, 2)
+    return {name: total / max(weight, 1e-9) for name, (total, weight) in zip(names, totals.tolist())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from .config import TDPOConfig
 
@@ -31,7 +32,7 @@ def model_card(model: nn.Module, args: TDPOConfig) -> str:
             "# A model aligned by token-level direct preference optimization",
             "",
             f"Trained from `{base or 'a model given in memory'}` with tdpo_ext: {loss}; "
-            f"learning rate {args.learning_rate:g}, {args.optim}.",
+            f"learning rate {args.learning_rate:g}, {OptimizerNames(args.optim).value}.",
             "",
             "The method is that of [arXiv 2404.11999](https://arxiv.org/abs/2404.11999):",
             "",

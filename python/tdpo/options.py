@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
+from .checkpoints import MANIFEST, check
 from .config import TDPOConfig
 from .fields import option
+from .files import read_json
 
 
 @dataclass
@@ -46,13 +50,13 @@ class ModelOptions:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+        return _loaded("model", AutoModelForCausalLM.from_pretrained, name, **options)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+        return _loaded("tokenizer", AutoTokenizer.from_pretrained, self.model, trust_remote_code=self.trust_remote_code)
 
     def adapters(self) -> Any:
         """The peft config that these options name, or None."""
@@ -67,6 +71,36 @@ class ModelOptions:
             lora_dropout=self.lora_dropout,
             target_modules=self.lora_target_modules or "all-linear",
         )
+
+
+def _loaded(what: str, load: Callable[..., Any], name: str | None, **options: Any) -> Any:
+    """What `load` reads from a folder or a hub.
+
+    Raises:
+        ValueError: it is missing or damaged; the message names it.
+    """
+    if name is not None and Path(name, MANIFEST).is_file():
+        check(name)
+    try:
+        return load(name, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # safetensors, tokenizers and pickle have errors of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the {what} {_unreadable_file(name) or name} could not be loaded: {reason}") from error
+
+
+def _unreadable_file(folder: str | None) -> Path | None:
+    """The first file in a folder that can't be read for what it is: the errors of its loader may not name it."""
+    for path in sorted(Path(folder or "").glob("*")):
+        try:
+            if path.suffix == ".json":
+                read_json(path)
+            if path.suffix == ".safetensors":
+                safe_open(path, framework="pt").keys()
+        except (OSError, ValueError, SafetensorError):
+            return path
+    return None
 
 
 @dataclass
@@ -96,7 +130,7 @@ def parse_options(command: str, description: str, arguments: list[str]) -> Optio
     """The options of `tdpo command` from `[config.yaml] [--flag value ...]`; flags override the file.
 
     Raises:
-        ValueError: the file is missing or holds no mapping, or a key that is no option (the nearest is suggested).
+        ValueError: the file is missing or holds no mapping in YAML, or a key is no option (the nearest is suggested).
         SystemExit: bad flags, as argparse does.
     """
     parser = HfArgumentParser(OPTION_CLASSES, prog=f"tdpo {command}", description=description)
@@ -118,7 +152,11 @@ def _flags_of_file(path: Path, names: list[str]) -> list[str]:
     """A YAML file of options as command-line flags."""
     if not path.is_file():
         raise ValueError(f"the configuration file {path} does not exist")
-    options = yaml.safe_load(path.read_text()) or {}
+    try:
+        options = yaml.safe_load(path.read_bytes()) or {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the configuration file {path} is not valid YAML: {reason}") from error
     if not isinstance(options, dict):
         raise ValueError(f"the configuration file {path} holds no mapping of options to values")
     flags = []

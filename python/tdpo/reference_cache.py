@@ -2,10 +2,13 @@
 
 A cache is a folder of plain arrays with a JSON header; nothing in it is ever unpickled:
 
-    header.json    fingerprints of the reference and the data, sizes, and the number of rows done
-    offsets.npy    int64 (2 rows + 1): where each response begins in hidden.bin, chosen before rejected of every row
-    hidden.bin     the last hidden states that predict the response tokens, (tokens, D), float32 or 16-bit
-    checksums.npy  uint32 (rows): CRC-32 of a row's bytes, checked whenever the row is read
+    header.json    fingerprints of the reference and the data, sizes, the number of rows done, the digest of their
+                   checksums, and a digest of all that
+    hidden.bin     the last hidden states that predict the response tokens, (tokens, D), float32 or 16-bit: of every
+                   row the chosen response before the rejected one
+    checksums.bin  uint32 (rows): CRC-32 of a row's bytes in hidden.bin, checked whenever the row is read
+
+Where a response begins in hidden.bin is not stored: the tokenized data, which a cache is opened with, say it.
 
 It is written row by row; an interrupted run resumes at the last row that the header counts. A cache of other weights,
 other tokens or another precision is refused, and so is a truncated or corrupt one.
@@ -14,10 +17,9 @@ other tokens or another precision is refused, and so is a truncated or corrupt o
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import torch
@@ -27,11 +29,13 @@ from tqdm.auto import tqdm
 
 from .causal_lm import CausalLM, unwrap_peft
 from .collator import PreferenceCollator
-from .files import write_json
+from .files import allocate, digest, read_sealed, write_sealed
 
-FORMAT = 1
+FORMAT = 2
+_CHECKSUM = np.dtype("<u4")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _ROWS_PER_SAVE = 64  # rows between two updates of the header
+_ROWS_PER_COUNT = 256  # rows whose response tokens are counted at a time
 
 
 # What a cache was made from, under the names that header.json and messages use.
@@ -44,6 +48,7 @@ class Header(Source):
     rows: int
     width: int
     done: int
+    checksums: str  # digest of the checksums of the rows done
 
 
 def _source(model: nn.Module, dataset: Dataset, dtype: str) -> Source:
@@ -63,6 +68,17 @@ def _source(model: nn.Module, dataset: Dataset, dtype: str) -> Source:
     }
 
 
+def _response_offsets(dataset: Dataset) -> np.ndarray:
+    """Where each response begins in hidden.bin, (2 rows + 1), and where the last one ends."""
+    collate = PreferenceCollator(pad_token_id=0, padding_free=True)  # it decides which response tokens count
+    lengths = [np.zeros(1, dtype=np.int64)]
+    for first in range(0, len(dataset), _ROWS_PER_COUNT):
+        rows = [dataset[row] for row in range(first, min(first + _ROWS_PER_COUNT, len(dataset)))]
+        chosen, rejected = collate(rows)["cu_seqlens"].diff().view(2, -1)
+        lengths.append(torch.stack([chosen, rejected], dim=1).flatten().numpy())
+    return np.concatenate(lengths).cumsum()
+
+
 class ReferenceCache:
     """Reads a finished cache.
 
@@ -71,15 +87,11 @@ class ReferenceCache:
             says which, and how to rebuild it.
     """
 
-    def __init__(self, folder: str | Path, header: Header):
-        self.folder, self.header = Path(folder), header
-        self._offsets = np.load(self.folder / "offsets.npy", allow_pickle=False)
-        self._checksums = np.load(self.folder / "checksums.npy", allow_pickle=False)
-        tokens = int(self._offsets[-1])
-        size = (self.folder / "hidden.bin").stat().st_size
-        if size != _hidden_bytes(header, tokens) or len(self._checksums) != header["rows"]:
-            raise ValueError(_with_advice(folder, "is corrupt: its arrays don't have the sizes that its header gives"))
-        self._hidden = _map_hidden(self.folder, header, tokens, "r")
+    def __init__(self, folder: str | Path, header: Header, offsets: np.ndarray):
+        self.folder, self.header, self._offsets = Path(folder), header, offsets
+        _check_size(self.folder / "hidden.bin", _hidden_bytes(header, offsets))
+        self._checksums = _read_checksums(self.folder, header)
+        self._hidden = _map_hidden(self.folder, header, offsets, "r")
 
     @classmethod
     def open(cls, folder: str | Path, model: nn.Module, dataset: Dataset, dtype: str) -> ReferenceCache:
@@ -93,7 +105,7 @@ class ReferenceCache:
             raise ValueError(_with_advice(folder, f"was made with another {' and another '.join(differences)}"))
         if header["done"] != header["rows"]:
             raise ValueError(_with_advice(folder, f"is not finished: {header['done']} of {header['rows']} rows"))
-        return cls(folder, header)
+        return cls(folder, header, _response_offsets(dataset))
 
     def hidden(self, row: int, side: str) -> Tensor:
         """The hidden states of one response, (tokens, D), after a check of the row's checksum."""
@@ -118,7 +130,8 @@ def cache_reference(
         batch: rows at a time.
 
     Raises:
-        ValueError: the folder holds a cache of something else, or `dtype` is unknown.
+        ValueError: the folder holds a cache of something else or a corrupt one, or `dtype` is unknown.
+        OSError: the disk can't hold the cache; its space is reserved before the reference runs.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
@@ -130,44 +143,46 @@ def cache_reference(
         "rows": len(dataset),
         "width": reference.weight.shape[1],
         "done": 0,
+        "checksums": digest(),
     }
     existing = _read_header(folder)
     if existing is not None:
-        if {**existing, "done": 0} != header:
+        if {**existing, "done": 0, "checksums": header["checksums"]} != header:
             message = "holds the cache of another reference, other data or another precision"
             raise ValueError(_with_advice(folder, message))
         header = existing
+    offsets = _response_offsets(dataset)
     if existing is None or existing["done"] < existing["rows"]:
-        writer = _CacheWriter(folder, header, dataset, PreferenceCollator(pad_token_id))
+        writer = _CacheWriter(folder, header, dataset, offsets, PreferenceCollator(pad_token_id))
         if existing is None:
             writer.allocate()
         writer.fill(reference, batch)
-    return ReferenceCache(folder, header)
+    return ReferenceCache(folder, header, offsets)
 
 
 class _CacheWriter:
     """Writes a cache; `header` counts the rows that are done."""
 
-    def __init__(self, folder: Path, header: Header, dataset: Dataset, collate: PreferenceCollator):
-        self.folder, self.header, self.dataset, self.collate = folder, header, dataset, collate
-        # The collator decides which response tokens count: a batch of one row has the lengths of chosen and rejected.
-        lengths = [collate([row])["cu_seqlens"].diff() for row in dataset]
-        self.offsets = np.concatenate([[0], torch.cat(lengths).cumsum(0).numpy()])
+    def __init__(
+        self, folder: Path, header: Header, dataset: Dataset, offsets: np.ndarray, collate: PreferenceCollator
+    ):
+        self.folder, self.header, self.dataset = folder, header, dataset
+        self.offsets, self.collate = offsets, collate
 
     def allocate(self) -> None:
         """Creates the files at their full sizes, the header last."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        np.save(self.folder / "offsets.npy", self.offsets)
-        np.save(self.folder / "checksums.npy", np.zeros(self.header["rows"], dtype=np.uint32))
-        with open(self.folder / "hidden.bin", "wb") as file:
-            file.truncate(_hidden_bytes(self.header, int(self.offsets[-1])))
+        allocate(self.folder / "checksums.bin", _CHECKSUM.itemsize * self.header["rows"])
+        allocate(self.folder / "hidden.bin", _hidden_bytes(self.header, self.offsets))
         self._save_header()
 
     @torch.no_grad()
     def fill(self, reference: CausalLM, batch: int) -> None:
         """Runs the reference over the rows that are not done, `batch` at a time."""
-        hidden = _map_hidden(self.folder, self.header, int(self.offsets[-1]), "r+")
-        checksums = np.load(self.folder / "checksums.npy", mmap_mode="r+", allow_pickle=False)
+        _check_size(self.folder / "hidden.bin", _hidden_bytes(self.header, self.offsets))
+        hidden = _map_hidden(self.folder, self.header, self.offsets, "r+")
+        done_checksums = hashlib.blake2b(_read_checksums(self.folder, self.header).tobytes(), digest_size=16)
+        checksums = np.memmap(self.folder / "checksums.bin", dtype=_CHECKSUM, mode="r+")
         total, saved = self.header["rows"], self.header["done"]
         was_training = reference.model.training
         reference.model.eval()
@@ -182,7 +197,8 @@ class _CacheWriter:
                 if rows.stop == total or rows.stop // _ROWS_PER_SAVE != rows.start // _ROWS_PER_SAVE:
                     hidden.flush()
                     checksums.flush()
-                    self.header["done"] = rows.stop
+                    done_checksums.update(checksums[self.header["done"] : rows.stop].tobytes())
+                    self.header["done"], self.header["checksums"] = rows.stop, done_checksums.hexdigest()
                     self._save_header()
         reference.model.train(was_training)
 
@@ -196,21 +212,46 @@ class _CacheWriter:
         return [torch.cat(pair) for pair in zip(sequences[: len(rows)], sequences[len(rows) :])]
 
     def _save_header(self) -> None:
-        write_json(self.folder / "header.json", self.header)
+        write_sealed(self.folder / "header.json", dict(self.header))
 
 
-def _hidden_bytes(header: Header, tokens: int) -> int:
-    return tokens * header["width"] * DTYPES[header["dtype"]].itemsize
+def _hidden_bytes(header: Header, offsets: np.ndarray) -> int:
+    return int(offsets[-1]) * header["width"] * DTYPES[header["dtype"]].itemsize
 
 
-def _map_hidden(folder: Path, header: Header, tokens: int, mode: Literal["r", "r+"]) -> np.memmap:  # (tokens, D)
+def _check_size(path: Path, size: int) -> None:
+    """Before a file is mapped: to read a mapping beyond the file's end would kill the process."""
+    if not path.is_file():
+        raise ValueError(_with_advice(path.parent, f"is corrupt: {path.name} is missing"))
+    if path.stat().st_size != size:
+        raise ValueError(
+            _with_advice(path.parent, f"is corrupt: {path.name} has {path.stat().st_size:,} bytes, not {size:,}")
+        )
+
+
+def _map_hidden(folder: Path, header: Header, offsets: np.ndarray, mode: Literal["r", "r+"]) -> np.memmap:
     storage: Any = np.float32 if header["dtype"] == "float32" else np.uint16  # as bits: numpy has no bfloat16
-    return np.memmap(folder / "hidden.bin", dtype=storage, mode=mode, shape=(tokens, header["width"]))
+    shape = (int(offsets[-1]), header["width"])
+    return np.memmap(folder / "hidden.bin", dtype=storage, mode=mode, shape=shape)
+
+
+def _read_checksums(folder: Path, header: Header) -> np.ndarray:  # uint32 (rows done)
+    path = folder / "checksums.bin"
+    _check_size(path, _CHECKSUM.itemsize * header["rows"])
+    checksums = np.fromfile(path, dtype=_CHECKSUM, count=header["done"])
+    if digest(checksums) != header["checksums"]:
+        raise ValueError(_with_advice(folder, f"is corrupt: {path.name} does not match the header"))
+    return checksums
 
 
 def _read_header(folder: str | Path) -> Header | None:
     path = Path(folder, "header.json")
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return cast(Header, read_sealed(path))
+    except ValueError as error:
+        raise ValueError(_with_advice(folder, f"is corrupt: {error}")) from error
 
 
 def _with_advice(folder: str | Path, problem: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from .collator import PreferenceCollator
 from .config import TDPOConfig
 from .data import padding_token, tokenize_preferences
 from .loss import PreferenceLoss, patch_forward
-from .metrics import MetricMeans, WeightedSum, preference_metrics
+from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .model_card import model_card
 from .reference_cache import ReferenceCache, cache_reference
 from .samples import show_samples
@@ -63,6 +64,11 @@ class TDPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else args
+        for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
+            if not isinstance(given, nn.Module):
+                raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
+        if not isinstance(args, TDPOConfig):
+            raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
         if processing_class is None:
             raise ValueError("processing_class is None; the policy's tokenizer is required")
         tokenize = functools.partial(
@@ -90,7 +96,8 @@ class TDPOTrainer(Trainer):
         )
         # The loss is a mean over pairs: gradient accumulation divides it, nothing is normalised by tokens.
         self.model_accepts_loss_kwargs = False
-        self._means = MetricMeans(self.accelerator)
+        self._training_means = MetricMeans(self.accelerator)
+        self._evaluation_means = DatasetMeans(self.accelerator)
         self._splits = _splits_by_name(self.train_dataset, self.eval_dataset)
         self._caches: dict[str, ReferenceCache] = {}
         self.ref_model: nn.Module | None = None
@@ -196,10 +203,11 @@ class TDPOTrainer(Trainer):
             )
         metrics = preference_metrics(output, self.args.beta)
         if self.model.training:
-            self._means.add("train", metrics)
+            self._training_means.add(metrics)
         else:
-            pairs = len(inputs["index"])
-            self._means.add("eval", {**metrics, "loss": WeightedSum(loss.detach() * pairs, pairs)})
+            losses = self.loss.objective(output.chosen, output.rejected)  # of every pair; `loss` is their mean
+            metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
+            self._evaluation_means.add(inputs["index"], metrics)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -219,11 +227,11 @@ class TDPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Adds the means over the evaluation set to its metrics, and shows samples if `eval_samples` asks for them."""
-        self._means.take("eval")  # drops what an interrupted evaluation left
+        self._evaluation_means = DatasetMeans(self.accelerator)  # without what an interrupted evaluation left
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
-        means = self._means.take("eval")
+        means = self._evaluation_means.take()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         if self.args.eval_samples:
             show_samples(self, dataloader, metric_key_prefix)
@@ -232,10 +240,46 @@ class TDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means since the last log to the entries of the training loop."""
         if "loss" in logs:
-            logs.update(self._means.take("train"))
+            logs.update(self._training_means.take())
         super().log(logs, *args, **kwargs)
 
-    # ---- saving ----
+    # ---- resuming and saving ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; with `resume_from_checkpoint` from that checkpoint, or with True from the newest good one.
+
+        Raises:
+            ValueError: a file of the checkpoint is damaged, or there is no good checkpoint; the message names it.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checkpoint_to_resume(self, wanted: str | bool) -> str:
+        """The main process chooses and checks a checkpoint for all: they agree, and it is read once."""
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = checkpoints.checkpoint_to_resume(self.args.output_dir, wanted)
+            except (ValueError, OSError) as error:
+                outcome[1] = str(error)
+        checkpoint, problem = broadcast_object_list(outcome)
+        if problem is not None:
+            raise ValueError(problem)
+        return checkpoint
+
+    def _load_best_model(self) -> None:
+        checkpoints.check(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model.
+
+        Raises:
+            FloatingPointError: its weights are not finite.
+        """
+        checkpoints.check_finite(self)
+        super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)

@@ -64,8 +64,8 @@ class TDPOTrainer(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         output = model(preference=_preference_batch(inputs))
         means = MetricMeans(self.accelerator)
-        means.add(mode, preference_metrics(output, self.beta))
-        for name, mean in means.take(mode).items():
+        means.add(preference_metrics(output, self.beta))
+        for name, mean in means.take().items():
             self._metrics[mode][name].append(mean)
         return (output.loss, {}) if return_outputs else output.loss
 

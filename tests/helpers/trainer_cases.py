@@ -55,10 +55,11 @@ def losses(trainer):
 
 
 def run_python(*arguments, cwd, environment=None):
-    """Runs `python ARGUMENTS...`; these helpers can be imported there.
+    """Runs `python ARGUMENTS...`; these helpers and the trainer's tests can be imported there.
 
     `cwd` must not be the source root, where Python would import the source tree instead of the installed package.
     """
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    helpers = Path(__file__).parent
+    paths = [str(helpers), str(helpers.parent / "trainer"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, cwd=cwd)

@@ -1,13 +1,17 @@
 """The commands train, evaluate and cache-reference, as a user types them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from damage import flip_bit
+from datasets import Dataset, DatasetDict
 from model_families import make_model, make_tokenizer
+from tdpo import commands
 from tdpo.cli import main
-from tdpo.options import parse_options
+from tdpo.options import ModelOptions, parse_options
 from trainer_cases import make_preferences
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -43,9 +47,11 @@ def test_train_then_evaluate(home, tmp_path, capsys):
     assert "TDPO2, beta 0.2" in (out / "README.md").read_text()
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] == 4
+    second = (out / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns
     assert main(["train", str(home / "config.yaml"), *options, "--max_steps", "6"]) == 0  # resumes
     state = json.loads((out / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert (out / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == second  # not trained anew
 
     evaluation = ["--model", str(out), "--ref_model", str(home / "model"), "--output_dir", str(tmp_path / "evaluation")]
     assert main(["evaluate", str(home / "config.yaml"), *evaluation]) == 0
@@ -62,6 +68,103 @@ def test_cache_then_train(home, tmp_path):
     written = (tmp_path / "cache" / "train" / "hidden.bin").stat().st_mtime_ns
     assert main(["train", *options, "--precompute_reference", "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
     assert (tmp_path / "cache" / "train" / "hidden.bin").stat().st_mtime_ns == written
+
+
+def test_evaluation_splits(home, tmp_path, capsys):
+    DatasetDict({"held_out": make_preferences(3)}).save_to_disk(str(tmp_path / "data"))
+    models = ["--model", str(home / "model"), "--ref_model", str(home / "model"), "--output_dir", str(tmp_path)]
+    data = ["--eval_dataset", str(tmp_path / "data")]
+    assert main(["evaluate", str(home / "config.yaml"), *models, *data, "--eval_split", "held_out"]) == 0
+    assert main(["evaluate", str(home / "config.yaml"), *models, *data]) == 2
+    assert "no split 'test'; it has held_out" in capsys.readouterr().err
+
+
+def test_the_reference_and_the_limits_are_those_of_training(home, tmp_path):
+    make_model("llama", seed=5).save_pretrained(tmp_path / "other")
+    rows = [*make_preferences(), {"prompt": "the film", "chosen": " great" * 60, "rejected": " bad"}]
+    Dataset.from_list(rows).to_json(str(tmp_path / "data.jsonl"))
+    options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--dataset", str(tmp_path / "data.jsonl")]
+    options += ["--ref_model", str(tmp_path / "other"), "--overlong", "drop", "--max_steps", "1"]
+    assert main(["cache-reference", *options]) == 0
+    header = json.loads((tmp_path / "reference-cache" / "train" / "header.json").read_text())
+    assert header["rows"] == 16  # of 25; eight prompts and a response are too long
+    assert main(["train", *options, "--precompute_reference"]) == 0  # would refuse the cache of another
+
+
+def test_options_of_adapters():
+    models = ModelOptions(lora_r=4, lora_alpha=7, lora_dropout=0.25, lora_target_modules=["q_proj"])
+    adapters = models.adapters()
+    assert (adapters.r, adapters.lora_alpha, adapters.lora_dropout) == (4, 7, 0.25)
+    assert adapters.target_modules == {"q_proj"}
+    assert ModelOptions(lora_r=4).adapters().target_modules == "all-linear"
+    assert ModelOptions().adapters() is None
+
+
+def test_null_leaves_the_default(tmp_path):
+    config = {"logits_budget": None, "reference_cache": None, "beta": None, "output_dir": str(tmp_path), "alpha": 0.0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "use_cpu": True}))
+    args = parse_options("train", "", [str(tmp_path / "config.yaml")]).training
+    assert (args.logits_budget, args.reference_cache, args.beta, args.alpha) == (None, None, 0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("bad input"), 2),
+        (RuntimeError("it failed"), 1),
+        (FloatingPointError("the loss is nan"), 1),
+        (OSError(28, "No space left on device", "/disk"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_status(error, status, monkeypatch, capsys):
+    def fails(arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "train", fails)
+    assert main(["train"]) == status
+    shown = capsys.readouterr().err
+    assert ("Interrupted" if status == 130 else f"tdpo: {error}") in shown
+    assert "Traceback" not in shown
+
+
+DAMAGE = {
+    "config.yaml": (b"beta: [0.1\nalpha: {", "config.yaml is not valid YAML"),
+    "data.jsonl": (b'{"chosen": "a", "rejected"', "data.jsonl' (split 'train') could not be loaded"),
+    "model/model.safetensors": (b"\x10\0\0\0\0\0\0\0{", "model/model.safetensors could not be loaded"),
+    "model/config.json": (b"{", "model/config.json could not be loaded"),
+    "model/tokenizer.json": (b'{"version": ', "model/tokenizer.json could not be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("empty", [False, True])
+def test_damaged_input_is_named_in_a_sentence(name, empty, home, tmp_path, capsys):
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    content, message = DAMAGE[name]
+    (tmp_path / name).write_bytes(b"" if empty else content)
+    paths = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl")]
+    arguments = [str(tmp_path / "config.yaml"), *paths, "--output_dir", str(tmp_path / "out")]
+    if (name, empty) == ("config.yaml", True):  # an empty file has no options, which is no error
+        assert parse_options("train", "", [*arguments, "--use_cpu"]).models.model == str(tmp_path / "model")
+        return
+    assert main(["train", *arguments]) == 2
+    shown = capsys.readouterr().err
+    said = [line for line in shown.splitlines() if line.startswith("tdpo: ")]
+    assert len(said) == 1
+    assert name in said[0] if empty else message in said[0]
+    assert "Traceback" not in shown
+
+
+def test_damaged_checkpoints_are_no_models(home, tmp_path, capsys):
+    options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--save_steps", "2"]
+    assert main(["train", *options]) == 0
+    flip_bit(tmp_path / "checkpoint-4" / "model.safetensors", 100_000)
+    models = ["--model", str(tmp_path / "checkpoint-4"), "--ref_model", str(home / "model")]
+    assert main(["evaluate", str(home / "config.yaml"), *models]) == 2
+    assert "checkpoint-4/model.safetensors is damaged" in capsys.readouterr().err
+    assert main(["train", *options, "--max_steps", "5"]) == 0  # from checkpoint-2
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 5
 
 
 def test_adapters_and_merging(home, tmp_path):

@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from model_families import make_tokenizer
 from tdpo import PreferenceCollator, load_preferences, tokenize_preferences
+from tdpo.data import padding_token
+from tokenizers.processors import TemplateProcessing
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
@@ -92,6 +94,13 @@ def message(role, content):
     return {"role": role, "content": content}
 
 
+GOOD_CHAT = {
+    "prompt": [message("user", "the film?")],
+    "chosen": [message("assistant", "great")],
+    "rejected": [message("assistant", "bad")],
+}
+
+
 @pytest.mark.parametrize("explicit", [True, False])
 def test_chat_messages(chat_tokenizer, explicit):
     prompt = [message("user", "the film?")]
@@ -101,6 +110,102 @@ def test_chat_messages(chat_tokenizer, explicit):
         row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
     row = tokenize([row], chat_tokenizer)[0]
     assert texts(row, chat_tokenizer) == ["[user] the film?<|end|>[assistant] ", "great<|end|>", "bad<|end|>"]
+
+
+END = "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "closed"),
+    [
+        (" good fun", " good fun<|end|>"),
+        (" good<|end|> fun", " good<|end|> fun<|end|>"),  # an end token near the end does not end the text
+        (" good fun<|end|>", " good fun<|end|>"),
+        (" good fun<|end|>\n", " good fun<|end|>\n<|end|>"),
+    ],
+)
+def test_the_end_of_plain_responses(text, closed, tokenizer):
+    row = tokenize([{"prompt": "the film", "chosen": text, "rejected": " bad"}], tokenizer)[0]
+    assert texts(row, tokenizer)[1] == closed
+
+
+@pytest.mark.parametrize(
+    ("closing", "closed"),
+    [
+        ("<|end|>", "great<|end|>"),
+        ("<|end|>\n", "great<|end|>\n"),
+        ("<|end|>\n \n", "great<|end|>\n \n"),
+        ("\n", "great\n<|end|>"),
+        ("", "great<|end|>"),
+        ("<|end|>[over]", "great<|end|>[over]<|end|>"),
+    ],
+)
+def test_what_a_template_closes_is_not_closed_twice(closing, closed):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT.replace("<|end|>", closing)
+    row = {"chosen": [message("assistant", "great")], "rejected": [message("assistant", "bad")]}
+    row = tokenize([{"prompt": [message("user", "the film?")], **row}], tokenizer)[0]
+    assert texts(row, tokenizer)[1] == closed
+
+
+@pytest.mark.parametrize("limit", range(14, 22))
+def test_a_response_that_is_cut_is_closed_once(limit):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT.replace("<|end|>", "<|end|>\n\n\n")
+    row = {"chosen": [message("assistant", "great fun")], "rejected": [message("assistant", "bad plot" * 9)]}
+    row = tokenize([{"prompt": [message("user", "a")], **row}], tokenizer, max_length=limit, max_prompt_length=9)[0]
+    for side in ("chosen", "rejected"):
+        assert row[f"{side}_ids"].count(tokenizer.eos_token_id) == 1
+        assert len(row["prompt_ids"]) + len(row[f"{side}_ids"]) <= limit
+
+
+def with_special_tokens(before="", behind=""):
+    """A tokenizer that puts special tokens around every text, as Llama's and T5's do."""
+    tokenizer = make_tokenizer()
+    names = [name for name in (before, behind) if name and name != END]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    template = " ".join(part for part in (before, "$A", behind) if part)
+    pairs = [(name, tokenizer.convert_tokens_to_ids(name)) for name in (before, behind) if name]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=pairs)
+    return tokenizer
+
+
+def test_tokenizers_that_open_and_close_texts(chat_tokenizer):
+    tokenizer = with_special_tokens("<s>", END)
+    assert tokenizer.decode(tokenizer("good")["input_ids"]) == "<s>good<|end|>"
+    row = tokenize([{"prompt": "the film", "chosen": " great", "rejected": " bad"}], tokenizer)[0]
+    assert texts(row, tokenizer) == ["<s>the film", " great<|end|>", " bad<|end|>"]
+    tokenizer.chat_template = "<s>" + CHAT
+    row = {"chosen": [message("assistant", "great")], "rejected": [message("assistant", "bad")]}
+    row = tokenize([{"prompt": [message("user", "film?")], **row}], tokenizer)[0]
+    assert texts(row, tokenizer) == ["<s>[user] film?<|end|>[assistant] ", "great<|end|>", "bad<|end|>"]
+
+
+def test_a_prompt_may_end_within_the_answer(chat_tokenizer):
+    prompt = [message("user", "film?"), message("assistant", "it was")]
+    responses = {"chosen": [message("assistant", "great")], "rejected": [message("assistant", "bad")]}
+    row = tokenize([{"prompt": prompt, **responses}], chat_tokenizer)[0]
+    opened = "[user] film?<|end|>[assistant] it was"  # the message is left open; what follows it is the response's
+    assert texts(row, chat_tokenizer) == [opened, *(f"<|end|>[assistant] {end}<|end|>" for end in ("great", "bad"))]
+
+
+def test_one_text_begins_with_the_other(tokenizer):
+    row = tokenize([{"chosen": "the film was great fun", "rejected": "the film was great"}], tokenizer)[0]
+    assert texts(row, tokenizer) == ["the film was great", " fun<|end|>", "<|end|>"]
+
+
+def test_templates_that_render_a_prompt_differently():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }} messages " + CHAT
+    with pytest.raises(ValueError, match=r"row 0 .*renders the prompt differently"):
+        tokenize([GOOD_CHAT], tokenizer)
+
+
+def test_padding_token(tokenizer):
+    assert padding_token(tokenizer) == tokenizer.eos_token_id
+    own = with_special_tokens("<pad>")
+    own.pad_token = "<pad>"
+    assert padding_token(own) == own.convert_tokens_to_ids("<pad>") != own.eos_token_id
 
 
 def test_tools_reach_the_template(chat_tokenizer):
@@ -143,6 +248,61 @@ def test_many_dropped_rows_before_the_first_good_one(tokenizer):
     good = {"prompt": "the film", "chosen": " great", "rejected": " bad"}
     rows = [{**good, "chosen": " great" * 60}] * 1500 + [good]  # over a thousand: what datasets infers types from
     assert tokenize(rows, tokenizer, overlong="drop")["index"] == [1500]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": [{"role": None, "content": "the film?"}]}, "a message of 'prompt' has no 'role'"),
+        ({"chosen": [{"role": "assistant", "content": None}]}, "a message of 'chosen' has no 'content'"),
+        ({"rejected": [message("nobody", "bad")]}, "no such role"),
+    ],
+)
+def test_malformed_chat_rows_are_named(change, reason):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"
+        + CHAT
+    )
+    with pytest.raises(ValueError, match=f"row 2 of the dataset: .*{reason}"):
+        tokenize([GOOD_CHAT, GOOD_CHAT, {**GOOD_CHAT, **change}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "chosen": 3, "rejected": 4}, "'chosen' is 3; it must be a text or a list"),
+        ({"prompt": "a", "chosen": ["b"], "rejected": ["c"]}, r"'chosen' is \['b'\]; it must be"),
+        ({"prompt": "a", "chosen": [{"content": "b"}], "rejected": [{"content": "c"}]}, "of 'chosen' has no 'role'"),
+        ({"prompt": "a", "chosen": [message("assistant", "b")], "rejected": "c"}, "both be texts or both lists"),
+        ({"prompt": 5, "chosen": "b", "rejected": "c"}, "'prompt' is 5; it must be"),
+    ],
+)
+def test_malformed_rows_are_named(row, reason, chat_tokenizer):
+    with pytest.raises(ValueError, match=f"row 0 of the dataset: .*{reason}"):
+        tokenize([row], chat_tokenizer)
+
+
+def test_a_list_is_no_dataset(tokenizer):
+    with pytest.raises(TypeError, match="the dataset is list"):
+        tokenize_preferences([{"chosen": "a", "rejected": "b"}], tokenizer, 20, 10)
+
+
+def test_splits_of_a_saved_folder(tmp_path):
+    splits = {name: Dataset.from_list([{"chosen": name, "rejected": "c"}]) for name in ("train", "other")}
+    DatasetDict(splits).save_to_disk(str(tmp_path))
+    for name in splits:
+        assert load_preferences(str(tmp_path), name)["chosen"] == [name]
+    with pytest.raises(ValueError, match=r"has no split 'test'; it has train, other"):
+        load_preferences(str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet"])
+@pytest.mark.parametrize("content", [b'{"prompt": "a", "chosen"', b"\x00\xff", b""])
+def test_malformed_files_are_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        load_preferences(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])

@@ -7,14 +7,14 @@ import sys
 import time
 
 import pytest
-from trainer_cases import run_python
+from tdpo.cli import main
 
 SETTINGS = {
     "reviews": 600,
-    "pretrain-steps": 5,
-    "prompts": 24,
-    "eval-prompts": 8,
-    "steps": 4,
+    "pretrain-steps": 4,
+    "prompts": 16,
+    "eval-prompts": 4,
+    "steps": 20,
     "eval-every": 2,
     "response-tokens": 6,
     "batch-pairs": 4,
@@ -28,42 +28,15 @@ def small(out, methods=(), **settings):
     return [*flags, "--methods", *methods] if methods else flags
 
 
-@pytest.fixture
-def demo(tmp_path):
-    """Runs `tdpo demo` with some flags."""
-
-    def run(flags):
-        return run_python("-c", RUN, "demo", *flags, cwd=tmp_path)
-
-    return run
-
-
-@pytest.mark.slow
-def test_demo_runs_resumes_and_refuses_other_settings(demo, tmp_path):
-    out = tmp_path / "demo"
-    first = demo(small(out, ["dpo"]))
-    assert first.returncode == 0, first.stderr
-    base = (out / "base" / "model.safetensors").stat().st_mtime
-    curve = json.loads((out / "dpo" / "frontier.json").read_text())
-    assert [point["step"] for point in curve] == [0, 2, 4]
-    assert curve[0]["kl"] == pytest.approx(0, abs=1e-5)
-    second = demo(small(out, ["dpo", "tdpo2"]))
-    assert second.returncode == 0, second.stderr
-    assert (out / "base" / "model.safetensors").stat().st_mtime == base
-    assert json.loads((out / "dpo" / "frontier.json").read_text()) == curve
-    assert (out / "frontier.png").stat().st_size > 5000
-    assert "matched KL" in second.stdout
-    assert demo(small(out, seed=1)).returncode == 2
-
-
-@pytest.mark.slow
-def test_interrupted_demo_resumes(demo, tmp_path):
-    out = tmp_path / "demo"
-    flags = small(out, ["dpo"], steps=40)
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of a demo that was interrupted after its first checkpoint."""
+    home = tmp_path_factory.mktemp("demo")
+    out = home / "demo"
     # A job in the background starts with interrupts ignored.
     handle_interrupts = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    command = [sys.executable, "-c", handle_interrupts + RUN, "demo", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as running:
+    command = [sys.executable, "-c", handle_interrupts + RUN, "demo", *small(out, ["dpo"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home) as running:
         checkpoints = out / "dpo" / "checkpoints"
         while running.poll() is None and not list(checkpoints.glob("checkpoint-*")):
             time.sleep(0.02)
@@ -72,21 +45,44 @@ def test_interrupted_demo_resumes(demo, tmp_path):
     assert running.returncode == 130, errors
     assert "run the same command again to resume" in errors
     assert not (out / "dpo" / "model").exists()
-    before = {path.name for path in checkpoints.glob("checkpoint-*")}
-    assert before
-    done = demo(flags)
-    assert done.returncode == 0, done.stderr
-    steps = [point["step"] for point in json.loads((out / "dpo" / "frontier.json").read_text())]
-    assert steps == list(range(0, 41, 2))
+    assert list(checkpoints.glob("checkpoint-*"))
+    return out
 
 
-def test_demo_help_documents_its_options(demo):
-    shown = demo(["--help"]).stdout
+@pytest.mark.slow
+def test_an_interrupted_demo_resumes_and_takes_more_methods(interrupted, capsys):
+    out = interrupted
+    base = (out / "base" / "model.safetensors").stat().st_mtime_ns
+    first, *others = json.loads((out / "dpo" / "frontier.json").read_text())
+    marked = {**first, "kept": True}  # would be lost if training began anew
+    (out / "dpo" / "frontier.json").write_text(json.dumps([marked, *others]))
+    assert main(["demo", *small(out, ["dpo"])]) == 0
+    curve = json.loads((out / "dpo" / "frontier.json").read_text())
+    assert [point["step"] for point in curve] == list(range(0, 21, 2))
+    assert curve[0] == marked
+    assert curve[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert main(["demo", *small(out, ["dpo", "tdpo2"])]) == 0
+    assert json.loads((out / "dpo" / "frontier.json").read_text()) == curve
+    assert (out / "base" / "model.safetensors").stat().st_mtime_ns == base
+    assert (out / "frontier.png").stat().st_size > 5000
+    assert "matched KL" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_folder_of_another_demo_is_refused(interrupted, capsys):
+    assert main(["demo", *small(interrupted, seed=1)]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_demo_help_documents_its_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
     for option in ("--beta", "--methods", "--eval-every", "--seed"):
         assert option in shown
 
 
-def test_demo_rejects_unknown_methods(demo):
-    refused = demo(["--methods", "ppo"])
-    assert refused.returncode == 2
-    assert "ppo" in refused.stderr
+def test_demo_rejects_unknown_methods(capsys):
+    assert main(["demo", "--methods", "ppo"]) == 2
+    assert "ppo" in capsys.readouterr().err

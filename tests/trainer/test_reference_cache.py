@@ -1,12 +1,24 @@
 """The reference's hidden states on disk: equal to a live reference, resumable, and refused when stale or corrupt."""
 
+import errno
 import json
+import os
+import random
 
-import numpy as np
 import pytest
 import torch
+from damage import flip_bit
+from datasets import Dataset
 from model_families import make_model
-from tdpo import ReferenceCache, cache_reference, reference_cache, tokenize_preferences
+from tdpo import (
+    CausalLM,
+    PreferenceCollator,
+    ReferenceCache,
+    cache_reference,
+    reference_cache,
+    tokenize_preferences,
+)
+from tdpo.files import allocate
 from trainer_cases import losses, make_trainer, run_python
 
 
@@ -126,57 +138,154 @@ def test_stale_and_corrupt_caches_are_refused(tmp_path, tokens, tokenizer, prefe
     with pytest.raises(ValueError, match="dtype"):
         cache_reference(folder, model, tokens, 0, dtype="int8")
 
-    stored = np.memmap(folder / "hidden.bin", np.uint16, "r+")
-    stored[7] ^= 1
-    stored.flush()
-    cache = ReferenceCache.open(folder, model, tokens, "bfloat16")
-    with pytest.raises(ValueError, match=r"corrupt: row 0 .*tdpo cache-reference"):
-        cache.hidden(0, "chosen")
-    with open(folder / "hidden.bin", "r+b") as file:
-        file.truncate(100)
-    with pytest.raises(ValueError, match=r"corrupt.*sizes"):
-        ReferenceCache.open(folder, model, tokens, "bfloat16")
+
+def responses(folder, model, tokens, dtype="bfloat16"):
+    """Every response's hidden states, read from the cache in `folder`."""
+    cache = ReferenceCache.open(folder, model, tokens, dtype)
+    return [cache.hidden(row, side) for row in range(len(tokens)) for side in ("chosen", "rejected")]
 
 
-def test_nothing_in_a_cache_is_unpickled(tmp_path, tokens):
+@pytest.mark.parametrize("name", ["header.json", "checksums.bin", "hidden.bin"])
+def test_flipped_bits_are_detected_or_harmless(name, tmp_path, tokens):
+    model, tokens = make_model("gpt2"), tokens.select(range(6))
     folder = tmp_path / "cache"
-    cache_reference(folder, make_model("gpt2"), tokens, 0)
-    np.save(folder / "offsets.npy", np.array([print], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="pickle"):
-        cache_reference(folder, make_model("gpt2"), tokens, 0)
+    cache_reference(folder, model, tokens, 0)
+    before, intact = (folder / name).read_bytes(), responses(folder, model, tokens)
+    bits = random.Random(0).sample(range(8 * len(before)), min(8 * len(before), 150))
+    refused = []
+    for bit in bits:
+        flip_bit(folder / name, bit)
+        try:
+            assert all(map(torch.equal, responses(folder, model, tokens), intact)), bit
+        except ValueError as error:
+            refused.append(str(error))
+        (folder / name).write_bytes(before)
+    # Of the header, some flips only turn white space into other white space.
+    assert all(f"{folder} is corrupt" in message or "was made with" in message for message in refused)
+    assert len(refused) >= (len(bits) if name != "header.json" else 0.9 * len(bits))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("header.json", b"", r"header.json is damaged: it is not valid JSON"),
+        ("header.json", b"[]", r"header.json is damaged"),
+        ("header.json", b"\xff{}", r"header.json is damaged"),
+        ("checksums.bin", b"", "checksums.bin has 0 bytes, not 96"),
+        ("checksums.bin", bytes(96), "checksums.bin does not match the header"),
+        ("checksums.bin", None, "checksums.bin is missing"),
+        ("hidden.bin", b"", "hidden.bin has 0 bytes, not"),
+        ("hidden.bin", None, "hidden.bin is missing"),
+    ],
+)
+def test_damaged_files_are_named(name, content, message, tmp_path, tokens):
+    model = make_model("gpt2")
+    cache_reference(tmp_path, model, tokens, 0)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    for opened in (ReferenceCache.open, cache_reference):
+        with pytest.raises(ValueError, match=f"corrupt: .*{message}.*tdpo cache-reference"):
+            opened(tmp_path, model, tokens, *([0] if opened is cache_reference else []), "bfloat16")
+
+
+def test_the_fingerprint_covers_both_responses_and_the_prompt(tmp_path, tokens):
+    model = make_model("gpt2")
+    cache_reference(tmp_path, model, tokens, 0)
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        changed = [dict(row) for row in tokens]
+        changed[3][column] = [*changed[3][column][:-1], 7]  # as many tokens, so that sizes agree
+        with pytest.raises(ValueError, match="another tokenized data"):
+            ReferenceCache.open(tmp_path, model, Dataset.from_list(changed), "bfloat16")
+
+
+def test_rows_without_a_prompt_and_dropped_rows(tmp_path, tokenizer):
+    """Of a sequence without a prompt nothing predicts the first token; of dropped rows nothing is cached."""
+    rows = [
+        {"prompt": "the film", "chosen": " good", "rejected": " good"},  # dropped
+        {"prompt": "", "chosen": " great good fun", "rejected": " bad"},
+        {"prompt": "the film was", "chosen": " great", "rejected": " bad plot"},
+        {"prompt": "", "chosen": "a", "rejected": "b good plot"},
+    ]
+    model, tokens = make_model("llama"), tokenize_preferences(Dataset.from_list(rows), tokenizer, 40, 16)
+    cache = cache_reference(tmp_path, model, tokens, 0, "float32", batch=2)
+    collate = PreferenceCollator(pad_token_id=0, reference_cache=cache)
+    for picked in ([0], [2], [2, 0, 1]):
+        batch = collate([tokens[row] for row in picked])
+        with torch.no_grad():
+            live = CausalLM.of(model).hidden(**batch).flatten(0, 1)[batch["rows"]]
+        torch.testing.assert_close(batch["ref_hidden"], live, rtol=1e-5, atol=1e-6)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_cache_resumes(tmp_path, tokens, monkeypatch):
+    model, reserve = make_model("gpt2"), os.posix_fallocate
+
+    def full(descriptor, offset, size):
+        if size > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserve(descriptor, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: [\d,]+ bytes are needed: .*hidden.bin"):
+        cache_reference(tmp_path, model, tokens, 0)
+    assert not (tmp_path / "hidden.bin").exists()
+    monkeypatch.undo()
+    expected = responses(cache_reference(tmp_path / "other", model, tokens, 0).folder, model, tokens)
+    cache_reference(tmp_path, model, tokens, 0)
+    assert all(map(torch.equal, responses(tmp_path, model, tokens), expected))
+
+
+@pytest.mark.parametrize("way", ["posix_fallocate", "none", "not supported"])
+def test_space_is_reserved(way, tmp_path, monkeypatch):
+    if way == "none":
+        monkeypatch.delattr(os, "posix_fallocate")
+    if way == "not supported":
+
+        def unsupported(*arguments):
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    allocate(tmp_path / "file", 3_000_000)
+    assert (tmp_path / "file").stat().st_size == 3_000_000
+    assert (tmp_path / "file").stat().st_blocks * 512 >= 3_000_000  # a sparse file has none
 
 
 PEAK = """
 import sys
 
 import torch
+from forked import run_forked
 from trainer_cases import make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-folder, kind, cache = sys.argv[1:]
-torch.manual_seed(0)
-config = LlamaConfig(
-    vocab_size=300, hidden_size=768, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=8
-)
-trainer = make_trainer(
-    folder,
-    model=LlamaForCausalLM(config),
-    max_steps=1,
-    optim="sgd",
-    precompute_reference=kind == "cached",
-    reference_cache=cache,
-)
-trainer.train()
-print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
+
+def peak(folder, kind, cache):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=8
+    )
+    trainer = make_trainer(
+        folder,
+        model=LlamaForCausalLM(config),
+        max_steps=1,
+        optim="sgd",
+        precompute_reference=kind == "cached",
+        reference_cache=cache,
+    )
+    trainer.train()
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+
+
+folder = sys.argv[1]
+print(*(run_forked(peak, folder + "/" + kind, kind, folder + "/cache").result for kind in ("live", "cached")))
 """
 
 
 @pytest.mark.slow
 def test_peak_memory_with_a_cache_is_lower(tmp_path):
-    def peak(kind):
-        done = run_python("-c", PEAK, str(tmp_path / kind), kind, str(tmp_path / "cache"), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return float(done.stdout.split()[-1])
-
-    parameters = 8 * (4 * 768**2 + 3 * 768 * 3072) * 4 / 2**20  # MiB of a second model
-    assert peak("cached") < peak("live") - 0.7 * parameters
+    done = run_python("-c", PEAK, str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    live, cached = map(float, done.stdout.split()[-2:])
+    parameters = 4 * (4 * 768**2 + 3 * 768 * 3072) * 4 / 2**20  # MiB of a second model
+    assert cached < live - 0.7 * parameters

@@ -1,14 +1,13 @@
-"""Adapters, packing, options of transformers, samples and checkpoints; and the messages of runs that fail."""
-
-import errno
-import json
-from pathlib import Path
+"""Adapters, packing, options of transformers, softcaps, the budget and the model card."""
 
 import pytest
 import torch
 from model_families import make_model
 from peft import LoraConfig, PeftModel
-from trainer_cases import losses, make_trainer
+from tdpo import loss
+from trainer_cases import make_trainer
+
+from tdpo_ext import linear_preference_loss
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -32,9 +31,11 @@ def test_adapters_train_and_are_saved(tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
     trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, **options)
-    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    parameters = dict(trainer.model.named_parameters())
+    before = {name: parameter.clone() for name, parameter in parameters.items()}
     trainer.train()
-    assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
+    changed = {name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in parameters if "lora_" in name}
     loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path / "checkpoint-4")
     for name, value in loaded.state_dict().items():
         torch.testing.assert_close(value, trainer.model.state_dict()[name], msg=name)
@@ -70,94 +71,96 @@ def test_models_that_mix_packed_sequences_are_refused(tmp_path):
         make_trainer(tmp_path, model=model, padding_free=True)
 
 
+def test_adapters_are_off_while_the_reference_is_cached(tmp_path):
+    divergences = []
+    for cached in (False, True):
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        options = {"precompute_reference": cached, "reference_dtype": "float32"}
+        trainer = make_trainer(tmp_path / str(cached), model=make_model("llama"), peft_config=config, **options)
+        batch = next(iter(trainer.get_train_dataloader()))
+        divergences.append(trainer.model(preference=batch).chosen)
+    assert divergences[0].kl.min() > 1e-3
+    for cached, live in zip(divergences[1], divergences[0]):
+        torch.testing.assert_close(cached, live, rtol=1e-4, atol=1e-5)
+
+
+SCHEDULE = {"lr_scheduler_type": "linear", "warmup_steps": 3, "learning_rate": 3e-4, "max_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("plain"), model=make_model("llama"), **SCHEDULE)
+    trainer.train()
+    return trainer.state.log_history
+
+
 @pytest.mark.parametrize("options", [{"bf16": True}, {"optim": "rmsprop"}, {"gradient_checkpointing": True}])
-def test_training_options(options, tmp_path):
-    schedule = {"lr_scheduler_type": "linear", "warmup_steps": 3, "learning_rate": 3e-4}
-    trainer = make_trainer(tmp_path, model=make_model("llama"), max_steps=12, **schedule, **options)
+def test_training_options(options, tmp_path, plain_run):
+    trainer = make_trainer(tmp_path, model=make_model("llama"), **SCHEDULE, **options)
+    seen = []
+
+    def record(module, arguments, output):
+        seen.append(output.dtype)
+
+    trainer.model.model.layers[0].mlp.up_proj.register_forward_hook(record)
     trainer.train()
     log = trainer.state.log_history
     assert log[11]["rewards/margins"] > log[0]["rewards/margins"] + 0.02
-    assert log[0]["learning_rate"] < log[2]["learning_rate"]
-    assert 0 <= log[0]["mean_token_accuracy"] <= 1
+    assert [entry["learning_rate"] for entry in log[:4]] == pytest.approx([0, 1e-4, 2e-4, 3e-4])
+    losses, plain = ([entry["loss"] for entry in entries[:12]] for entries in (log, plain_run))
+    if "bf16" in options:
+        assert seen == 12 * [torch.bfloat16]
+        assert losses == pytest.approx(plain, rel=0.05)
+        assert losses != plain
+    elif "optim" in options:
+        assert type(trainer.optimizer.optimizer).__name__ == "RMSprop"
+        assert losses[:2] == plain[:2]  # the first update has a learning rate of zero
+        assert losses[2:] != plain[2:]
+    else:
+        assert seen == 24 * [torch.float32]  # once more for the backward of every step
+        assert losses == pytest.approx(plain, rel=1e-5)
 
 
-def test_evaluation_loss_weighs_pairs(tmp_path):
-    trainer = make_trainer(tmp_path, model=make_model("gpt2", 0), ref_model=make_model("gpt2", 1))
-    several = trainer.evaluate()
-    trainer.args.per_device_eval_batch_size = 3  # a last batch of two
-    uneven = trainer.evaluate()
-    for name in ("eval_loss", "eval_kl/rejected", "eval_entropy", "eval_mean_token_accuracy"):
-        assert uneven[name] == pytest.approx(several[name], rel=1e-5), name
+@pytest.mark.parametrize("ref_softcap", [None, 9.0])
+def test_other_softcaps_need_the_logits(ref_softcap, tmp_path):
+    policy, frozen = make_model("gemma2", 0), make_model("gemma2", 1)
+    frozen.config.final_logit_softcapping = ref_softcap
+    with pytest.warns(UserWarning, match="cap their logits differently"):
+        trainer = make_trainer(tmp_path, model=policy, ref_model=frozen)
+    batch = next(iter(trainer.get_train_dataloader()))
+    output = trainer.model(preference=batch)
+    logits = frozen(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+    expected = logits.flatten(0, 1)[batch["rows"]].gather(-1, batch["targets"][:, None]).sum()
+    torch.testing.assert_close(output.chosen.ref_logps.sum() + output.rejected.ref_logps.sum(), expected)
 
 
-def test_samples_and_model_card(tmp_path, capsys):
-    trainer = make_trainer(
-        tmp_path,
-        model=make_model("llama", 0),
-        ref_model=make_model("llama", 1),
-        eval_samples=2,
-        eval_sample_tokens=5,
-    )
-    trainer.evaluate()
-    samples = json.loads((tmp_path / "samples" / "eval-step-0.json").read_text())
-    assert [set(sample) for sample in samples] == [{"prompt", "policy", "reference"}] * 2
-    assert samples[0]["policy"] != samples[0]["reference"]
-    assert "policy:" in capsys.readouterr().out
+def test_the_budget_reaches_the_fused_loss(tmp_path, monkeypatch):
+    budgets = []
+
+    def record(*arguments, **options):
+        budgets.append(options["logits_budget"])
+        return linear_preference_loss(*arguments, **options)
+
+    monkeypatch.setattr(loss, "linear_preference_loss", record)
+    for budget in (None, 123_456):
+        trainer = make_trainer(tmp_path, logits_budget=budget)
+        trainer.model(preference=next(iter(trainer.get_train_dataloader())))
+    assert budgets == [None, 123_456]
+
+
+def test_model_cards(tmp_path):
+    said = {
+        "tdpo2": "TDPO2, beta 0.2, alpha 0.7; learning rate 0.001, adamw_torch_fused.",
+        "tdpo1": "TDPO1, beta 0.2; learning rate 0.001, adamw_torch_fused.",
+        "dpo": "DPO, beta 0.2; learning rate 0.001, adamw_torch_fused.",
+    }
+    for variant, loss_text in said.items():
+        trainer = make_trainer(tmp_path, variant=variant, beta=0.2, alpha=0.7)
+        trainer.save_model()
+        card = (tmp_path / "README.md").read_text()
+        assert loss_text in card
+        assert "2404.11999" in card
+        assert "base_model" not in card
+    trainer.model.config._name_or_path = "some/base"
     trainer.save_model()
-    card = (tmp_path / "README.md").read_text()
-    assert "2404.11999" in card
-    assert "TDPO2, beta 0.1, alpha 0.5" in card
-
-
-def test_loss_that_is_not_finite(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
-    step = trainer.compute_loss
-
-    def poisoned(model, inputs, **options):
-        if trainer.state.global_step == 3:
-            with torch.no_grad():
-                model.get_output_embeddings().weight.mul_(float("nan"))
-        return step(model, inputs, **options)
-
-    trainer.compute_loss = poisoned
-    with pytest.raises(FloatingPointError, match=r"step 4, on rows \[\d+.*checkpoint-2"):
-        trainer.train()
-    again = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
-    again.train(resume_from_checkpoint=True)
-    assert len(losses(again)) == 6
-
-
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
-    save = trainer._save_optimizer_and_scheduler
-
-    def full(output_dir):
-        if trainer.state.global_step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(output_dir)
-
-    trainer._save_optimizer_and_scheduler = full
-    with pytest.raises(RuntimeError, match=r"step 4 could not be written.*No space left.*checkpoint-2"):
-        trainer.train()
-    assert [path.name for path in Path(tmp_path).glob("checkpoint*")] == ["checkpoint-2"]
-    assert not (tmp_path / ".checkpoint-being-written").exists()
-
-
-def test_checkpoints_rotate_and_keep_the_best(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        max_steps=8,
-        save_strategy="steps",
-        save_steps=2,
-        save_total_limit=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-    )
-    trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.parent == tmp_path
-    assert best.is_dir()
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
-    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert "base_model: some/base" in (tmp_path / "README.md").read_text()

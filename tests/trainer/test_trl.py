@@ -11,7 +11,7 @@ from trainer_cases import make_preferences
 from tdpo_ext import eager, tdpo_loss
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
-from tdpo.trl import TDPOTrainer  # noqa: E402
+from tdpo.trl import TDPOTrainer, _preference_batch  # noqa: E402
 
 SETTINGS = {
     "max_steps": 3,
@@ -78,8 +78,22 @@ def test_trains_and_logs(adapters, tmp_path):
         ({"alpha": -1.0}, {}, "alpha"),
         ({}, {"loss_type": "ipo"}, "loss_type"),
         ({}, {"use_weighting": True}, "use_weighting"),
+        ({}, {"ld_alpha": 0.5}, "ld_alpha"),
     ],
 )
 def test_bad_options(options, config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, ref_model=make_model("llama", 1), options=options, **config)
+
+
+def test_a_completion_may_begin_a_sequence():
+    """Nothing predicts the first token of a sequence, not the last position of the row before it either."""
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 7, 9], [8, 3, 9, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "completion_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]),
+    }
+    batch = _preference_batch(inputs)
+    assert batch["rows"].tolist() == [1, 2, 4, 5]
+    assert batch["targets"].tolist() == [7, 9, 3, 9]
+    assert batch["cu_seqlens"].tolist() == [0, 2, 4]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ..checkpoints import last_checkpoint
+from ..checkpoints import checkpoints_of
 from ..config import TDPOConfig
 from ..files import save_model, write_json
 from ..trainer import TDPOTrainer
@@ -137,7 +137,7 @@ class Experiment:
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        last = last_checkpoint(args.output_dir)
+        interrupted = bool(checkpoints_of(args.output_dir))
         with tqdm(total=settings.steps, desc=f"Training {home.name.upper():5s}") as progress:
             callback = FrontierCallback(self.judge, home / "frontier.json", settings.eval_every, progress)
             trainer = TDPOTrainer(
@@ -148,7 +148,7 @@ class Experiment:
                 callbacks=[callback],
             )
             trainer.remove_callback(transformers.PrinterCallback)
-            trainer.train(resume_from_checkpoint=last)
+            trainer.train(resume_from_checkpoint=interrupted)
         write_json(home / "log.json", trainer.state.log_history)
         save_model(home / "model", trainer.model, self.tokenizer)
 

@@ -1,0 +1,211 @@
+"""Changes of the trainer that its tests must notice; `python tools/mutations.py` applies them one at a time."""
+
+CACHE, CHECKPOINTS, CLI = "trainer/test_reference_cache.py", "trainer/test_checkpoints.py", "trainer/test_cli.py"
+CONFIG, DATA, EVALUATION = "trainer/test_config.py", "trainer/test_data.py", "trainer/test_evaluation.py"
+FEATURES, METRICS, TRL = "trainer/test_trainer_features.py", "trainer/test_metrics.py", "trainer/test_trl.py"
+TRAINER = "trainer/test_trainer.py"
+FAST_CACHE = [f"{CACHE}::test_{name}" for name in (
+    "flipped_bits_are_detected_or_harmless",
+    "damaged_files_are_named",
+    "the_fingerprint_covers_both_responses_and_the_prompt",
+    "rows_without_a_prompt_and_dropped_rows",
+    "a_full_disk_is_a_clear_error_and_the_cache_resumes",
+    "space_is_reserved",
+    "an_interrupted_cache_resumes",
+)]  # fmt: skip
+
+
+def _of(file, *mutations):
+    return [
+        {"file": f"python/tdpo/{file}", "find": find, "replace": replace, "tests": tests}
+        for find, replace, tests in mutations
+    ]
+
+
+MUTATIONS = [
+    *_of(
+        "config.py",
+        ("variant=self.variant)", 'variant="tdpo2")', [CONFIG]),
+        ("beta=self.beta, alpha=self.alpha,", "beta=self.beta,", [CONFIG]),
+        ("dpo_loss, beta=self.beta)", "dpo_loss)", [CONFIG]),
+        ("least=1)\n        for name in _SWITCHES", "least=0)\n        for name in _SWITCHES", [CONFIG]),
+        ("if self.max_prompt_length >= self.max_length", "if self.max_prompt_length > self.max_length", [CONFIG]),
+        ('"max_length": 2, "max_prompt_length": 1,', '"max_length": 2, "max_prompt_length": 0,', [CONFIG]),
+        ("if not isinstance(getattr(self, name), bool):", "if getattr(self, name) is None:", [CONFIG]),
+    ),
+    *_of(
+        "data.py",
+        ("return saved[split]", 'return saved["train"]', [DATA]),
+        ("elif shared < min(len(chosen), len(rejected)):", "else:", [DATA]),
+        ('if messages and messages[-1]["role"] == "assistant":', "if False:", [DATA]),
+        (
+            '            return self.tokenizer(text, add_special_tokens=False)["input_ids"]',
+            '            return self.tokenizer(text, add_special_tokens=True)["input_ids"]',
+            [DATA],
+        ),
+        ("return ids[:-1] if ends else ids", "return ids", [DATA]),
+        (
+            "return tokenizer.eos_token_id if tokenizer.pad_token_id is None",
+            "return tokenizer.eos_token_id if True",
+            [DATA],
+        ),
+        ("return ids if ids[-1:] == [end]", "return ids if end in ids[-3:]", [DATA]),
+        ("return ids if ids[-1:] == [end]", "return ids if False", [DATA]),
+        ("if templated and text.rstrip().endswith", "if text.rstrip().endswith", [DATA]),
+        ("if templated and text.rstrip().endswith", "if templated and text.endswith", [DATA]),
+        ("return ids[:length] if last_end < length else", "return", [DATA]),
+        ('for key in ("role", "content"):', 'for key in ("content",):', [DATA]),
+        ("except (ValueError, TemplateError) as error:", "except ValueError as error:", [DATA]),
+        ("max(shared, 0)", "max(shared, 1)", [DATA]),
+        ("prompt = prompt[-self.max_prompt_length :]", "prompt = prompt[: self.max_prompt_length]", [DATA]),
+        ("if len(response) <= available:", "if len(response) < available:", [DATA]),
+        ('if responses["chosen"] == responses["rejected"]:', "if False:", [DATA]),
+    ),
+    *_of(
+        "collator.py",
+        ('reference_cache.hidden(row["position"], side)', 'reference_cache.hidden(row["index"], side)', FAST_CACHE),
+        ("predicted[starts] = False", "predicted[0] = False", [DATA, TRL]),
+    ),
+    *_of(
+        "files.py",
+        ("if error.errno in _NO_FALLOCATE:", "if False:", FAST_CACHE),
+        (
+            "if not _fallocate(file.fileno(), size):",
+            "if True:\n                file.truncate(size)\n            else:",
+            FAST_CACHE,
+        ),
+        ("        path.unlink(missing_ok=True)\n", "", FAST_CACHE),
+        ("content.pop(_SEAL, None) != _seal(content)", "content.pop(_SEAL, None) is None", FAST_CACHE),
+    ),
+    *_of(
+        "reference_cache.py",
+        (
+            'for name in ("prompt_ids", "chosen_ids", "rejected_ids"):',
+            'for name in ("prompt_ids", "chosen_ids"):',
+            FAST_CACHE,
+        ),
+        ('if digest(checksums) != header["checksums"]:', "if False:", FAST_CACHE),
+        ("if path.stat().st_size != size:", "if path.stat().st_size > size:", FAST_CACHE),
+        (
+            "lengths.append(torch.stack([chosen, rejected], dim=1)",
+            "lengths.append(torch.stack([chosen, rejected], dim=0)",
+            FAST_CACHE,
+        ),
+        ("!= self._checksums[row]:", "!= self._checksums[row] and False:", FAST_CACHE),
+        (
+            'total, saved = self.header["rows"], self.header["done"]',
+            'total, saved = self.header["rows"], 0',
+            FAST_CACHE,
+        ),
+        ('if header["done"] != header["rows"]:', "if False:", FAST_CACHE),
+    ),
+    *_of(
+        "checkpoints.py",
+        ("or file_digest(path) != digest:", "or False:", [CHECKPOINTS]),
+        (
+            '        if not path.is_file():\n            raise ValueError(f"{path} is missing")',
+            "        if not path.is_file():\n            continue",
+            [CHECKPOINTS],
+        ),
+        (
+            "        else:\n            return str(checkpoint), problems",
+            "        return str(checkpoint), problems",
+            [CHECKPOINTS],
+        ),
+        ("found[path], reverse=True)", "str(path), reverse=True)", [CHECKPOINTS]),
+        ("if unknown:", "if False:", [CHECKPOINTS]),
+        ('["only_model"]:', '["only_model"] and False:', [CHECKPOINTS]),
+        (
+            "            shutil.rmtree(destination)\n",
+            "            pass\n",
+            [CHECKPOINTS],
+        ),
+        ("not torch.isfinite(values).all()", "torch.isnan(values).any()", [CHECKPOINTS]),
+        ("shutil.rmtree(staging, ignore_errors=True)\n        raise", "raise", [CHECKPOINTS]),
+    ),
+    *_of(
+        "trainer.py",
+        ("with without_adapters, self.args", "with self.args", [FEATURES]),
+        ("preference_metrics(output, self.args.beta)", "preference_metrics(output, 0.1)", [EVALUATION]),
+        ("with torch.no_grad(), self.compute_loss", "with self.compute_loss", [EVALUATION]),
+        ('        if "loss" in logs:\n', "        if True:\n", [EVALUATION]),
+        ("PairMetric(losses, torch.ones_like(losses))", "PairMetric(losses, losses)", [EVALUATION]),
+        ("        checkpoints.check_finite(self)\n", "", [CHECKPOINTS]),
+        ("        checkpoints.check(self.state.best_model_checkpoint)\n", "", [CHECKPOINTS]),
+        ("self._checkpoint_to_resume(resume_from_checkpoint)", "resume_from_checkpoint", [CHECKPOINTS]),
+        ("logits_budget=args.logits_budget,", "", [FEATURES]),
+        ("if policy.vocab_size != reference.vocab_size:", "if False:", [TRAINER]),
+        (".eval().requires_grad_(False)", "", [TRAINER]),
+    ),
+    *_of(
+        "loss.py",
+        ("if self.fallback_reason is None and policy.softcap != reference.softcap:", "if False:", [FEATURES]),
+        ("logits_budget=self.logits_budget,", "", [FEATURES]),
+        ('"sum", lengths=lengths, initial=0)', '"mean", lengths=lengths, initial=0)', [TRAINER]),
+        ("with self.without_adapters():", "with contextlib.nullcontext():", [FEATURES]),
+    ),
+    *_of(
+        "metrics.py",
+        (
+            "chosen.entropy + rejected.entropy, chosen.tokens + rejected.tokens)",
+            "chosen.entropy, chosen.tokens)",
+            [METRICS],
+        ),
+        (
+            "PairMetric(chosen.correct, chosen.tokens)",
+            "PairMetric(chosen.correct + rejected.correct, chosen.tokens + rejected.tokens)",
+            [METRICS],
+        ),
+        (
+            "PairMetric(chosen.correct, chosen.tokens)",
+            "PairMetric(chosen.correct / chosen.tokens, torch.ones_like(chosen.tokens))",
+            [METRICS],
+        ),
+        ("(reward_chosen > reward_rejected)", "(reward_chosen >= reward_rejected)", [METRICS]),
+        ("sums, self._sums = self._sums, {}", "sums = self._sums", [METRICS]),
+        ("self._sums.get(name, 0) + entries.sum(0)", "self._sums.get(name, 0) + entries.mean(0)", [METRICS]),
+        ("first = {row: position for", "first = {position: position for", [METRICS]),
+        ("torch.stack([values, weights], 1).double()", "torch.stack([values, weights], 1).float()", [METRICS]),
+        ("self._rows, self._tables = [], defaultdict(list)\n        first", "first", [METRICS]),
+    ),
+    *_of(
+        "commands.py",
+        ("resume_from_checkpoint=args.resume_from_checkpoint or interrupted", "", [CLI]),
+        (
+            'evaluation = load_preferences(require(data, "eval_dataset"), data.eval_split)',
+            'evaluation = load_preferences(require(data, "eval_dataset"), data.split)',
+            [CLI],
+        ),
+        ("models.load(models.ref_model or model_name)", "models.load(model_name)", [CLI]),
+        ("args.max_prompt_length, args.overlong", "args.max_prompt_length", [CLI]),
+    ),
+    *_of(
+        "options.py",
+        ("            lora_alpha=self.lora_alpha,\n", "", [CLI]),
+        (
+            "    if value is None:\n        return []\n    if isinstance(value, list)",
+            "    if isinstance(value, list)",
+            [CLI],
+        ),
+        ("except yaml.YAMLError as error:", "except ZeroDivisionError as error:", [CLI]),
+        ("        check(name)\n", "        pass\n", [CLI]),
+        ("{_unreadable_file(name) or name}", "{name}", [CLI]),
+    ),
+    *_of(
+        "cli.py",
+        ("        return 1\n", "        return 2\n", [CLI]),
+        ("        return 130\n", "        return 1\n", [CLI]),
+    ),
+    *_of(
+        "samples.py",
+        ("            with context():\n", "            with contextlib.nullcontext():\n", [EVALUATION]),
+        ("generated[0, tokens.shape[1] :]", "generated[0]", [EVALUATION]),
+    ),
+    *_of("model_card.py", ('if args.variant == "tdpo2":', "if True:", [FEATURES])),
+    *_of(
+        "trl.py",
+        ('"use_weighting", "ld_alpha")', '"use_weighting")', [TRL]),
+        ("alpha=alpha, variant=variant),", "variant=variant),", [TRL]),
+        ('inputs["completion_mask"].bool()', 'inputs["attention_mask"].bool()', [TRL]),
+    ),
+]

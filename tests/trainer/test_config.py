@@ -1,0 +1,104 @@
+"""The trainer's options: the loss that they name, and what is refused, by name."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from model_families import make_model, make_tokenizer
+from tdpo import TDPOConfig, TDPOTrainer
+from transformers import TrainingArguments
+
+from tdpo_ext import TokenDivergence, dpo_loss, tdpo_loss
+
+OBJECTIVES = {
+    "tdpo2": functools.partial(tdpo_loss, beta=0.3, alpha=0.7, variant="tdpo2"),
+    "tdpo1": functools.partial(tdpo_loss, beta=0.3, variant="tdpo1"),
+    "dpo": functools.partial(dpo_loss, beta=0.3),
+}
+
+
+@pytest.mark.parametrize("variant", OBJECTIVES)
+def test_options_name_a_loss(variant, tmp_path):
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, variant=variant, beta=0.3, alpha=0.7)
+    chosen, rejected = (TokenDivergence.unstack(3 * torch.rand(6, 5)) for _ in range(2))
+    losses = args.objective()(chosen, rejected)
+    assert torch.equal(losses, OBJECTIVES[variant](chosen, rejected))
+    for other in OBJECTIVES.keys() - {variant}:
+        assert not torch.allclose(losses, OBJECTIVES[other](chosen, rejected))
+    margins = chosen.logps - chosen.ref_logps - rejected.logps + rejected.ref_logps
+    if variant != "dpo":
+        margins -= (0.7 if variant == "tdpo2" else 1.0) * (rejected.kl - chosen.kl)
+    torch.testing.assert_close(losses, torch.log1p(torch.exp(-0.3 * margins)))
+
+
+NOT_NUMBERS = ["0.1", None, [0.1], True, torch.ones(2)]
+NOT_COUNTS = ["3", None, 2.5, True, [3]]
+NOT_SWITCHES = ["yes", 1, None, 0.0]
+WRONG_TYPES = {
+    "beta": NOT_NUMBERS,
+    "alpha": NOT_NUMBERS,
+    "max_length": NOT_COUNTS,
+    "max_prompt_length": NOT_COUNTS,
+    "eval_samples": NOT_COUNTS,
+    "eval_sample_tokens": NOT_COUNTS,
+    "logits_budget": ["1e9", 1.5, True, [1]],
+    "disable_dropout": NOT_SWITCHES,
+    "padding_free": NOT_SWITCHES,
+    "precompute_reference": NOT_SWITCHES,
+    "remove_unused_columns": NOT_SWITCHES,
+    "reference_cache": [3, True, ["folder"]],
+}
+OUT_OF_RANGE = {
+    "beta": [0.0, -1.0, float("inf"), float("nan")],
+    "alpha": [-1.0, float("inf"), float("nan")],
+    "variant": ["ipo", 3, None],
+    "overlong": ["cut", None],
+    "reference_dtype": ["int8", torch.float32, None],
+    "max_length": [0, 1, -5],
+    "max_prompt_length": [0, -1, 40, 41],
+    "eval_samples": [-1],
+    "eval_sample_tokens": [-1],
+    "logits_budget": [0, -1],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [(name, value, TypeError) for name, values in WRONG_TYPES.items() for value in values]
+    + [(name, value, ValueError) for name, values in OUT_OF_RANGE.items() for value in values],
+)
+def test_bad_options_are_named(name, value, error, tmp_path):
+    options = {"max_length": 40, "max_prompt_length": 8, **{name: value}}
+    with pytest.raises(error, match=rf"^{name} is "):
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_beta_is_checked_for_every_variant(tmp_path):
+    for variant in OBJECTIVES:
+        with pytest.raises(ValueError, match=r"^beta is 0"):
+            TDPOConfig(output_dir=str(tmp_path), use_cpu=True, variant=variant, beta=0)
+
+
+def test_good_options(tmp_path):
+    options = {"beta": 1, "alpha": 0, "max_length": 2, "max_prompt_length": 1, "logits_budget": 1, "eval_samples": 0}
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    assert args.reference_folder == tmp_path / "reference-cache"
+    assert TDPOConfig(output_dir=str(tmp_path), use_cpu=True, beta=np.float32(0.5)).beta == 0.5
+    assert TDPOConfig(output_dir="out", use_cpu=True, reference_cache=tmp_path).reference_folder == tmp_path
+
+
+def test_bad_arguments_of_the_trainer_are_named(tmp_path):
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    good = {"model": make_model("gpt2"), "args": args, "processing_class": make_tokenizer()}
+    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    for name, value in {
+        "model": "gpt2",
+        "ref_model": "gpt2",
+        "args": plain,
+        "train_dataset": [{"chosen": "a"}],
+    }.items():
+        with pytest.raises(TypeError, match=name.replace("train_", "") + " is "):
+            TDPOTrainer(**{**good, name: value})
+    with pytest.raises(ValueError, match="processing_class"):
+        TDPOTrainer(good["model"], args=args)
