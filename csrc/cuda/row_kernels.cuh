@@ -17,8 +17,9 @@ namespace tdpo::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kBatch = 2;
-// CTAs per multiprocessor that the register budget must allow.
-constexpr int kResidentBlocks = 3;
+// CTAs per multiprocessor that the register budget must allow. With fewer registers, the softcapped gradient would load
+// half of its batch only after it has used the other half.
+constexpr int kResidentBlocks = 3, kResidentSoftcapGradients = 2;
 
 // ---- device helpers ----
 
@@ -212,7 +213,9 @@ __global__ void finalize_kernel(const RowState<Real>* states, const int64_t* lab
 // Group row * tiles + tile writes entries [tile * length, (tile + 1) * length). The output may overwrite the logits:
 // each entry is read and written by one thread only, in this order.
 template <typename T, typename Real, typename Out, bool kSoftcap, int kGroup>
-__global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks : 1)
+__global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1
+                                            : kSoftcap        ? kResidentSoftcapGradients
+                                                              : kResidentBlocks)
     gradient_kernel(DivergenceParams params, GradientParams grad, Cap<Real, kSoftcap> cap,
                     InvTemperature<Real> inv_temp, unsigned tiles, int64_t length) {
   constexpr int kPack = Pack<T>::size;
