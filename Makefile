@@ -27,7 +27,7 @@ test: $(VENV)/dev
 test-nightly: $(VENV)/dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py
 
-# The CPU kernels under the address and undefined-behaviour sanitizers, over the tests' shapes.
+# The C++ tests, the CUDA kernels on the emulator among them, under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/dev
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTDPO_TESTS=ON -DTDPO_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize

@@ -210,7 +210,6 @@ inline CheckedGradient check_gradient(const at::Tensor& logits, const at::Tensor
       .kl_grad = checked.kl_grad.data_ptr(),
       .out = *rows,
       .out_dtype = dtype_of(out, "out"),
-      .streaming_stores = false,
   };
   return checked;
 }

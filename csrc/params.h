@@ -38,7 +38,6 @@ struct GradientParams {
   const void* kl_grad;     // (rows), dL/dkl
   RowView out;             // dL/dlogits; may be the logits' own memory
   DType out_dtype;
-  bool streaming_stores;  // bypass the cache: the output exceeds it and is not read soon (CPU only)
 };
 
 }  // namespace tdpo

@@ -65,6 +65,8 @@ struct ScalarMath {
   static TDPO_FN X clamp_min(X x, Real floor) { return x < floor ? floor : x; }  // propagates NaN
   // Brings any x <= 0, -inf included, into the range that this class's exp2 accepts.
   static TDPO_FN X clamp_exponent(X x) { return clamp_min(x, kExponentFloor); }
+  // Whether an entry has reference mass. A class for entries that are known to be finite need not look.
+  static TDPO_FN bool has_mass(X e_r) { return e_r != X{}; }
   // x * scale - shift with a single rounding: for a large logit, rounding the product before subtracting the maximum
   // would lose the digits of the difference.
   static TDPO_FN X scaled(X x, Real scale, Real shift) { return std::fma(x, scale, -shift); }
@@ -95,7 +97,7 @@ struct RowSums {
     const X r_log = Math::clamp_exponent(Math::scaled(r, inv_temp.base2, r_shift));
     const X e_z = Math::exp2(z_log), e_r = Math::exp2(r_log);
     // An entry without reference mass has no gap, whatever its logits (-inf and underflow included).
-    const auto has_mass = e_r != X{};
+    const auto has_mass = Math::has_mass(e_r);
     const X d = Math::scaled(z - r, inv_temp.natural, (z_shift - r_shift) * Real(kLn2));
     const X e_r_d = Math::select(has_mass, e_r * d, X{});
     const auto small = (Math::abs(d) < X{} + Real(kSmallGap)) & has_mass;

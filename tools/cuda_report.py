@@ -29,29 +29,29 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def compiler_output(architectures: Sequence[int]) -> str:
-    """What ptxas reports for the kernels, built by CMake with the flags of the extension."""
-    with tempfile.TemporaryDirectory() as build:
-        configure = ["cmake", "-S", str(ROOT), "-B", build, "-G", "Ninja", "-DTDPO_CUDA=ON"]
-        configure.append("-DCMAKE_CUDA_FLAGS=-Werror all-warnings -Xptxas -v")
-        if architectures:
-            configure.append(f"-DTDPO_CUDA_ARCHS={';'.join(map(str, architectures))}")
-        run(*configure)
-        return run("cmake", "--build", build, "--target", "cuda_kernels")
+def build_kernels(build: Path, architectures: Sequence[int]) -> str:
+    """What ptxas reports for the kernels, built by CMake with the flags of the extension.
 
-
-def kernel_report(architectures: Sequence[int] = ()) -> list[dict]:
-    """One row per kernel and architecture: architecture, kernel, registers, spilled bytes, shared bytes.
-
-    Args:
-        architectures: such as 90; empty: those that the extension is built for.
-
-    Raises:
-        RuntimeError: the kernels don't compile without warnings; the message is the compiler's.
+    Leaves the machine code of each architecture in `build`, as launch.sm_NN.cubin.
     """
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DTDPO_CUDA=ON"]
+    configure.append(f"-DCMAKE_CUDA_FLAGS=-Werror all-warnings -Xptxas -v --keep --keep-dir {build}")
+    if architectures:
+        configure.append(f"-DTDPO_CUDA_ARCHS={';'.join(map(str, architectures))}")
+    run(*configure)
+    return run("cmake", "--build", str(build), "--target", "cuda_kernels")
+
+
+def short_names(kernels: Sequence[str]) -> list[str]:
+    """Kernels as the source names them, without namespaces and parameters."""
+    return [re.sub(r"^void |tdpo::(cuda::)?|\(.*$", "", name) for name in run("c++filt", *kernels).splitlines()]
+
+
+def parse_resources(compiler_output: str) -> list[dict]:
+    """One row per kernel and architecture: architecture, kernel, registers, spilled bytes, shared bytes."""
     rows: list[dict] = []
     current: dict = {}
-    for line in compiler_output(architectures).splitlines():
+    for line in compiler_output.splitlines():
         if match := re.search(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", line):
             current = {"architecture": int(match[2]), "kernel": match[1]}
         elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
@@ -59,9 +59,22 @@ def kernel_report(architectures: Sequence[int] = ()) -> list[dict]:
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             rows.append({**current, "registers": int(match[1]), "shared": int(shared[1]) if shared else 0})
-    for row, name in zip(rows, run("c++filt", *(row["kernel"] for row in rows)).splitlines()):
-        row["kernel"] = re.sub(r"^void |tdpo::(cuda::)?|\(.*$", "", name)
+    for row, name in zip(rows, short_names([row["kernel"] for row in rows])):
+        row["kernel"] = name
     return rows
+
+
+def kernel_report(architectures: Sequence[int] = ()) -> list[dict]:
+    """`parse_resources` of a fresh build.
+
+    Args:
+        architectures: such as 90; empty: those that the extension is built for.
+
+    Raises:
+        RuntimeError: the kernels don't compile without warnings; the message is the compiler's.
+    """
+    with tempfile.TemporaryDirectory() as build:
+        return parse_resources(build_kernels(Path(build), architectures))
 
 
 def main() -> None:

@@ -129,10 +129,10 @@ void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, 
   const auto inputs =
       check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
   check_label_range(inputs.params);
-  auto gradient = check_gradient(logits, ref_logits, labels, states, logps_grad, kl_grad, out);
-  gradient.params.streaming_stores = !out.is_alias_of(logits) && out.numel() * out.element_size() > kStreamingBytes;
+  const auto gradient = check_gradient(logits, ref_logits, labels, states, logps_grad, kl_grad, out);
+  const bool streaming_stores = !out.is_alias_of(logits) && out.numel() * out.element_size() > kStreamingBytes;
   const auto write = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
-    kernels().logit_gradient(inputs.params, gradient.params, row, begin, end);
+    kernels().logit_gradient(inputs.params, gradient.params, streaming_stores, row, begin, end);
   };
   Tasks(inputs.params).run(write, /*backwards=*/true);
 }

@@ -118,8 +118,8 @@ void compute_row_state(const DivergenceParams& params, int64_t row, int64_t begi
 }
 
 template <typename Math, typename Scalar, typename Out, bool kSoftcap, bool kReference>
-void write_row_gradient(const DivergenceParams& params, const GradientParams& grad, int64_t row, int64_t begin,
-                        int64_t end) {
+void write_row_gradient(const DivergenceParams& params, const GradientParams& grad, bool streaming, int64_t row,
+                        int64_t begin, int64_t end) {
   using X = typename Math::X;
   using Real = typename Math::Real;
   using OutVector = Vector<Math, Out>;
@@ -157,7 +157,6 @@ void write_row_gradient(const DivergenceParams& params, const GradientParams& gr
   };
 
   int64_t v = begin;
-  const bool streaming = grad.streaming_stores;
   if (streaming) {
     constexpr int64_t kAlign = lanes * sizeof(Out);
     const int64_t head = (kAlign - reinterpret_cast<uintptr_t>(out + v) % kAlign) % kAlign / sizeof(Out);
@@ -187,7 +186,8 @@ void write_row_gradient(const DivergenceParams& params, const GradientParams& gr
 }
 
 template <typename Math, typename Scalar, typename Out, bool kSoftcap>
-void row_gradient(const DivergenceParams& params, const GradientParams& grad, int64_t row, int64_t begin, int64_t end) {
+void row_gradient(const DivergenceParams& params, const GradientParams& grad, bool streaming, int64_t row,
+                  int64_t begin, int64_t end) {
   using Real = typename Math::Real;
   const Real logps_grad = static_cast<const Real*>(grad.logps_grad)[row];
   const Real kl_grad = static_cast<const Real*>(grad.kl_grad)[row];
@@ -195,9 +195,9 @@ void row_gradient(const DivergenceParams& params, const GradientParams& grad, in
     Out* const out = static_cast<Out*>(grad.out.data) + grad.out.offset(row);
     std::memset(out + begin, 0, (end - begin) * sizeof(Out));
   } else if (kl_grad == Real(0)) {
-    write_row_gradient<Math, Scalar, Out, kSoftcap, false>(params, grad, row, begin, end);
+    write_row_gradient<Math, Scalar, Out, kSoftcap, false>(params, grad, streaming, row, begin, end);
   } else {
-    write_row_gradient<Math, Scalar, Out, kSoftcap, true>(params, grad, row, begin, end);
+    write_row_gradient<Math, Scalar, Out, kSoftcap, true>(params, grad, streaming, row, begin, end);
   }
 }
 
@@ -219,15 +219,15 @@ void row_state(const DivergenceParams& params, int64_t row, int64_t begin, int64
   });
 }
 
-void logit_gradient(const DivergenceParams& params, const GradientParams& grad, int64_t row, int64_t begin,
-                    int64_t end) {
+void logit_gradient(const DivergenceParams& params, const GradientParams& grad, bool streaming, int64_t row,
+                    int64_t begin, int64_t end) {
   with_gradient_scalars(params.dtype, grad.out_dtype, [&](auto scalar, auto out) {
     using Scalar = decltype(scalar);
     using Out = decltype(out);
     if (params.softcap > 0)
-      row_gradient<MathOf<Scalar>, Scalar, Out, true>(params, grad, row, begin, end);
+      row_gradient<MathOf<Scalar>, Scalar, Out, true>(params, grad, streaming, row, begin, end);
     else
-      row_gradient<MathOf<Scalar>, Scalar, Out, false>(params, grad, row, begin, end);
+      row_gradient<MathOf<Scalar>, Scalar, Out, false>(params, grad, streaming, row, begin, end);
   });
 }
 

@@ -8,8 +8,10 @@ namespace tdpo {
 struct CpuKernels {
   // The state of entries [begin, end) of one row, written to `state`.
   void (*row_state)(const DivergenceParams&, int64_t row, int64_t begin, int64_t end, void* state);
-  // dL/dlogits of entries [begin, end) of one row.
-  void (*logit_gradient)(const DivergenceParams&, const GradientParams&, int64_t row, int64_t begin, int64_t end);
+  // dL/dlogits of entries [begin, end) of one row. Streaming stores bypass the cache: for an output that exceeds it and
+  // is not read soon.
+  void (*logit_gradient)(const DivergenceParams&, const GradientParams&, bool streaming_stores, int64_t row,
+                         int64_t begin, int64_t end);
 };
 
 namespace DEFAULT {

@@ -65,6 +65,8 @@ struct SimdMath {
   static constexpr Real kExponentFloor = -200;
   static TDPO_FN X clamp_min(X x, Real floor) { return maximum(X{} + floor, x); }  // propagates NaN
 
+  static TDPO_FN auto has_mass(X e_r) { return e_r != X{}; }
+
   static TDPO_FN X scaled(X x, Real scale, Real shift) {
 #if defined(__x86_64__) && !defined(__FMA__)
     typedef double Doubles __attribute__((vector_size(2 * kBytes)));

@@ -22,14 +22,15 @@ void with_real(bool is_double, F f) {
     f(float{});
 }
 
-// Calls f(has softcap, threads per group), both compile-time.
-template <typename F>
-void with_variant(const DivergenceParams& params, F f) {
+// Calls f(cap, threads per group, CTAs), the second a compile-time constant, for rows of `parts` parts each.
+template <typename Real, typename F>
+void with_variant(const DivergenceParams& params, int64_t parts, F f) {
   const auto with_group = [&](auto group) {
+    const auto blocks = static_cast<unsigned>(ceil_div(params.rows, kThreads / group()) * parts);
     if (params.softcap > 0)
-      f(std::true_type{}, group);
+      f(Cap<Real, true>(params.softcap), group, blocks);
     else
-      f(std::false_type{}, group);
+      f(Cap<Real, false>(1), group, blocks);
   };
   if (params.vocab <= kShortRow)
     with_group(std::integral_constant<int, kWarp>{});
@@ -61,9 +62,9 @@ void launch_row_states(const DivergenceParams& params, void* states, int64_t sli
   with_scalar(params.dtype, [&](auto scalar) {
     using T = decltype(scalar);
     using Real = RealOf<T>;
-    with_variant(params, [&](auto softcap, auto group) {
-      TDPO_LAUNCH((row_state_kernel<T, Real, softcap(), group()>), blocks_for(params.rows * slices * group()), kThreads,
-                  stream, params, static_cast<Real*>(states), slices, length);
+    with_variant<Real>(params, slices, [&](auto cap, auto group, unsigned blocks) {
+      TDPO_LAUNCH((row_state_kernel<T, Real, decltype(cap)::enabled, group()>), blocks, kThreads, stream, params, cap,
+                  InvTemperature<Real>(params.temperature), static_cast<Real*>(states), unsigned(slices), length);
     });
   });
 }
@@ -92,10 +93,10 @@ void launch_gradient(const DivergenceParams& params, const GradientParams& grad,
   const int64_t tiles = ceil_div(params.vocab, kTile);
   with_gradient_scalars(params.dtype, grad.out_dtype, [&](auto scalar, auto out) {
     using T = decltype(scalar);
-    using Out = decltype(out);
-    with_variant(params, [&](auto softcap, auto group) {
-      TDPO_LAUNCH((gradient_kernel<T, RealOf<T>, Out, softcap(), group()>), blocks_for(params.rows * tiles * group()),
-                  kThreads, stream, params, grad, tiles, kTile);
+    using Real = RealOf<T>;
+    with_variant<Real>(params, tiles, [&](auto cap, auto group, unsigned blocks) {
+      TDPO_LAUNCH((gradient_kernel<T, Real, decltype(out), decltype(cap)::enabled, group()>), blocks, kThreads, stream,
+                  params, grad, cap, InvTemperature<Real>(params.temperature), unsigned(tiles), kTile);
     });
   });
 }
@@ -104,10 +105,10 @@ void launch_scale(void* data, DType dtype, int64_t count, const void* factor, in
                   cudaStream_t stream) {
   if (count == 0) return;
   const int64_t max_blocks = int64_t(8) * multiprocessors;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(blocks_for(count), max_blocks));
   with_scalar(dtype, [&](auto scalar) {
     using T = decltype(scalar);
     using Real = RealOf<T>;
+    const auto grid = std::min(blocks_for(ceil_div(count, Pack<T>::size)), static_cast<unsigned>(max_blocks));
     TDPO_LAUNCH((scale_kernel<T, Real>), grid, kThreads, stream, static_cast<T*>(data), count,
                 static_cast<const Real*>(factor));
   });

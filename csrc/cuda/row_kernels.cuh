@@ -1,7 +1,8 @@
 // The device kernels of row states and gradients. Torch-free, and without logits-sized temporaries: forward reads each
 // logit once; backward reads it once and writes the gradient once. Rows are processed in 16-byte packs, starting where
 // z (forward) or the gradient (backward) is aligned; the head before and the tail after go entry by entry, and so do
-// loads from a row that is aligned differently. Each thread loads kBatch packs of both rows per iteration.
+// loads from a row that is aligned differently. Each thread loads kBatch packs of both rows per iteration before it
+// uses the first of them. tools/machine_code.py counts what the loops compile to.
 //
 // A group of threads (a warp for short rows, a CTA for long ones) processes one slice of one row. When a row is split
 // over several groups, each writes the state of its slice and merge_kernel merges them in a fixed order. There are no
@@ -16,54 +17,63 @@ namespace tdpo::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kBatch = 2;
-// CTAs per multiprocessor that the register budget must allow.
-constexpr int kResidentBlocks = 3;
+// CTAs per multiprocessor that the register budget must allow. With fewer registers, the softcapped gradient would load
+// half of its batch only after it has used the other half.
+constexpr int kResidentBlocks = 3, kResidentSoftcapGradients = 2;
 
 // ---- device helpers ----
 
-template <typename Real, bool kSoftcap>
-struct Cap {
-  Real softcap;
-  explicit __device__ Cap(const DivergenceParams& params) : softcap(Real(params.softcap)) {}
-  __device__ __forceinline__ Real operator()(Real x) const { return kSoftcap ? softcap * tanh(x / softcap) : x; }
-  // d(capped)/dx, from the capped value
-  __device__ __forceinline__ Real slope(Real capped) const {
-    return kSoftcap ? Real(1) - (capped / softcap) * (capped / softcap) : Real(1);
-  }
-};
-
-// The part of a row that a group of kGroup threads processes.
+// The part of a row that a group of kGroup threads processes. A row has `parts` parts of `length` entries each; the
+// groups of a CTA process the same part of consecutive rows, so that one 32-bit division is enough.
 template <int kGroup>
 struct Part {
   int64_t row, index, begin;
   int lane, count;
 
-  // A row has `parts` parts of `length` entries each.
-  __device__ Part(const DivergenceParams& params, int64_t parts, int64_t length) : lane(threadIdx.x % kGroup) {
-    const int64_t task = int64_t(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
-    row = task / parts;
-    index = task % parts;
+  __device__ Part(const DivergenceParams& params, unsigned parts, int64_t length) : lane(threadIdx.x % kGroup) {
+    row = int64_t(blockIdx.x / parts) * (kThreads / kGroup) + threadIdx.x / kGroup;
+    index = blockIdx.x % parts;
     begin = index * length;
     const int64_t left = params.vocab - begin;
     count = int(left < 0 ? 0 : (length < left ? length : left));
   }
 };
 
-// Splits a row's entries into a head, packs and a tail and shares them among the lanes of a group. Calls f(entry) for
-// entries of the head and the tail, and f_packs(first entry, batch), with a compile-time batch, for packs.
-template <int kGroup, int kPack, typename F, typename G>
-__device__ __forceinline__ void for_entries(uintptr_t address, int size, int count, int lane, F f, G f_packs) {
-  const int bytes = kPack * size;
-  int head = int((bytes - address % bytes) % bytes) / size;
-  if (address % size != 0 || head > count) head = count;
-  const int packs = (count - head) / kPack;
-  for (int v = lane; v < head; v += kGroup) f(v);
-  int p = lane;
-  for (; p + (kBatch - 1) * kGroup < packs; p += kBatch * kGroup)
-    f_packs(head + p * kPack, std::integral_constant<int, kBatch>{});
-  for (; p < packs; p += kGroup) f_packs(head + p * kPack, std::integral_constant<int, 1>{});
-  for (int v = head + packs * kPack + lane; v < count; v += kGroup) f(v);
-}
+// A part's entries, split into a head, packs and a tail, and shared among the lanes of a group. Packs start where
+// `address`, of entries of `size` bytes, is a multiple of a pack's bytes.
+template <int kGroup, int kPack>
+struct Split {
+  int head, packs, count;
+
+  __device__ Split(uintptr_t address, int size, int count) : count(count) {
+    const int bytes = kPack * size;
+    head = int((bytes - address % bytes) % bytes) / size;
+    if (address % size != 0 || head > count) head = count;
+    packs = (count - head) / kPack;
+  }
+
+  // Calls f(entry) for entries of the head and the tail, and f_packs(first entry, batch), with a compile-time batch,
+  // for packs.
+  template <typename F, typename G>
+  __device__ __forceinline__ void for_each(int lane, F f, G f_packs) const {
+#pragma unroll 1
+    for (int v = lane; v < head; v += kGroup) f(v);
+    int p = lane;
+#pragma unroll 1
+    for (; p + (kBatch - 1) * kGroup < packs; p += kBatch * kGroup)
+      f_packs(head + p * kPack, std::integral_constant<int, kBatch>{});
+#pragma unroll 1
+    for (; p < packs; p += kGroup) f_packs(head + p * kPack, std::integral_constant<int, 1>{});
+#pragma unroll 1
+    for (int v = head + packs * kPack + lane; v < count; v += kGroup) f(v);
+  }
+
+  // The lane to which for_each gives an entry.
+  __device__ int lane_of(int entry) const {
+    const int after_head = entry - head, tail = after_head - packs * kPack;
+    return (after_head < 0 ? entry : tail < 0 ? after_head / kPack : tail) % kGroup;
+  }
+};
 
 template <typename Real>
 __device__ __forceinline__ RowState<Real> shuffle_down(const RowState<Real>& state, int distance) {
@@ -90,12 +100,17 @@ __device__ __forceinline__ RowState<Real> merge_over_group(RowState<Real> state)
   return state;
 }
 
-__device__ __forceinline__ void check_label(int64_t label, const DivergenceParams& params, int lane) {
-  if (label == params.ignore_index || (label >= 0 && label < params.vocab_size)) return;
-  if (lane == 0)
+// Whether a label is allowed. Where it is not, one lane of its first part says so and stops the kernel. The others
+// leave: a trap of theirs could come before the message has left the device.
+template <int kGroup>
+__device__ __forceinline__ bool check_label(int64_t label, const DivergenceParams& params, const Part<kGroup>& part) {
+  if (label == params.ignore_index || (label >= 0 && label < params.vocab_size)) return true;
+  if (part.lane == 0 && part.index == 0) {
     printf("tdpo_ext: labels hold %lld; allowed are 0 to %lld and ignore_index\n", (long long)label,
            (long long)params.vocab_size - 1);
-  __trap();
+    __trap();
+  }
+  return false;
 }
 
 // ---- kernels ----
@@ -103,49 +118,66 @@ __device__ __forceinline__ void check_label(int64_t label, const DivergenceParam
 // States (slices, rows): group row * slices + slice processes entries [slice * length, (slice + 1) * length).
 template <typename T, typename Real, bool kSoftcap, int kGroup>
 __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks : 1)
-    row_state_kernel(DivergenceParams params, Real* states, int64_t slices, int64_t length) {
+    row_state_kernel(DivergenceParams params, Cap<Real, kSoftcap> cap, InvTemperature<Real> inv_temp, Real* states,
+                     unsigned slices, int64_t length) {
   constexpr int kPack = Pack<T>::size;
   const Part<kGroup> part(params, slices, length);
   if (part.row >= params.rows) return;  // whole groups leave, so no barrier or shuffle waits for them
   const int64_t label = params.labels[part.row];
   auto* const out = reinterpret_cast<RowState<Real>*>(states) + part.index * params.rows + part.row;
-  check_label(label, params, part.lane);
+  if (!check_label(label, params, part)) return;
   if (label == params.ignore_index) {
     if (part.lane == 0) *out = RowState<Real>::empty();
     return;
   }
-  const Cap<Real, kSoftcap> cap(params);
-  const InvTemperature<Real> inv_temp(params.temperature);
   const T* const z = static_cast<const T*>(params.logits.data) + params.logits.offset(part.row) + part.begin;
   const T* const r = static_cast<const T*>(params.ref_logits.data) + params.ref_logits.offset(part.row) + part.begin;
-  const bool r_aligned = reinterpret_cast<uintptr_t>(z) % 16 == reinterpret_cast<uintptr_t>(r) % 16;
 
   auto state = RowState<Real>::empty();
   const auto add_entry = [&](int v) { state.update(cap(to_real(z[v])), cap(to_real(r[v])), inv_temp); };
-  const auto add_packs = [&](int v, auto batch) {
+  const auto add_batch = [&](auto r_aligned, int v, auto batch) {
     Pack<T> z_pack[batch()], r_pack[batch()];
 #pragma unroll
     for (int b = 0; b < batch(); ++b) {
-      z_pack[b] = load_pack(z + v + b * kGroup * kPack, true);
-      r_pack[b] = load_pack(r + v + b * kGroup * kPack, r_aligned);
+      z_pack[b] = load_pack<true>(z + v + b * kGroup * kPack);
+      r_pack[b] = load_pack<r_aligned()>(r + v + b * kGroup * kPack);
     }
-    Real z_top = to_real(z_pack[0].entry[0]), r_top = to_real(r_pack[0].entry[0]);
+    Real z_top = max_of(z_pack[0]), r_top = max_of(r_pack[0]);
 #pragma unroll
-    for (int b = 0; b < batch(); ++b) {
+    for (int b = 1; b < batch(); ++b) {
       z_top = fmax(z_top, max_of(z_pack[b]));
       r_top = fmax(r_top, max_of(r_pack[b]));
     }
     // One rarely-true test per batch. Softcapping is monotonic, so it may follow the maximum.
-    state.raise_maxima(fmax(state.z_max, cap(z_top) * inv_temp.base2), fmax(state.r_max, cap(r_top) * inv_temp.base2));
+    state.raise_maxima(running_max(state.z_max, cap(z_top) * inv_temp.base2),
+                       running_max(state.r_max, cap(r_top) * inv_temp.base2));
     const Real z_shift = finite_max(state.z_max), r_shift = finite_max(state.r_max);
+    RowSums<Real> sums{};
 #pragma unroll
-    for (int b = 0; b < batch(); ++b)
+    for (int b = 0; b < batch(); ++b) {
+      Real z_entries[kPack], r_entries[kPack];
+      unpack(z_pack[b], z_entries);
+      unpack(r_pack[b], r_entries);
 #pragma unroll
       for (int i = 0; i < kPack; ++i)
-        state.sums.template add<DeviceMath<Real>>(cap(to_real(z_pack[b].entry[i])), cap(to_real(r_pack[b].entry[i])),
-                                                  z_shift, r_shift, inv_temp);
+        sums.template add<FiniteMath<Real>>(cap(z_entries[i]), cap(r_entries[i]), z_shift, r_shift, inv_temp);
+    }
+    // An infinite logit makes the gap or z_dot infinite or NaN. Then the batch is read again, with every entry tested.
+    if (!(fabs(sums.gap + sums.bregman + sums.z_dot) < std::numeric_limits<Real>::infinity())) {
+      sums = {};
+#pragma unroll 1
+      for (int i = 0; i < batch() * kPack; ++i) {
+        const int at = v + i / kPack * kGroup * kPack + i % kPack;
+        sums.template add<DeviceMath<Real>>(cap(to_real(z[at])), cap(to_real(r[at])), z_shift, r_shift, inv_temp);
+      }
+    }
+    state.sums += sums;
   };
-  for_entries<kGroup, kPack>(reinterpret_cast<uintptr_t>(z), sizeof(T), part.count, part.lane, add_entry, add_packs);
+  // z is aligned wherever packs start.
+  const Split<kGroup, kPack> split(reinterpret_cast<uintptr_t>(z), sizeof(T), part.count);
+  with_constant(is_aligned(r + split.head, 16), [&](auto r_aligned) {
+    split.for_each(part.lane, add_entry, [&](int v, auto batch) { add_batch(r_aligned, v, batch); });
+  });
 
   state = merge_over_group<kGroup>(state);
   if (part.lane == 0) {
@@ -175,15 +207,24 @@ __global__ void finalize_kernel(const RowState<Real>* states, const int64_t* lab
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   TokenValues<Real> token_values{};
-  if (labels[row] != ignore_index) token_values = states[row].finalize(InvTemperature<Real>(temperature));
+  if (labels[row] != ignore_index) {
+    if (states[row].is_out_of_range()) {
+      printf("tdpo_ext: logits or ref_logits have a maximum that is too large at row %lld\n", (long long)row);
+      __trap();
+    }
+    token_values = states[row].finalize(InvTemperature<Real>(temperature));
+  }
   token_values.store(values, rows, row);
 }
 
 // Group row * tiles + tile writes entries [tile * length, (tile + 1) * length). The output may overwrite the logits:
 // each entry is read and written by one thread only, in this order.
 template <typename T, typename Real, typename Out, bool kSoftcap, int kGroup>
-__global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks : 1)
-    gradient_kernel(DivergenceParams params, GradientParams grad, int64_t tiles, int64_t length) {
+__global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1
+                                            : kSoftcap        ? kResidentSoftcapGradients
+                                                              : kResidentBlocks)
+    gradient_kernel(DivergenceParams params, GradientParams grad, Cap<Real, kSoftcap> cap,
+                    InvTemperature<Real> inv_temp, unsigned tiles, int64_t length) {
   constexpr int kPack = Pack<T>::size;
   using OutPack = Entries<Out, kPack>;
   const Part<kGroup> part(params, tiles, length);
@@ -191,64 +232,96 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks 
   const T* const z = static_cast<const T*>(params.logits.data) + params.logits.offset(part.row) + part.begin;
   const T* const r = static_cast<const T*>(params.ref_logits.data) + params.ref_logits.offset(part.row) + part.begin;
   Out* const out = static_cast<Out*>(grad.out.data) + grad.out.offset(part.row) + part.begin;
-  const auto address = reinterpret_cast<uintptr_t>(out);
+  const Split<kGroup, kPack> split(reinterpret_cast<uintptr_t>(out), sizeof(Out), part.count);
 
   const Real logps_grad = static_cast<const Real*>(grad.logps_grad)[part.row];
   const Real kl_grad = static_cast<const Real*>(grad.kl_grad)[part.row];
   const int64_t label = params.labels[part.row];
   if (label == params.ignore_index || (logps_grad == Real(0) && kl_grad == Real(0))) {
     const Out zero = Rounded<Out>::of(Real(0));
+    OutPack zeros;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) zeros.entry[i] = zero;
     const auto clear = [&](int v, auto batch) {
 #pragma unroll
-      for (int i = 0; i < batch() * kPack; ++i) out[v + i / kPack * kGroup * kPack + i % kPack] = zero;
+      for (int b = 0; b < batch(); ++b) *reinterpret_cast<OutPack*>(out + v + b * kGroup * kPack) = zeros;
     };
-    for_entries<kGroup, kPack>(address, sizeof(Out), part.count, part.lane, [&](int v) { out[v] = zero; }, clear);
+    split.for_each(part.lane, [&](int v) { out[v] = zero; }, clear);
     return;
   }
-  const bool reads_reference = kl_grad != Real(0);
-  const int64_t label_at = label - params.vocab_start - part.begin;
-  const Cap<Real, kSoftcap> cap(params);
   const RowGradient<Real> coefficients(static_cast<const RowState<Real>*>(grad.states)[part.row], logps_grad, kl_grad,
-                                       InvTemperature<Real>(params.temperature));
-  const auto dz = [&](T z_raw, T r_raw, int v) {
-    const Real z_entry = cap(to_real(z_raw));
-    Real value = coefficients.template policy_part<DeviceMath<Real>>(z_entry);
-    if (reads_reference) value -= coefficients.template reference_part<DeviceMath<Real>>(cap(to_real(r_raw)));
-    if (v == label_at) value += coefficients.label_extra;  // before the only rounding
-    return Rounded<Out>::of(value * cap.slope(z_entry));
+                                       inv_temp);
+  // The loops exist with and without the reference and wide loads, so that all loads of a batch are issued before the
+  // first of them is waited for. Loads of a reference that is not needed disappear.
+  const auto write = [&](auto reads_reference, auto aligned) {
+    const auto dz = [&](Real z_raw, Real r_raw, auto is_label) {
+      const Real z_entry = cap(z_raw);
+      Real value = coefficients.template policy_part<DeviceMath<Real>>(z_entry);
+      if constexpr (reads_reference()) value -= coefficients.template reference_part<DeviceMath<Real>>(cap(r_raw));
+      if constexpr (is_label()) value += coefficients.label_extra;  // before the only rounding
+      return Rounded<Out>::of(value * cap.slope(z_entry));
+    };
+    const auto write_packs = [&](int v, auto batch) {
+      Pack<T> z_pack[batch()], r_pack[batch()];
+#pragma unroll
+      for (int b = 0; b < batch(); ++b) {
+        z_pack[b] = load_pack<aligned()>(z + v + b * kGroup * kPack);
+        r_pack[b] = load_pack<aligned()>((reads_reference() ? r : z) + v + b * kGroup * kPack);
+      }
+#pragma unroll
+      for (int b = 0; b < batch(); ++b) {
+        Real z_entries[kPack], r_entries[kPack];
+        unpack(z_pack[b], z_entries);
+        unpack(r_pack[b], r_entries);
+        OutPack result;
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) result.entry[i] = dz(z_entries[i], r_entries[i], std::false_type{});
+        *reinterpret_cast<OutPack*>(out + v + b * kGroup * kPack) = result;
+      }
+    };
+    const auto dz_at = [&](int64_t v, auto is_label) {
+      return dz(to_real(z[v]), to_real(reads_reference() ? r[v] : z[v]), is_label);
+    };
+    // The label's entry alone has one more term. The lane that writes this entry with the others forms it before, from
+    // logits that the gradient may overwrite, and writes it again afterwards.
+    const int64_t label_at = label - params.vocab_start - part.begin;
+    const bool has_label = label_at >= 0 && label_at < part.count && split.lane_of(int(label_at)) == part.lane;
+    Out at_label{};
+    if (has_label) at_label = dz_at(label_at, std::true_type{});
+    split.for_each(part.lane, [&](int v) { out[v] = dz_at(v, std::false_type{}); }, write_packs);
+    if (has_label) out[label_at] = at_label;
   };
-  const auto write_entry = [&](int v) { out[v] = dz(z[v], reads_reference ? r[v] : z[v], v); };
-
-  // Packs start where the output is aligned.
-  const int head = int((sizeof(OutPack) - address % sizeof(OutPack)) % sizeof(OutPack) / sizeof(Out));
-  const bool z_aligned = is_aligned(z + head, 16), r_aligned = is_aligned(r + head, 16);
-  const auto write_packs = [&](int v, auto batch) {
-    Pack<T> z_pack[batch()], r_pack[batch()];
-#pragma unroll
-    for (int b = 0; b < batch(); ++b) {
-      z_pack[b] = load_pack(z + v + b * kGroup * kPack, z_aligned);
-      r_pack[b] = reads_reference ? load_pack(r + v + b * kGroup * kPack, r_aligned) : z_pack[b];
-    }
-#pragma unroll
-    for (int b = 0; b < batch(); ++b) {
-      const int first = v + b * kGroup * kPack;
-      OutPack result;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) result.entry[i] = dz(z_pack[b].entry[i], r_pack[b].entry[i], first + i);
-      *reinterpret_cast<OutPack*>(out + first) = result;
-    }
-  };
-  for_entries<kGroup, kPack>(address, sizeof(Out), part.count, part.lane, write_entry, write_packs);
+  const bool reads_reference = kl_grad != Real(0);
+  const bool aligned = is_aligned(z + split.head, 16) && (!reads_reference || is_aligned(r + split.head, 16));
+  with_constant(reads_reference,
+                [&](auto with_reference) { with_constant(aligned, [&](auto wide) { write(with_reference, wide); }); });
 }
 
 // data *= factor; returns before touching the data when factor is 1, which only the device knows.
 template <typename T, typename Real>
 __global__ void scale_kernel(T* data, int64_t count, const Real* factor) {
+  constexpr int kPack = Pack<T>::size;
   const Real scale = *factor;
   if (scale == Real(1)) return;
-  const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
-    data[i] = Rounded<T>::of(to_real(data[i]) * scale);
+  const auto scaled = [&](T x) { return Rounded<T>::of(to_real(x) * scale); };
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
+  int64_t head = int64_t((16 - reinterpret_cast<uintptr_t>(data) % 16) % 16 / sizeof(T));
+  if (head > count) head = count;
+  const int64_t packs = (count - head) / kPack;
+  auto* const pack_data = reinterpret_cast<Pack<T>*>(data + head);
+#pragma unroll 1
+  for (int64_t p = thread; p < packs; p += threads) {
+    Pack<T> pack = pack_data[p];
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) pack.entry[i] = scaled(pack.entry[i]);
+    pack_data[p] = pack;
+  }
+  // The entries before and after the packs, fewer than two packs' worth.
+#pragma unroll 1
+  for (int64_t i = thread; i < count - packs * kPack; i += threads) {
+    T& entry = data[i < head ? i : i + packs * kPack];
+    entry = scaled(entry);
+  }
 }
 
 }  // namespace tdpo::cuda

@@ -23,11 +23,11 @@ struct Kernels {
     }
     return merged;
   }
-  void gradient(const DivergenceParams& params, GradientParams grad) const {
+  void gradient(const DivergenceParams& params, const GradientParams& grad) const {
     for (bool streaming : {true, false}) {
       if (streaming && grad.out.data == params.logits.data) continue;
-      grad.streaming_stores = streaming;
-      for (int64_t row = 0; row < params.rows; ++row) kernels.logit_gradient(params, grad, row, 0, params.vocab);
+      for (int64_t row = 0; row < params.rows; ++row)
+        kernels.logit_gradient(params, grad, streaming, row, 0, params.vocab);
     }
   }
 };

@@ -1,5 +1,7 @@
-// The CUDA kernels and launchers on the emulator, for every regime of shape, alignment and dtype, in both thread
-// orders.
+// The CUDA kernels and launchers on the emulator, for every regime of shape, alignment and dtype, in several
+// thread orders.
+#include <sys/mman.h>
+
 #include <array>
 
 #include "../../csrc/cuda/launch.cu"  // the launchers, which include the kernels
@@ -46,8 +48,9 @@ void check(const Shape& shape) {
 
 template <typename T>
 void check_regimes() {
-  for (bool backwards : {false, true}) {
-    emulator::backwards = backwards;
+  using emulator::Order;
+  for (auto order : {Order::ascending, Order::descending, Order::random, Order::random}) {
+    emulator::order = order;  // each random one goes on where the one before it stopped
     // One warp per row.
     check<T>({.rows = 3, .vocab = 1});                        // a single entry
     check<T>({.rows = 11, .vocab = 7});                       // below one pack; rows of two CTAs
@@ -63,7 +66,7 @@ void check_regimes() {
     check<T>({.rows = 3, .vocab = 300, .slices = 7});                       // more slices than there are entries for
     check<T>({.rows = 3, .vocab = 700, .softcap = 3, .temperature = 1.3});  // softcap and temperature
     // One CTA per row.
-    check<T>({.rows = 3, .vocab = 5003, .slices = 4, .padding = 5});  // a row over several CTAs
+    check<T>({.rows = 4, .vocab = 5003, .slices = 4, .padding = 5});  // a row over several CTAs
     check<T>({.rows = 2,
               .vocab = 9001,
               .z_offset = 1,
@@ -72,82 +75,150 @@ void check_regimes() {
     check<T>({.rows = 2, .vocab = 9000, .r_offset = 1, .padding = 2});       // the reference is aligned differently
     check<T>({.rows = 2, .vocab = 9000, .out_offset = 1});                   // the gradient is aligned differently
     check<T>({.rows = 2, .vocab = 6000, .softcap = 3, .temperature = 0.8});  // softcap and temperature
-    check<T>({.rows = 1, .vocab = 20000});                                   // several gradient tiles
+    check<T>({.rows = 4, .vocab = 20001});                                   // several gradient tiles
   }
 }
 
-void check_bfloat16_gradient() {
-  std::vector<float> z(600), r(600);
-  for (size_t i = 0; i < 600; ++i) z[i] = std::sin(float(i)), r[i] = std::cos(float(i));
-  std::vector<int64_t> labels{4, 9};
-  const DivergenceParams params{
-      .logits = row_view(z.data(), 300),
-      .ref_logits = row_view(r.data(), 300),
+// Parameters of two rows without temperature, softcap or slices.
+template <typename T>
+DivergenceParams plain_params(T* z, T* r, const std::vector<int64_t>& labels, int64_t vocab) {
+  return {
+      .logits = row_view(z, vocab),
+      .ref_logits = row_view(r, vocab),
       .labels = labels.data(),
       .rows = 2,
-      .vocab = 300,
+      .vocab = vocab,
       .vocab_start = 0,
-      .vocab_size = 300,
+      .vocab_size = vocab,
       .ignore_index = -100,
       .temperature = 1,
       .softcap = 0,
-      .dtype = DType::f32,
+      .dtype = Kind<T>::dtype,
   };
-  std::vector<RowState<float>> states(2);
-  cuda::launch_row_states(params, states.data(), 1, nullptr);
-  const std::vector<float> logps_grad{0.5f, -1}, kl_grad{1, 0.25f};
-  std::vector<float> wide(600);
-  std::vector<bf16> narrow(600);
-  GradientParams grad{
+}
+
+template <typename Out>
+GradientParams plain_gradient(const std::vector<RowState<float>>& states, const std::vector<float>& logps_grad,
+                              const std::vector<float>& kl_grad, Out* out, int64_t vocab) {
+  return {
       .states = states.data(),
       .logps_grad = logps_grad.data(),
       .kl_grad = kl_grad.data(),
-      .out = row_view(wide.data(), 300),
-      .out_dtype = DType::f32,
-      .streaming_stores = false,
+      .out = row_view(out, vocab),
+      .out_dtype = Kind<Out>::dtype,
   };
-  cuda::launch_gradient(params, grad, nullptr);
-  grad.out = row_view(narrow.data(), 300);
-  grad.out_dtype = DType::bf16;
-  cuda::launch_gradient(params, grad, nullptr);
-  for (size_t i = 0; i < 600; ++i)
-    expect_near(narrow[i].bits, cuda::Rounded<bf16>::of(wide[i]).bits, 0, "rounded to bfloat16");
 }
 
+// The gradient of float32 logits, rounded to 16 bits on its way out.
+template <typename Out>
+void check_narrow_gradient(int64_t vocab) {
+  std::vector<float> z(2 * vocab), r(2 * vocab);
+  for (size_t i = 0; i < z.size(); ++i) z[i] = std::sin(float(i)), r[i] = std::cos(float(i));
+  const std::vector<int64_t> labels{4, 9};
+  const DivergenceParams params = plain_params(z.data(), r.data(), labels, vocab);
+  const auto states = CudaKernels().states<float>(params, 1);
+  const std::vector<float> logps_grad{0.5f, -1}, kl_grad{1, 0.25f};
+  std::vector<float> wide(2 * vocab);
+  std::vector<Out> narrow(2 * vocab);
+  cuda::launch_gradient(params, plain_gradient(states, logps_grad, kl_grad, wide.data(), vocab), nullptr);
+  cuda::launch_gradient(params, plain_gradient(states, logps_grad, kl_grad, narrow.data(), vocab), nullptr);
+  for (size_t i = 0; i < wide.size(); ++i)
+    expect_near(narrow[i].bits, cuda::Rounded<Out>::of(wide[i]).bits, 0, "rounded to 16 bits");
+}
+
+template <typename T>
 void check_scale() {
-  std::vector<bf16> data(700);
-  for (size_t i = 0; i < 700; ++i) data[i] = cuda::Rounded<bf16>::of(std::sin(float(i)));
-  auto expected = data;
-  for (const float factor : {1.0f, 0.3f}) {
-    cuda::launch_scale(data.data(), DType::bf16, 700, &factor, 1, nullptr);
-    for (size_t i = 0; i < 700; ++i) {
-      expected[i] = cuda::Rounded<bf16>::of(to_real(expected[i]) * factor);
-      expect_near(data[i].bits, expected[i].bits, 0, "scaled");
+  using Real = RealOf<T>;
+  for (const int64_t offset : {0, 1, 3})
+    for (const int64_t count : {1, 2, 700, 9001}) {
+      std::vector<T> data(offset + count);
+      for (size_t i = 0; i < data.size(); ++i) data[i] = cuda::Rounded<T>::of(Real(std::sin(float(i))));
+      auto expected = data;
+      for (const Real factor : {Real(1), Real(0.3)}) {
+        cuda::launch_scale(data.data() + offset, Kind<T>::dtype, count, &factor, 1, nullptr);
+        for (size_t i = offset; i < data.size(); ++i) expected[i] = cuda::Rounded<T>::of(to_real(expected[i]) * factor);
+        if (std::memcmp(data.data(), expected.data(), data.size() * sizeof(T)) != 0) expect_near(0, 1, 0, "scaled");
+      }
     }
+}
+
+// A logit of one model alone at -inf, and a row that begins with masked entries, in the middle of packs.
+void check_infinite_logits() {
+  constexpr int64_t vocab = 9000;
+  std::vector<float> z(2 * vocab), r(2 * vocab);
+  for (size_t i = 0; i < z.size(); ++i) z[i] = std::sin(float(i)), r[i] = std::cos(float(i));
+  z[4000] = -INFINITY;  // p = 0 where q > 0: an infinite KL
+  for (int64_t i = 0; i < 6000; ++i) z[vocab + i] = r[vocab + i] = -INFINITY;
+  const std::vector<int64_t> labels{4, 7000};
+  const DivergenceParams params = plain_params(z.data(), r.data(), labels, vocab);
+  const auto states = CudaKernels().states<float>(params, 1);
+  for (int64_t row = 0; row < 2; ++row) {
+    auto wanted = RowState<double>::empty();
+    for (int64_t v = 0; v < vocab; ++v)
+      wanted.update(z[row * vocab + v], r[row * vocab + v], InvTemperature<double>(1));
+    const double kl = states[row].finalize(InvTemperature<float>(1)).kl;
+    expect_near(kl, wanted.finalize(InvTemperature<double>(1)).kl, 3e-6, "kl of infinite logits");
+    expect_near(std::isinf(kl), row == 0, 0, "infinite kl");
   }
 }
 
-void check_label_trap() {
-  float z[4] = {}, r[4] = {};
-  int64_t label = 4;
-  RowState<float> state;
-  const DivergenceParams params{
-      .logits = row_view(z, 4),
-      .ref_logits = row_view(r, 4),
-      .labels = &label,
-      .rows = 1,
-      .vocab = 4,
-      .vocab_start = 0,
-      .vocab_size = 4,
-      .ignore_index = -100,
-      .temperature = 1,
-      .softcap = 0,
-      .dtype = DType::f32,
+// Rows 3e9 entries apart: offsets need 64 bits. Of the address space, only the rows' own pages are ever touched.
+void check_large_offsets() {
+  constexpr int64_t vocab = 1504, stride = 3'000'000'000, bytes = (stride + vocab) * 2;
+  const auto reserve = [&] {
+    void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    expect_near(data == MAP_FAILED, 0, 0, "address space");
+    return static_cast<bf16*>(data);
   };
-  try {
-    cuda::launch_row_states(params, &state, 1, nullptr);
-    expect_near(0, 1, 0, "an out-of-range label is accepted");
-  } catch (const std::runtime_error&) {
+  bf16 *const z = reserve(), *const r = reserve();
+  std::vector<bf16> near_z(2 * vocab), near_r(2 * vocab), expected(2 * vocab);
+  for (int64_t i = 0; i < 2 * vocab; ++i) {
+    const int64_t far = i / vocab * stride + i % vocab;
+    near_z[i] = z[far] = cuda::Rounded<bf16>::of(std::sin(float(i)));
+    near_r[i] = r[far] = cuda::Rounded<bf16>::of(std::cos(float(i)));
+  }
+  const std::vector<int64_t> labels{4, 9};
+  const auto near = plain_params(near_z.data(), near_r.data(), labels, vocab);
+  auto far = near;
+  far.logits = row_view(z, stride), far.ref_logits = row_view(r, stride);
+  const auto states = CudaKernels().states<float>(near, 1), far_states = CudaKernels().states<float>(far, 1);
+  expect_near(std::memcmp(states.data(), far_states.data(), 2 * sizeof(states[0])), 0, 0, "states far apart");
+  const std::vector<float> logps_grad{0.5f, -1}, kl_grad{1, 0.25f};
+  auto grad = plain_gradient(states, logps_grad, kl_grad, expected.data(), vocab);
+  cuda::launch_gradient(near, grad, nullptr);
+  grad.out = far.logits;  // in place
+  cuda::launch_gradient(far, grad, nullptr);
+  for (int64_t row = 0; row < 2; ++row)
+    expect_near(std::memcmp(z + row * stride, &expected[row * vocab], vocab * 2), 0, 0, "gradients far apart");
+  munmap(z, bytes), munmap(r, bytes);
+}
+
+// The device's softcap within the bounds that stand beside it.
+void check_softcap() {
+  const cuda::Cap<float, true> cap(30);
+  for (float x = -200; x < 200; x += 0.0037f) {
+    const double exact = 30 * std::tanh(double(x) / 30), error = std::fabs(cap(x) - exact);
+    const bool good = error <= 30 * (x > 0 ? 2e-7 : 4e-7) && (std::fabs(x) > 18 || error <= 3e-7 * std::fabs(exact));
+    if (!good) expect_near(cap(x), exact, 0, "softcap");
+  }
+  expect_near(cap(1e-20f), 1e-20f, 0, "softcap of a small logit");
+  expect_near(cap(INFINITY), 30, 0, "softcap of inf");
+  expect_near(cap(-INFINITY), -30, 0, "softcap of -inf");
+  expect_near(std::isnan(cap(NAN)), 1, 0, "softcap of NaN");
+}
+
+// Whatever the row's length, one thread alone says which label is wrong and stops the kernel.
+void check_label_trap() {
+  for (const int64_t vocab : {4, 600, 5000}) {
+    std::vector<float> z(2 * vocab), r(2 * vocab);
+    const std::vector<int64_t> labels{0, vocab};
+    std::vector<RowState<float>> states(4);
+    try {
+      cuda::launch_row_states(plain_params(z.data(), r.data(), labels, vocab), states.data(), 2, nullptr);
+      expect_near(0, 1, 0, "an out-of-range label is accepted");
+    } catch (const std::runtime_error&) {
+    }
+    expect_near(emulator::traps, 1, 0, "threads that trap");
   }
 }
 
@@ -158,8 +229,17 @@ int main() {
   check_regimes<double>();
   check_regimes<bf16>();
   check_regimes<f16>();
-  check_bfloat16_gradient();
-  check_scale();
+  for (const int64_t vocab : {300, 9003}) {
+    check_narrow_gradient<bf16>(vocab);
+    check_narrow_gradient<f16>(vocab);
+  }
+  check_scale<float>();
+  check_scale<double>();
+  check_scale<bf16>();
+  check_scale<f16>();
+  check_infinite_logits();
+  check_large_offsets();
+  check_softcap();
   check_label_trap();
   // (rows, vocabulary) -> slices on 132 multiprocessors, 396 CTAs at once.
   for (const auto [rows, vocab, slices] :

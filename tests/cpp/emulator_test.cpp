@@ -1,4 +1,4 @@
-// The emulator itself: barriers, shuffles, both thread orders, deadlocks and traps.
+// The emulator itself: barriers, shuffles, thread orders, shared memory, deadlocks and traps.
 #include <numeric>
 
 #include "cuda_emulator.h"
@@ -36,6 +36,38 @@ void mismatched_barriers() {
     __shfl_down_sync(0xffffffffu, 1, 1);
 }
 
+void shuffle_in_two_branches() {
+  if (threadIdx.x < 16)
+    __shfl_down_sync(0xffffffffu, 1, 1);
+  else
+    __shfl_down_sync(0xffffffffu, 1, 1);
+}
+
+void barriers_in_two_branches() {
+  if (threadIdx.x < 16)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+
+void shuffle_outside_of_the_mask() { __shfl_down_sync(0x0000ffffu, 1, 1); }
+
+void shuffle_from_outside_of_the_mask(int* out) {
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_down_sync(0x0000ffffu, 1, 8);
+}
+
+void shuffle_after_others_left(int* out) {
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_down_sync(0xffffffffu, 1, 8);
+}
+
+void read_stale_shared(const int* in, int* out) {
+  __shared__ int shared[32];
+  if (in != nullptr) shared[threadIdx.x] = in[threadIdx.x];
+  out[threadIdx.x] = shared[threadIdx.x];
+}
+
+void note_order(std::vector<unsigned>* order) { order->push_back(blockIdx.x * 32 + threadIdx.x); }
+
 template <typename F>
 bool throws(F f) {
   try {
@@ -52,19 +84,36 @@ int main() {
   std::vector<int> in(96), out(96), sums(3);
   std::iota(in.begin(), in.end(), 0);
   bool missing_barrier_shows = false;
-  for (bool backwards : {false, true}) {
-    emulator::backwards = backwards;
+  std::vector<std::vector<unsigned>> orders;
+  using emulator::Order;
+  for (auto order : {Order::ascending, Order::descending, Order::random}) {
+    emulator::order = order;
+    orders.emplace_back();
+    TDPO_LAUNCH(note_order, 2, 32, nullptr, &orders.back());
     TDPO_LAUNCH(reverse_through_shared, 1, 96, nullptr, in.data(), out.data());
     for (int i = 0; i < 96; ++i) expect(out[i] == 95 - i, "a barrier makes shared memory visible");
     TDPO_LAUNCH(warp_sum, 1, 96, nullptr, in.data(), sums.data());
     expect(sums[0] == 496 && sums[1] == 1520 && sums[2] == 2544, "shuffles stay in their warp");
-    for (int& value : in) value += 1000;  // so that shared memory of the launch before would be wrong
     TDPO_LAUNCH(reverse_without_barrier, 1, 96, nullptr, in.data(), out.data());
-    for (int i = 0; i < 96; ++i) missing_barrier_shows |= out[i] != 1095 - i;
-    for (int& value : in) value -= 1000;
+    for (int i = 0; i < 96; ++i) missing_barrier_shows |= out[i] != 95 - i;
+    TDPO_LAUNCH(read_stale_shared, 1, 32, nullptr, in.data(), out.data());
+    TDPO_LAUNCH(read_stale_shared, 1, 32, nullptr, nullptr, out.data());
+    expect(out[3] == -1, "shared memory is poisoned between CTAs");
+    TDPO_LAUNCH(shuffle_from_outside_of_the_mask, 1, 32, nullptr, out.data());
+    expect(out[7] == 1 && out[8] == -1, "a lane outside of the mask has no value");
+    TDPO_LAUNCH(shuffle_after_others_left, 1, 32, nullptr, out.data());
+    expect(out[7] == 1 && out[8] == -1, "a lane that has left has no value");
     expect(throws([] { TDPO_LAUNCH(mismatched_barriers, 1, 32, nullptr); }), "mismatched barriers are a deadlock");
+    expect(throws([] { TDPO_LAUNCH(shuffle_in_two_branches, 1, 32, nullptr); }), "a shuffle in two branches shows");
+    expect(throws([] { TDPO_LAUNCH(barriers_in_two_branches, 1, 32, nullptr); }), "a barrier in two branches shows");
+    expect(throws([] { TDPO_LAUNCH(shuffle_outside_of_the_mask, 1, 32, nullptr); }),
+           "a lane outside of the mask shows");
     expect(throws([] { TDPO_LAUNCH(__trap, 1, 32, nullptr); }), "a trap ends the launch");
+    expect(emulator::traps == 32, "traps are counted");
   }
+  expect(std::is_sorted(orders[0].begin(), orders[0].end()), "ascending order");
+  expect(std::is_sorted(orders[1].rbegin(), orders[1].rend()), "descending order");
+  expect(orders[2] != orders[0] && orders[2] != orders[1] && orders[2].size() == 64, "random order");
   expect(missing_barrier_shows, "a missing barrier shows");
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const float value = __half2float({uint16_t(bits)});

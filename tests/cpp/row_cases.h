@@ -77,10 +77,16 @@ void check(const Shape& shape, const Backend& backend) {
     z_data[i] = cuda::Rounded<T>::of(Real(2 * normal(random)));
     r_data[i] = cuda::Rounded<T>::of(Real(to_real(z_data[i]) + 0.3 * normal(random)));
   }
-  if (vocab > 3) z_data[2] = r_data[2] = cuda::Rounded<T>::of(Real(-INFINITY));
   std::vector<int64_t> labels(rows);
   for (int64_t row = 0; row < rows; ++row) labels[row] = row == 1 ? -100 : (row * 37 + 3) % vocab + 5;
-  if (vocab > 3 && labels[0] == 7) labels[0] = 5;  // not the masked entry
+  if (rows == 4) labels[3] = vocab - 1 + 5;  // the last entry
+  if (vocab > 3) {
+    const int64_t last_row = (rows - 1) * stride;
+    z_data[2] = r_data[2] = cuda::Rounded<T>::of(Real(-INFINITY));  // masked in both
+    r_data[last_row + vocab / 2] = cuda::Rounded<T>::of(Real(-INFINITY));
+    for (auto& label : labels)
+      if (label == 7 || label == vocab / 2 + 5) label = 5;  // neither of the masked entries
+  }
   const DivergenceParams params{
       .logits = row_view(z_data, stride),
       .ref_logits = row_view(r_data, stride),
@@ -110,7 +116,6 @@ void check(const Shape& shape, const Backend& backend) {
       .kl_grad = kl_grad.data(),
       .out = row_view(out.data() + out_offset, stride),
       .out_dtype = Kind<T>::dtype,
-      .streaming_stores = false,
   };
   backend.gradient(params, grad);
   std::vector<T> in_place = z;
