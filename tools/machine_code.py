@@ -15,7 +15,6 @@ import argparse
 import heapq
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass

@@ -59,19 +59,21 @@ class PreferenceCollator:
     A batch holds `input_ids`, padded to (2B, T) with an `attention_mask` or, with `padding_free`, packed to (1, N) with
     `position_ids`; `index`, (B,), the rows of the dataset; and of the response tokens, in order: `rows`, (R,), the flat
     positions of the hidden states that predict them; `targets`, (R,), the tokens; `cu_seqlens`, (2B + 1,), the offsets
-    of the sequences among them. With a `reference_cache` it also holds `ref_hidden`, (R, D_ref), the reference's hidden
-    states at these positions.
+    of the sequences among them, and `row_lengths`, their 2B lengths as integers. With a `reference_cache` it also holds
+    `ref_hidden`, (R, D_ref), the reference's hidden states at these positions.
     """
 
     pad_token_id: int
     padding_free: bool = False
     reference_cache: ReferenceCache | None = None
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         sequences = [_Sequence.of(row["prompt_ids"], row[f"{side}_ids"]) for side in RESPONSES for row in examples]
         # `index` comes first: transformers takes the length of a batch's first tensor for the batch size.
-        batch = {"index": torch.tensor([row.get("index", -1) for row in examples])}
+        batch: dict[str, Any] = {"index": torch.tensor([row.get("index", -1) for row in examples])}
         batch |= _packed(sequences) if self.padding_free else _padded(sequences, self.pad_token_id)
+        # Known here without waiting for a device, and so never asked of it.
+        batch["row_lengths"] = batch["cu_seqlens"].diff().tolist()
         if self.reference_cache is not None:
             states = [self.reference_cache.hidden(row["position"], side) for side in RESPONSES for row in examples]
             batch["ref_hidden"] = torch.cat(states)

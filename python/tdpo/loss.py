@@ -88,6 +88,7 @@ class PreferenceLoss:
             ref_weight=ref_weight.to(dtype),
             labels=batch["targets"],
             cu_seqlens=batch["cu_seqlens"],
+            row_lengths=batch.get("row_lengths"),
             bias=None if policy.bias is None else policy.bias.to(dtype),
             ref_bias=None if ref_bias is None else ref_bias.detach().to(dtype),
             softcap=policy.softcap,

@@ -206,9 +206,10 @@ class _CacheWriter:
         """The hidden states of each row's responses, chosen before rejected: (tokens, D)."""
         batch = self.collate([self.dataset[row] for row in rows])
         device, dtype = reference.weight.device, DTYPES[self.header["dtype"]]
-        hidden = reference.hidden(**{name: value.to(device) for name, value in batch.items()})
+        tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        hidden = reference.hidden(**tensors)
         states = hidden.flatten(0, 1)[batch["rows"].to(device)].to(dtype).cpu()
-        sequences = states.tensor_split(batch["cu_seqlens"][1:-1])  # chosen of all rows, then rejected
+        sequences = states.split(batch["row_lengths"])  # chosen of all rows, then rejected
         return [torch.cat(pair) for pair in zip(sequences[: len(rows)], sequences[len(rows) :])]
 
     def _save_header(self) -> None:
