@@ -9,6 +9,7 @@ from tdpo import PreferenceCollator, load_preferences, tokenize_preferences
 from tdpo.data import padding_token
 from tokenizers.processors import TemplateProcessing
 
+END = "<|end|>"
 CHAT = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -83,6 +84,15 @@ def test_implicit_prompt(tokenizer):
     assert texts(row, tokenizer) == ["the film was", " great<|end|>", " good fun<|end|>"]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("good fun", "bad plot"), ("\n\nHuman: a?\n\nAssistant: b", "\n\nHuman: c?\n\nAssistant: b")],
+)
+def test_nothing_is_shared(chosen, rejected, tokenizer):
+    row = tokenize([{"chosen": chosen, "rejected": rejected}], tokenizer)[0]
+    assert texts(row, tokenizer) == ["", chosen + END, rejected + END]
+
+
 def test_transcripts(tokenizer):
     start = "\n\nHuman: the film?\n\nAssistant: good\n\nHuman: really?\n\nAssistant:"
     rows = [{"chosen": start + " good fun", "rejected": start + " good plot"}]
@@ -110,9 +120,6 @@ def test_chat_messages(chat_tokenizer, explicit):
         row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
     row = tokenize([row], chat_tokenizer)[0]
     assert texts(row, chat_tokenizer) == ["[user] the film?<|end|>[assistant] ", "great<|end|>", "bad<|end|>"]
-
-
-END = "<|end|>"
 
 
 @pytest.mark.parametrize(
