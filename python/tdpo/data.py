@@ -82,9 +82,10 @@ def _check_texts_or_messages(row: dict[str, Any]) -> None:
         if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
             raise ValueError(f"{name!r} is {checks.describe(value)}; it must be a text or a list of chat messages")
         for message in value:
-            for key in ("role", "content"):
-                if message.get(key) is None and not (key == "content" and len(message) > 2):  # such as tool calls
-                    raise ValueError(f"a message of {name!r} has no {key!r}: {checks.describe(message)}")
+            if message.get("role") is None:
+                raise ValueError(f"a message of {name!r} has no 'role': {checks.describe(message)}")
+            if all(part is None for key, part in message.items() if key != "role"):  # a tool call needs no text
+                raise ValueError(f"a message of {name!r} has no 'content': {checks.describe(message)}")
     if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
         raise ValueError("'chosen' and 'rejected' must both be texts or both lists of chat messages")
 

@@ -251,6 +251,21 @@ def test_dropped_rows_are_reported(tokenizer, caplog):
     assert all(len(row["prompt_ids"]) + len(row["chosen_ids"]) <= 60 for row in tokenize(rows, tokenizer))
 
 
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_a_row_that_just_fits(overlong, tokenizer):
+    row = {"prompt": "the film", "chosen": " great fun", "rejected": " bad"}
+    whole = tokenize([row], tokenizer)[0]
+    prompt, chosen = len(whole["prompt_ids"]), len(whole["chosen_ids"])
+    limits = {"max_length": prompt + chosen, "max_prompt_length": prompt, "overlong": overlong}
+    assert tokenize([row], tokenizer, **limits)[0] == whole
+    limits["max_length"] -= 1
+    if overlong == "drop":
+        with pytest.raises(ValueError, match="no row of the dataset is left"):
+            tokenize([row], tokenizer, **limits)
+    else:
+        assert tokenize([row], tokenizer, **limits)[0]["chosen_ids"] == [*whole["chosen_ids"][:-2], 0]
+
+
 def test_many_dropped_rows_before_the_first_good_one(tokenizer):
     good = {"prompt": "the film", "chosen": " great", "rejected": " bad"}
     rows = [{**good, "chosen": " great" * 60}] * 1500 + [good]  # over a thousand: what datasets infers types from
@@ -288,6 +303,13 @@ def test_malformed_chat_rows_are_named(change, reason):
 def test_malformed_rows_are_named(row, reason, chat_tokenizer):
     with pytest.raises(ValueError, match=f"row 0 of the dataset: .*{reason}"):
         tokenize([row], chat_tokenizer)
+
+
+def test_a_tool_call_needs_no_text(chat_tokenizer):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}
+    row = {**GOOD_CHAT, "prompt": [message("user", "the film?"), call, message("tool", "four stars")]}
+    row = tokenize([row], chat_tokenizer, max_length=150, max_prompt_length=100)[0]
+    assert "[assistant] <|end|>[tool] four stars" in texts(row, chat_tokenizer)[0]
 
 
 def test_a_list_is_no_dataset(tokenizer):
