@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test test-nightly sanitize docs lint format bench cuda-report cuda-test cuda-sanitize clean
+.PHONY: demo test test-nightly mutations sanitize docs lint format bench cuda-report cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -23,9 +23,16 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/pytest
 
-# Ten times as many random cases as `make test`.
+# Ten times as many random cases as `make test`; then training and caching killed, and their files damaged, at random.
 test-nightly: $(VENV)/dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py
+	mkdir -p build
+	$(BIN)/python tests/soak/trainer.py --json build/soak-trainer.json
+
+# Applies the changes listed in tests/mutations one at a time; the tests must notice each. Takes half an hour.
+mutations: $(VENV)/dev
+	mkdir -p build
+	$(BIN)/python tools/mutations.py --json build/mutations.json
 
 # The C++ tests, the CUDA kernels on the emulator among them, under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/dev

@@ -14,16 +14,21 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 BUILT = ("_C*.so", "_built_with.py")  # what the build adds to tdpo_ext
+DEPENDENCIES = ("torch", "transformers.trainer", "datasets", "peft", "trl.trainer.dpo_trainer", "hypothesis")
 SECONDS = 600  # for the tests of one mutation; a change that makes them hang is noticed too
 
 
@@ -50,7 +55,7 @@ class Scratch:
         site.mkdir()
         (site / "tdpo").symlink_to(self.root / "python" / "tdpo")
         (site / "tdpo_ext").symlink_to(self.root / "tdpo_ext")
-        self._environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+        self._site = str(site)
 
     def copy_extension(self) -> None:
         """Takes the compiled module from the installed package."""
@@ -67,13 +72,34 @@ class Scratch:
         return subprocess.run(command, cwd=self.root, capture_output=True).returncode == 0
 
     def run_tests(self, tests: list[str]) -> int:
-        """pytest's exit status, or 1 if the tests hang."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        options = {"cwd": self.root / "tests", "env": self._environment, "capture_output": True}
-        try:
-            return subprocess.run(command, timeout=SECONDS, check=False, **options).returncode  # type: ignore[call-overload]
-        except subprocess.TimeoutExpired:
-            return 1
+        """pytest's exit status, or 1 if the tests hang or crash."""
+        child = os.fork()
+        if child == 0:
+            os.setsid()  # so that what the tests start can be stopped with them
+            os.chdir(self.root / "tests")
+            os.environ |= {"PYTHONPATH": self._site, "PYTHONDONTWRITEBYTECODE": "1"}
+            sys.path.insert(0, self._site)
+            sys.dont_write_bytecode = True
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+                os.dup2(nowhere.fileno(), 2)
+            os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
+            time.sleep(0.1)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return 1
+
+
+def import_dependencies() -> None:
+    """Imports what takes the tests seconds, once for all forks. Nothing is computed: threads don't survive a fork."""
+    for name in DEPENDENCIES:
+        if find_spec(name.split(".")[0]) is not None:
+            import_module(name)
 
 
 def judge(mutation: Mutation, scratch: Scratch) -> str:
@@ -102,6 +128,7 @@ def main() -> int:
     mutations = [Mutation(**entry) for path in lists for entry in runpy.run_path(str(path))["MUTATIONS"]]
     mutations = [mutation for mutation in mutations if options.only in mutation.file]
     mutations.sort(key=lambda mutation: mutation.file.startswith("csrc/"))  # so that Python's need no build
+    import_dependencies()
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Scratch(Path(folder))

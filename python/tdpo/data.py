@@ -18,6 +18,8 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from tdpo_ext import checks
+
 logger = logging.getLogger(__name__)
 RESPONSES = ("chosen", "rejected")
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -64,8 +66,9 @@ def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
     if not isinstance(chosen, str):
         return min(shared, len(chosen) - 1, len(rejected) - 1)
     if chosen.startswith(_HUMAN):  # a transcript: the prompt ends where the assistant's last shared turn begins
-        shared = chosen.rfind(_ASSISTANT, 0, shared) + len(_ASSISTANT)
-    elif shared < min(len(chosen), len(rejected)):  # not within a word
+        turn = chosen.rfind(_ASSISTANT, 0, shared)
+        return 0 if turn < 0 else turn + len(_ASSISTANT)
+    if shared < min(len(chosen), len(rejected)):  # not within a word
         shared = chosen.rfind(" ", 0, shared)
     return max(shared, 0)
 
@@ -77,11 +80,12 @@ def _check_texts_or_messages(row: dict[str, Any]) -> None:
         if value is None or isinstance(value, str):
             continue
         if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-            raise ValueError(f"{name!r} is {value!r}; it must be a text or a list of chat messages")
+            raise ValueError(f"{name!r} is {checks.describe(value)}; it must be a text or a list of chat messages")
         for message in value:
-            for key in ("role", "content"):
-                if message.get(key) is None and not (key == "content" and len(message) > 2):  # such as tool calls
-                    raise ValueError(f"a message of {name!r} has no {key!r}: {message}")
+            if message.get("role") is None:
+                raise ValueError(f"a message of {name!r} has no 'role': {checks.describe(message)}")
+            if all(part is None for key, part in message.items() if key != "role"):  # a tool call needs no text
+                raise ValueError(f"a message of {name!r} has no 'content': {checks.describe(message)}")
     if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
         raise ValueError("'chosen' and 'rejected' must both be texts or both lists of chat messages")
 

@@ -14,7 +14,8 @@ def make_tokenizer(eos="<|end|>"):
     special = [eos] if eos else []
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=290, special_tokens=special, initial_alphabet=alphabet)
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
 

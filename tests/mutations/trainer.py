@@ -36,7 +36,7 @@ MUTATIONS = [
     *_of(
         "data.py",
         ("return saved[split]", 'return saved["train"]', [DATA]),
-        ("elif shared < min(len(chosen), len(rejected)):", "else:", [DATA]),
+        ("if shared < min(len(chosen), len(rejected)):", "if True:", [DATA]),
         ('if messages and messages[-1]["role"] == "assistant":', "if False:", [DATA]),
         (
             '            return self.tokenizer(text, add_special_tokens=False)["input_ids"]',
@@ -54,9 +54,11 @@ MUTATIONS = [
         ("if templated and text.rstrip().endswith", "if text.rstrip().endswith", [DATA]),
         ("if templated and text.rstrip().endswith", "if templated and text.endswith", [DATA]),
         ("return ids[:length] if last_end < length else", "return", [DATA]),
-        ('for key in ("role", "content"):', 'for key in ("content",):', [DATA]),
+        ('if message.get("role") is None:', "if False:", [DATA]),
+        ("if all(part is None for", "if any(part is None for", [DATA]),
         ("except (ValueError, TemplateError) as error:", "except ValueError as error:", [DATA]),
         ("max(shared, 0)", "max(shared, 1)", [DATA]),
+        ("return 0 if turn < 0 else turn", "return turn", [DATA]),
         ("prompt = prompt[-self.max_prompt_length :]", "prompt = prompt[: self.max_prompt_length]", [DATA]),
         ("if len(response) <= available:", "if len(response) < available:", [DATA]),
         ('if responses["chosen"] == responses["rejected"]:', "if False:", [DATA]),

@@ -9,6 +9,7 @@ from tdpo import PreferenceCollator, load_preferences, tokenize_preferences
 from tdpo.data import padding_token
 from tokenizers.processors import TemplateProcessing
 
+END = "<|end|>"
 CHAT = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -83,6 +84,15 @@ def test_implicit_prompt(tokenizer):
     assert texts(row, tokenizer) == ["the film was", " great<|end|>", " good fun<|end|>"]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("good fun", "bad plot"), ("\n\nHuman: a?\n\nAssistant: b", "\n\nHuman: c?\n\nAssistant: b")],
+)
+def test_nothing_is_shared(chosen, rejected, tokenizer):
+    row = tokenize([{"chosen": chosen, "rejected": rejected}], tokenizer)[0]
+    assert texts(row, tokenizer) == ["", chosen + END, rejected + END]
+
+
 def test_transcripts(tokenizer):
     start = "\n\nHuman: the film?\n\nAssistant: good\n\nHuman: really?\n\nAssistant:"
     rows = [{"chosen": start + " good fun", "rejected": start + " good plot"}]
@@ -110,9 +120,6 @@ def test_chat_messages(chat_tokenizer, explicit):
         row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
     row = tokenize([row], chat_tokenizer)[0]
     assert texts(row, chat_tokenizer) == ["[user] the film?<|end|>[assistant] ", "great<|end|>", "bad<|end|>"]
-
-
-END = "<|end|>"
 
 
 @pytest.mark.parametrize(
@@ -244,6 +251,21 @@ def test_dropped_rows_are_reported(tokenizer, caplog):
     assert all(len(row["prompt_ids"]) + len(row["chosen_ids"]) <= 60 for row in tokenize(rows, tokenizer))
 
 
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_a_row_that_just_fits(overlong, tokenizer):
+    row = {"prompt": "the film", "chosen": " great fun", "rejected": " bad"}
+    whole = tokenize([row], tokenizer)[0]
+    prompt, chosen = len(whole["prompt_ids"]), len(whole["chosen_ids"])
+    limits = {"max_length": prompt + chosen, "max_prompt_length": prompt, "overlong": overlong}
+    assert tokenize([row], tokenizer, **limits)[0] == whole
+    limits["max_length"] -= 1
+    if overlong == "drop":
+        with pytest.raises(ValueError, match="no row of the dataset is left"):
+            tokenize([row], tokenizer, **limits)
+    else:
+        assert tokenize([row], tokenizer, **limits)[0]["chosen_ids"] == [*whole["chosen_ids"][:-2], 0]
+
+
 def test_many_dropped_rows_before_the_first_good_one(tokenizer):
     good = {"prompt": "the film", "chosen": " great", "rejected": " bad"}
     rows = [{**good, "chosen": " great" * 60}] * 1500 + [good]  # over a thousand: what datasets infers types from
@@ -281,6 +303,13 @@ def test_malformed_chat_rows_are_named(change, reason):
 def test_malformed_rows_are_named(row, reason, chat_tokenizer):
     with pytest.raises(ValueError, match=f"row 0 of the dataset: .*{reason}"):
         tokenize([row], chat_tokenizer)
+
+
+def test_a_tool_call_needs_no_text(chat_tokenizer):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}
+    row = {**GOOD_CHAT, "prompt": [message("user", "the film?"), call, message("tool", "four stars")]}
+    row = tokenize([row], chat_tokenizer, max_length=150, max_prompt_length=100)[0]
+    assert "[assistant] <|end|>[tool] four stars" in texts(row, chat_tokenizer)[0]
 
 
 def test_a_list_is_no_dataset(tokenizer):

@@ -9,6 +9,7 @@ RUN = """
 import json, os, sys
 
 import accelerate.state
+from damage import flip_bit
 from model_families import make_model
 from torch.distributed.tensor import DTensor
 from trainer_cases import losses, make_preferences, make_trainer
@@ -30,13 +31,24 @@ def full_state_dict(model):
 
 if fsdp:  # accelerate shards on accelerators only; the rest of it works on gloo too
     accelerate.state.AcceleratorState.__init__ = initialise_with_fsdp
-trainer = make_trainer(
-    out, model=make_model("llama"), ref_model=make_model("llama", 1), eval_dataset=make_preferences(37), **options
-)
+def make():
+    models = {"model": make_model("llama"), "ref_model": make_model("llama", 1)}
+    return make_trainer(out, **models, eval_dataset=make_preferences(37), **options)
+
+
+trainer = make()
 trainer.train()
 if fsdp:
     assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     trainer.accelerator.get_state_dict = full_state_dict  # what accelerate gathers on an accelerator
+if os.path.exists(out + "/checkpoint-3"):
+    trained, trainer = trainer, make()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        flip_bit(out + "/checkpoint-6/optimizer.pt", 999)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=True)  # all processes from checkpoint-3
+    assert losses(trainer) == losses(trained)
 evaluated = trainer.evaluate()
 trainer.save_model(out + "/final")
 if trainer.args.should_save:
@@ -84,6 +96,8 @@ def test_two_processes_equal_one(kind, tmp_path, alone):
     options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     if kind == "ddp with a cache":
         options |= {"precompute_reference": True, "reference_dtype": "float32"}
+    if kind == "ddp":
+        options |= {"save_strategy": "steps", "save_steps": 3}
     two = run(tmp_path, 2, FSDP if kind == "fsdp2" else None, **options)
     # 37 rows in batches of two leave three rows for the last four places: a loader fills up, metrics must not.
     assert {"eval_loss", "eval_rewards/accuracies", "eval_entropy"} <= set(alone)
