@@ -32,7 +32,7 @@ def run(*command: str) -> str:
 def build_kernels(build: Path, architectures: Sequence[int]) -> str:
     """What ptxas reports for the kernels, built by CMake with the flags of the extension.
 
-    Leaves the machine code of each architecture in `build`, as launch.sm_NN.cubin.
+    Leaves the machine code of each architecture in `build`, as launch*sm_NN.cubin.
     """
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DTDPO_CUDA=ON"]
     configure.append(f"-DCMAKE_CUDA_FLAGS=-Werror all-warnings -Xptxas -v --keep --keep-dir {build}")

@@ -132,8 +132,29 @@ class Kernel:
         return max(loops, key=lambda loop: (loop.wide_loads, -len(loop.path)), default=None)
 
 
-def disassemble(cubin: Path) -> list[Kernel]:
-    """The kernels of a cubin.
+def parse(listing: str) -> list[Kernel]:
+    """The kernels of a listing by `nvdisasm -c`."""
+    kernels: list[Kernel] = []
+    for line in listing.splitlines():
+        if match := re.match(r"\.text\.(\w+):", line):
+            kernels.append(Kernel(match[1], [], {}))
+        elif not kernels:
+            continue
+        elif match := re.match(r"(\.L_\w+):", line):
+            kernels[-1].labels[match[1]] = len(kernels[-1].instructions)
+        elif match := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+ )?\s*([\w.]+)\s*(.*?)\s*;", line):
+            address, predicate, opcode, operands = match.groups()
+            kernels[-1].instructions.append(Instruction(int(address, 16), (predicate or "").strip(), opcode, operands))
+    for kernel, name in zip(kernels, short_names([kernel.name for kernel in kernels])):
+        kernel.name = name
+    return kernels
+
+
+def hot_loops(build: Path, architecture: int, resources: list[dict]) -> list[dict]:
+    """One row per kernel that has a loop with 16-byte loads.
+
+    Args:
+        build: the folder of `build_kernels`, and `resources` what `parse_resources` makes of its output.
 
     Raises:
         RuntimeError: there is no disassembler, or it failed.
@@ -141,41 +162,17 @@ def disassemble(cubin: Path) -> list[Kernel]:
     disassembler = find_disassembler()
     if disassembler is None:
         raise RuntimeError("nvdisasm was not found: install the CUDA toolkit or `pip install nvidia-cuda-nvdisasm`")
-    kernels: list[Kernel] = []
-    for line in run(disassembler, "-c", str(cubin)).splitlines():
-        if match := re.match(r"\.text\.(\w+):", line):
-            kernels.append(Kernel(match[1], [], {}))
-        elif match := re.match(r"(\.L_\w+):", line):
-            if kernels:
-                kernels[-1].labels[match[1]] = len(kernels[-1].instructions)
-        elif match := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+ )?\s*([\w.]+)\s*(.*?)\s*;", line):
-            address, predicate, opcode, operands = match.groups()
-            kernels[-1].instructions.append(Instruction(int(address, 16), (predicate or "").strip(), opcode, operands))
-    names = short_names([kernel.name for kernel in kernels])
-    for kernel, name in zip(kernels, names):
-        kernel.name = name
-    return kernels
-
-
-def hot_loops(architecture: int = 90) -> list[dict]:
-    """One row per kernel that has a loop with 16-byte loads.
-
-    Raises:
-        RuntimeError: the kernels don't compile, or there is no disassembler.
-    """
-    with tempfile.TemporaryDirectory() as build:
-        resources = parse_resources(build_kernels(Path(build), [architecture]))
-        registers = {row["kernel"]: row["registers"] for row in resources}
-        kernels = disassemble(Path(build, f"launch.sm_{architecture}.cubin"))
+    registers = {row["kernel"]: row["registers"] for row in resources if row["architecture"] == architecture}
+    cubin = next(build.glob(f"launch*sm_{architecture}.cubin"))
     rows = []
-    for kernel in kernels:
+    for kernel in parse(run(disassembler, "-c", str(cubin))):
         loop = kernel.hot_loop
         if loop is None or loop.wide_loads == 0:
             continue
         rows_read = 1 if kernel.name.startswith("scale") else 2
         scalar = re.search(r"<(\w+)", kernel.name)
         assert scalar is not None
-        entries = loop.wide_loads * 16 // BYTES[scalar[1]] / rows_read
+        entries = loop.wide_loads * 16 // BYTES[scalar[1]] // rows_read
         rows.append(
             {
                 "kernel": kernel.name,
@@ -196,9 +193,12 @@ def main() -> None:
     parser.add_argument("--show", metavar="KERNEL", help="print the hot loop of kernels whose name contains this")
     arguments = parser.parse_args()
     print("entries  instructions an entry  registers  wide loads  loads after first use  kernel")
-    for row in hot_loops(arguments.architecture):
+    with tempfile.TemporaryDirectory() as build:
+        resources = parse_resources(build_kernels(Path(build), [arguments.architecture]))
+        loops = hot_loops(Path(build), arguments.architecture, resources)
+    for row in loops:
         print(
-            "{entries:7.0f}  {instructions_per_entry:21.1f}  {registers:9d}  {wide_loads:10d}  "
+            "{entries:7d}  {instructions_per_entry:21.1f}  {registers:9d}  {wide_loads:10d}  "
             "{loads_after_first_use:21d}  {kernel}".format(**row)
         )
         if arguments.show and arguments.show in row["kernel"]:
