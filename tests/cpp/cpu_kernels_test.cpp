@@ -42,12 +42,45 @@ void check_regimes(const CpuKernels& kernels) {
   check<T>({.rows = 3, .vocab = 700, .softcap = 3, .temperature = 1.3}, Kernels{kernels});  // softcap and temperature
 }
 
+// Gradients half-way between two bfloat16 numbers are rounded to the even one.
+void check_ties(const CpuKernels& kernels) {
+  constexpr int64_t vocab = 64;
+  std::vector<float> z(vocab, 0), r(vocab, 0);
+  std::vector<bf16> out(vocab);
+  const int64_t label = 0;
+  const float kl_grad = 0;
+  const RowState<float> state{0, 0, {1, 1, 0, 0, 0}, 0, 0};
+  for (int step = 1; step < 64; step += 2) {
+    const float logps_grad = -(1 + float(step) / 256);  // every other entry's gradient is -logps_grad
+    const DivergenceParams params{.logits = row_view(z.data(), vocab),
+                                  .ref_logits = row_view(r.data(), vocab),
+                                  .labels = &label,
+                                  .rows = 1,
+                                  .vocab = vocab,
+                                  .vocab_start = 0,
+                                  .vocab_size = vocab,
+                                  .ignore_index = -100,
+                                  .temperature = 1,
+                                  .softcap = 0,
+                                  .dtype = DType::f32};
+    const GradientParams grad{.states = &state,
+                              .logps_grad = &logps_grad,
+                              .kl_grad = &kl_grad,
+                              .out = row_view(out.data(), vocab),
+                              .out_dtype = DType::bf16};
+    kernels.logit_gradient(params, grad, false, 0, 0, vocab);
+    const float even = 1 + float((step + 1) / 4 * 4) / 256;
+    for (int64_t v = 1; v < vocab; ++v) expect_near(to_real(out[v]), even, 0, "a tie is rounded to even");
+  }
+}
+
 void check_all(const char* name, const CpuKernels& kernels) {
   const int before = failures;
   check_regimes<float>(kernels);
   check_regimes<double>(kernels);
   check_regimes<bf16>(kernels);
   check_regimes<f16>(kernels);
+  check_ties(kernels);
   std::printf("%s: %s\n", name, failures == before ? "passed" : "FAILED");
 }
 

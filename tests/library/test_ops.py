@@ -12,7 +12,7 @@ import pytest
 import torch
 from logit_cases import random_rows
 
-from tdpo_ext.ops import operators
+from tdpo_ext.ops import matmul, operators
 from tdpo_ext.ops.operators import RowOptions
 
 HELPERS = Path(__file__).parent.parent / "helpers"
@@ -88,8 +88,8 @@ def test_reference_is_not_read_without_a_kl_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("m", [1, 5, 130])
-@pytest.mark.parametrize("k", [1, 64, 1025])
+@pytest.mark.parametrize("m", [1, 5, 131])
+@pytest.mark.parametrize("k", [1, 64, 2051])
 @pytest.mark.parametrize("n", [3, 500])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matmul_float32(dtype, m, k, n, transposed):
@@ -105,6 +105,30 @@ def test_matmul_float32(dtype, m, k, n, transposed):
     torch.testing.assert_close(out.double(), 2 * truth, rtol=tolerance, atol=2 * tolerance)
 
 
+@pytest.mark.parametrize("rows", [8192, 8200])
+def test_rounded_products_of_many_rows(rows):
+    """bfloat16 products (dW) are rounded a block of rows at a time."""
+    a, b = torch.randn(3, rows).bfloat16().t(), torch.randn(3, 5).bfloat16()
+    out = matmul.product(a, b, torch.full((rows, 5), torch.nan, dtype=torch.bfloat16))
+    torch.testing.assert_close(out, (a.double() @ b.double()).bfloat16())
+
+
+@pytest.mark.parametrize("cut", [1, 30, 63])
+def test_labels_at_the_border_of_a_slice(cut):
+    logits, ref_logits, _ = random_rows(3, 64)
+    labels = torch.tensor([cut - 1, cut, min(63, cut + 1)])
+    slices = [
+        operators.row_states(
+            logits[:, first:stop], ref_logits[:, first:stop], labels, RowOptions(vocab_start=first, vocab_size=64)
+        )
+        for first, stop in ((0, cut), (cut, 64))
+    ]
+    merged = operators.merge_row_states(torch.stack(slices))
+    logps = operators.finalize_row_states(merged, labels, ignore_index=-100, temperature=1.0)[0]
+    expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected)
+
+
 PRINT_VALUES = """
 import json, torch, tdpo_ext
 from logit_cases import random_rows
@@ -114,6 +138,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     logits, ref_logits, labels = random_rows(4, 507, dtype)
     logits[0, 3], ref_logits[1, 5] = -torch.inf, -torch.inf
     leaf = logits.requires_grad_()
+    if dtype == torch.float32:
+        with torch.no_grad():
+            leaf[2].mul_(1e4)  # products of large logits are rounded after the maximum is subtracted
+            ref_logits[2] = leaf[2] + 0.5 * torch.randn(507)
     d = tdpo_ext.token_divergence(leaf, ref_logits, labels, softcap=20.0 if dtype == torch.float16 else None)
     (d.logps - 0.3 * torch.where(d.kl.isfinite(), d.kl, 0)).sum().backward()
     found[str(dtype)] = [d.logps.tolist(), d.kl.nan_to_num(posinf=-1).tolist(), leaf.grad.double().norm().item()]
