@@ -1,0 +1,124 @@
+"""Changes of the library that its tests must notice; `python tools/mutations.py` applies them one at a time."""
+
+BAD, DEFERRED, DIVERGENCE = (f"library/test_{name}.py" for name in ("bad_arguments", "deferred", "divergence"))
+INPUTS, LINEAR, LOSSES = (f"library/test_{name}.py" for name in ("linear_inputs", "linear", "losses"))
+OBJECTIVES, OPS, PEAKED = (f"library/test_{name}.py" for name in ("objectives", "ops", "peaked_rows"))
+PER_TOKEN, PLAN, WAITS = (f"library/test_{name}.py" for name in ("per_token", "plan", "no_waits"))
+FAULTS, SHARDED = "library/test_shard_faults.py", "library/test_vocab_parallel.py"
+
+
+def _of(file, *mutations):
+    return [{"file": file, "find": find, "replace": replace, "tests": tests} for find, replace, tests in mutations]
+
+
+MUTATIONS = [
+    *_of(
+        "tdpo_ext/fused/plan.py",
+        ("even = cut(min(most, max(", "even = cut(max(most, max(", [PLAN]),
+        ("return 2 * self.logit_bytes + (", "return self.logit_bytes + (", [PLAN]),
+        ("return self.weight_bytes * (2 * self.width + self.ref_width)", "return self.weight_bytes * (2 * self.width)", [PLAN]),
+        ("max(total_memory // 12, 256 << 20)", "max(total_memory // 24, 256 << 20)", [PLAN]),
+        ("block = max(1, min(rows, STREAMING_ROWS))", "block = max(1, rows)", [PLAN]),
+        ("columns = columns // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE", "pass", [PLAN]),
+        ("if columns < _PITCH_FROM else", "if True else", [PLAN]),
+        ("return deferred if costs[\"deferred\"] <= costs[\"streaming\"] else streamed", "return deferred", [DEFERRED]),
+        ("deferred = _deferred_plan(pair_lengths, sizes, budget, why) if can_defer else None", "deferred = None", [DEFERRED]),
+    ),
+    *_of(
+        "tdpo_ext/fused/rows.py",
+        ("any(b < a for a, b in pairwise(given))", "False", [INPUTS]),
+        ("or given[-1] != total", "", [INPUTS]),
+        ("moved = self.lengths_on_device.cumsum(0)[order] - lengths.cumsum(0)", "moved = 0 * lengths", [LINEAR]),
+        ("counted = running[offsets.clamp(0, total)]", "counted = offsets", [INPUTS]),
+        ("        index = torch.arange(len(labels), device=labels.device)\n        return Rows(index, lengths,", "        index = (labels != ignore_index).nonzero()[:, 0]\n        return Rows(index, lengths,", [WAITS]),
+    ),
+    *_of(
+        "tdpo_ext/fused/gradients.py",
+        ("product(dz.t(), hidden, self._target(columns), accumulate=accumulate)", "product(dz.t(), hidden, self._target(columns))", [LINEAR]),
+        ("scaled = self._grad[index] * factor", "scaled = self._grad[index]", [DEFERRED]),
+        ("            self._target(self._columns).mul_(factor)", "            pass", [DEFERRED]),
+        ("self._target(columns).addcmul_(total, factor)", "self._target(columns).add_(total)", [DEFERRED]),
+        ("        self._sums.addcmul_(total, factor)", "        self._sums.add_(total)", [DEFERRED]),
+        ("            return self._grad.zero_()\n", "            return self._grad\n", [LINEAR]),
+    ),
+    *_of(
+        "tdpo_ext/fused/chunked.py",
+        ("weight_sum = Buffer(weight_shape, inputs.logit_dtype)", "weight_sum = Buffer(weight_shape, inputs.weight_dtype)", [LINEAR]),
+        ("if any(wanted) and inputs.weight_dtype != inputs.logit_dtype:", "if inputs.weight_dtype != inputs.logit_dtype and False:", [LINEAR]),
+        ("values[TokenDivergence._fields.index(\"tokens\")] = labels != inputs.options.ignore_index", "pass", [DEFERRED]),
+    ),
+    *_of(
+        "tdpo_ext/fused/streaming.py",
+        ("Buffer((plan.columns, inputs.policy.width), inputs.logit_dtype)", "Buffer((plan.columns, inputs.policy.width), inputs.weight_dtype)", [LINEAR]),
+        ("ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)", "ctx.save_for_backward(hidden, weight, bias, ref_hidden.clone(), ref_weight, ref_bias, labels, index, states)", [OBJECTIVES]),
+        ("options=inputs.options.from_column(columns.start),", "options=inputs.options,", [LINEAR]),
+        ("has_kl, has_logps = kl_grad != 0, (kl_grad == 0) & (logps_grad != 0)", "has_kl, has_logps = kl_grad != 0, kl_grad != kl_grad", [LINEAR]),
+    ),
+    *_of(
+        "tdpo_ext/fused/upstream.py",
+        ("return losses.sum() / self.total_pairs", "return losses.sum() / chunk.pairs", [LINEAR]),
+        ("both = self.chunk.segments.spread(both)", "both = self.chunk.segments.spread(both.flip(0))", [LINEAR]),
+        ("rejected=side_rows(slice(middle, None), lengths[chunk.pairs :]),", "rejected=side_rows(slice(middle, None), lengths[: chunk.pairs]),", [PER_TOKEN]),
+    ),
+    *_of(
+        "tdpo_ext/fused/inputs.py",
+        ("    ranks.check_same(_AGREED_ON)\n", "", [FAULTS]),
+        ("min(ranks.by_rank[\"budget\"])", "ranks.by_rank[\"budget\"][0]", [FAULTS, SHARDED]),
+        ("            \"labels\": digest(inputs.labels[rows.index]),\n", "", [FAULTS]),
+        ("            \"softcap\": inputs.options.softcap,\n", "", [FAULTS]),
+        ("            out += self.bias[columns]\n", "            pass\n", [LINEAR]),
+    ),
+    *_of(
+        "tdpo_ext/objectives.py",
+        ("        for pair in range(_PAIRS):\n            alone", "        for pair in range(0):\n            alone", [OBJECTIVES]),
+        ("_PAIRS = 3\n", "_PAIRS = 2\n", [OBJECTIVES]),
+        ("        if not losses.isfinite().all():", "        if False:", [BAD]),
+        ("        _check_linear(objective, device, columns)\n    return", "        pass\n    return", [DEFERRED]),
+        ("return (id(objective.__self__), objective.__func__)", "return None", [OBJECTIVES]),
+        ("and _accepted[key].reference() is not None", "", [OBJECTIVES]),
+        ("return torch.segment_reduce(values.double(),", "return torch.segment_reduce(values,", [DEFERRED]),
+    ),
+    *_of(
+        "tdpo_ext/losses.py",
+        ("rejected.kl - chosen.kl.detach()", "rejected.kl - chosen.kl", [LOSSES]),
+        ("return logratios - alpha *", "return logratios - 0.5 *", [LOSSES]),
+        ("    if chosen.logps.shape != rejected.logps.shape:", "    if False:", [BAD]),
+    ),
+    *_of(
+        "tdpo_ext/vocab_parallel.py",
+        ("        if self._failure is None:\n            try:", "        if True:\n            try:", [FAULTS]),
+        ("        if not bool(self.shard.all_gather(succeeded).all()):", "        if self._failure is not None:", [FAULTS]),
+        ("    if flat.is_floating_point():\n", "    if False:\n", [FAULTS]),
+    ),
+    *_of(
+        "tdpo_ext/checks.py",
+        ("if isinstance(value, bool) or not isinstance(value, Integral):", "if not isinstance(value, Integral):", [BAD]),
+        ("    if not math.isfinite(number):", "    if False:", [BAD]),
+        ("if value.layout != torch.strided or value.is_quantized:", "if value.is_quantized:", [BAD]),
+    ),
+    *_of(
+        "tdpo_ext/ops/matmul.py",
+        ("        result.copy_(exact)\n", "        result.copy_(exact)\n        break\n", [OPS]),
+    ),
+    *_of(
+        "csrc/row_state.h",
+        ("size_of(scaled) + size_of(from_mass) + size_of(from_gap) <= z_sum + r_sum + size_of(gap)", "size_of(scaled) >= X{}", [PEAKED]),
+        ("return masked ? -kLargestExponent<Real> : top;", "return masked ? top : top;", [PEAKED]),
+    ),
+    *_of(
+        "csrc/cpu/row_kernels.cpp",
+        ("if (label >= begin && label < end) {", "if (label > begin && label < end) {", [OPS]),
+    ),
+    *_of(
+        "csrc/cpu/operators.cpp",
+        ("  check_label_range(inputs.params);\n  const auto gradient", "  const auto gradient", [OPS]),
+    ),
+    *_of(
+        "csrc/cpu/matmul.cpp",
+        ("accumulate || k0 > 0", "accumulate", [OPS]),
+    ),
+    *_of(
+        "csrc/checks.h",
+        ("TORCH_CHECK_VALUE(same_memory(out, logits) || !may_overlap(out, logits),", "TORCH_CHECK_VALUE(true,", [OPS]),
+    ),
+]  # fmt: skip
