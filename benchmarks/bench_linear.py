@@ -1,10 +1,11 @@
 """The fused TDPO loss against its matrix products alone and against other implementations of it.
 
-    python benchmarks/bench_linear.py [--rounds 3] [--skip-sweep] [--device cuda]
+    python benchmarks/bench_linear.py [--rounds 3] [--skip-sweep] [--device cuda] [--tiny] [--warm-up] [--output FOLDER]
 
-Step: 4 pairs, 1,024 response rows, D 768, V 50,257, float32 and bfloat16 (on a GPU: 1,024 to 16,384 rows, D 4,096,
+Step: 4 pairs, 1,024 response rows, D 768, V 50,257, float32 and bfloat16 (on a GPU: 1,024 to 8,192 rows, D 4,096,
 V 128,256 and 151,936, bfloat16); forward and backward of TDPO2 with gradients of hidden states and weight; the
-candidates alternate in one run. Peers: the published arithmetic behind both heads, eager and compiled; Liger's chunked
+candidates alternate in one run. Peers: the published arithmetic behind both heads, eager and compiled; TRL's streamed
+divergence and log-probabilities, composed to the same loss (Triton kernels on a GPU); Liger's chunked
 linear JSD (two heads, the same arithmetic with uniform upstream gradients; compiled on a GPU only) and, on a GPU, its
 fused linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked
 linear cross entropy. "products": the four matrix products that any exact method needs, by torch.mm in the inputs'
@@ -12,13 +13,16 @@ dtype.
 
 Errors: relative to float64 on the same inputs (bfloat16, the reference's hidden states perturbed by 1e-2), of the KL
 and of the KL's part of dL/dhidden. Sweep: peak memory over rows and vocabulary, with a plot.
-Results go to benchmarks/results/bench_linear.json and bench_linear.png, or bench_linear_cuda.json.
+On a GPU, every shape is first measured without peers, whose compilation takes most of the time, and then with them.
+Results go to benchmarks/results/bench_linear.json and bench_linear.png, or bench_linear_cuda.json, after every case.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ import torch.nn.functional as F
 from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table
 from peers import published, published_linear
 
-from tdpo_ext import eager, linear_preference_loss, linear_token_divergence, tdpo_loss
+from tdpo_ext import TokenDivergence, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
 
 
 class Shape(NamedTuple):
@@ -44,9 +48,10 @@ STEPS = {
     "cpu": [(Shape(4, 128, 768, 50257), dtype) for dtype in (torch.float32, torch.bfloat16)],
     "cuda": [
         (Shape(rows // 512, 256, 4096, vocab), torch.bfloat16)
-        for rows, vocab in ((1024, 128256), (4096, 128256), (16384, 128256), (4096, 151936))
+        for rows, vocab in ((4096, 128256), (8192, 128256), (1024, 128256), (4096, 151936))
     ],
 }
+TINY = [(Shape(1, 6, 16, 301), dtype) for dtype in (torch.float32, torch.bfloat16)]  # to rehearse the script
 OBJECTIVE = functools.partial(tdpo_loss, beta=0.1)
 BUDGET = {"cpu": 256 << 20, "cuda": 1536 << 20}
 
@@ -95,6 +100,34 @@ class Step:
         hidden, ref_hidden = self.hidden.flatten(0, 1), self.ref_hidden.flatten(0, 1)
         loss(hidden, self.weight, ref_hidden, self.ref_weight, self.labels.view(-1)).backward()
 
+    def trl(self) -> None:
+        """TDPO2 from TRL's streamed kernels: the forward KL, and log-probabilities of the policy and the reference."""
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        hidden, ref_hidden = self.hidden.flatten(0, 1), self.ref_hidden.flatten(0, 1)
+        labels = self.labels.view(-1)
+
+        def logps(hidden, weight):
+            return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
+
+        both_heads = (hidden, self.weight, None, ref_hidden, self.ref_weight, None)
+        kl, _ = ChunkedDivergenceFunction.apply(*both_heads, 0.0, 1.0, 1.0, None, 1.0, None)  # 0.0: the forward KL
+        with torch.no_grad():
+            ref_logps = logps(ref_hidden, self.ref_weight)
+        policy_logps = logps(hidden, self.weight)
+        unused = torch.zeros_like(ref_logps)
+        rows = TokenDivergence(
+            logps=policy_logps,
+            ref_logps=ref_logps,
+            kl=kl,
+            entropy=unused,
+            correct=unused,
+            tokens=torch.ones_like(unused),
+        )
+        rows = TokenDivergence(*(values.view(self.labels.shape) for values in rows))
+        OBJECTIVE(*rows.per_sequence().chunk(2)).mean().backward()
+
     def one_head(self, loss) -> None:
         loss(self.hidden.flatten(0, 1), self.weight, self.labels.view(-1)).backward()
 
@@ -115,7 +148,14 @@ class Step:
 
 def peers(step: Step, device: str) -> dict:
     """The installed peers that compute the step, or a part of it."""
-    candidates = {}
+    candidates = {
+        "published, eager": lambda: step.published(published_linear),
+        "published, compiled": functools.partial(step.published, torch.compile(published_linear)),
+    }
+    if find_spec("trl") is not None:
+        candidates["trl divergence and log-probabilities"] = step.trl
+    else:
+        print("trl is not installed: that peer is skipped")
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -142,17 +182,18 @@ def peers(step: Step, device: str) -> dict:
     return candidates
 
 
-def compare(shape: Shape, dtype: torch.dtype, rounds: int, device: str) -> dict:
+def compare(shape: Shape, dtype: torch.dtype, rounds: int, device: str, with_peers: bool = True) -> dict:
+    """One case; with no rounds, every candidate only runs once, which compiles it."""
     step, budget = Step(shape, dtype, device=device), BUDGET[device]
     candidates = {
         "tdpo_ext chunked": lambda: step.fused(budget),
         "tdpo_ext streaming": lambda: step.streamed(budget),
-        "published, eager": lambda: step.published(published_linear),
-        "published, compiled": functools.partial(step.published, torch.compile(published_linear)),
         "products": step.products(),
-        **peers(step, device),
+        **(peers(step, device) if with_peers else {}),
     }
     candidates = runnable(candidates)
+    if rounds == 0:
+        return {}
     seconds = medians(candidates, rounds, prepare=step.clear, device=device)
     rows = []
     for name, run in candidates.items():
@@ -240,24 +281,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; medians are reported")
     parser.add_argument("--skip-sweep", action="store_true", help="skip the memory sweep")
     parser.add_argument("--device", choices=STEPS, default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: rehearses the script, measures nothing")
+    parser.add_argument("--warm-up", action="store_true", help="run every candidate once, to compile it; save nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    device = arguments.device
+    device, cases = arguments.device, TINY if arguments.tiny else STEPS[arguments.device]
     torch.manual_seed(0)
-    results: dict = {"steps": []}
-    for shape, dtype in STEPS[device]:
-        result = compare(shape, dtype, arguments.rounds, device)
-        results["steps"].append(result)
-        print("\n{dtype}: {rows} rows, D {width}, V {vocab}, budget {budget:,} bytes".format(**result))
-        print(text_table(result["candidates"], list(result["candidates"][0])))
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    if arguments.warm_up:
+        for case in cases:
+            compare(*case, 0, device)
+        return
+    name = "bench_linear" if device == "cpu" else "bench_linear_cuda"
+    steps: dict[tuple, dict] = {}
+    results: dict = {}
+    for with_peers in (False, True) if device == "cuda" or arguments.tiny else (True,):
+        for case in cases:
+            steps[case] = result = compare(*case, arguments.rounds, device, with_peers)
+            results["steps"] = list(steps.values())
+            save(name, results, arguments.output)
+            print("\n{dtype}: {rows} rows, D {width}, V {vocab}, budget {budget:,} bytes".format(**result))
+            print(text_table(result["candidates"], list(result["candidates"][0])))
+            if device == "cuda":
+                torch.cuda.empty_cache()
     results["near_equality"] = near_equality(device)
     print(f"\nnear p = q, relative errors: {results['near_equality']}")
     if device == "cpu" and not arguments.skip_sweep:
         results["sweep"] = sweep()
         print("\n" + text_table(results["sweep"], list(results["sweep"][0])))
         plot(results["sweep"])
-    print(f"saved {save('bench_linear' if device == 'cpu' else 'bench_linear_cuda', results)}")
+    print(f"saved {save(name, results, arguments.output)}")
 
 
 if __name__ == "__main__":

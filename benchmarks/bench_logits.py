@@ -1,6 +1,6 @@
 """Logit-level forward and backward against eager torch, torch.compile and a copy of the same memory.
 
-    python benchmarks/bench_logits.py [--rounds 7] [--device cuda]
+    python benchmarks/bench_logits.py [--rounds 7] [--device cuda] [--tiny] [--warm-up] [--output FOLDER]
 
 Every candidate computes the values and the gradient of the same loss on the same logits; the candidates alternate in
 one run. "published" is what the published TDPO code computes (no entropy, no masks, no edge values); "oracle" is
@@ -8,16 +8,18 @@ one run. "published" is what the published TDPO code computes (no entropy, no ma
 
 Bandwidths count the bytes that must move: both logits in the forward pass, both logits and the gradient in the backward
 pass; for the copy, which is the upper bound, the bytes read and the bytes written. On a GPU, QuACK's cross entropy (one
-row of logits, no KL) is included if it is installed. Results go to benchmarks/results/bench_logits.json, or
-bench_logits_cuda.json.
+row of logits, no KL) is included if it is installed. On a GPU, every shape is first measured without peers, whose
+compilation takes most of the time, and then with them. Results go to benchmarks/results/bench_logits.json, or
+bench_logits_cuda.json, after every case.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
-from common import medians, peak_extra_bytes, runnable, save, text_table
+from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table
 from peers import published
 
 from tdpo_ext import eager, token_divergence
@@ -27,6 +29,11 @@ SHAPES = {
     "cpu": [(512, 50257), (128, 151936)],
     "cuda": [(4096, 128256), (4096, 151936), (32, 151936), (1 << 20, 32)],  # usual shapes, few rows, short rows
 }
+TINY = [(6, 300), (3, 5000)]  # to rehearse the script
+
+
+def is_peer(name: str) -> bool:
+    return any(word in name for word in ("eager", "compiled", "quack"))
 
 
 def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
@@ -78,15 +85,15 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
     return runs, logits
 
 
-def measure(rows: int, vocab: int, dtype: torch.dtype, rounds: int, device: str = "cpu") -> dict:
+def measure(rows: int, vocab: int, dtype: torch.dtype, rounds: int, device: str = "cpu", with_peers=True) -> dict:
     runs, leaf = candidates(rows, vocab, dtype, device)
-    runs = runnable(runs)
+    runs = runnable({name: run for name, run in runs.items() if with_peers or not is_peer(name)})
     size = leaf.nbytes
     seconds = medians(runs, rounds, prepare=lambda: setattr(leaf, "grad", None), device=device)
     copy_rate = 2 * size / seconds["copy"]
     ours = seconds["tdpo_ext"]
     moved = {"tdpo_ext": 5, "forward": 2, "backward": 3, "backward in place": 3}
-    peers = [name for name in seconds if "eager" in name or "compiled" in name or "quack" in name]
+    peers = [name for name in seconds if is_peer(name)]
     memory = {}
     for name in ("tdpo_ext", *peers):
         leaf.grad = None
@@ -107,12 +114,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; medians are reported")
     parser.add_argument("--device", choices=SHAPES, default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: rehearses the script, measures nothing")
+    parser.add_argument("--warm-up", action="store_true", help="run every candidate once, to compile it; save nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    device = arguments.device
-    dtypes = (torch.float32, torch.bfloat16)
-    results = [
-        measure(rows, vocab, dtype, arguments.rounds, device) for rows, vocab in SHAPES[device] for dtype in dtypes
-    ]
+    device, shapes = arguments.device, TINY if arguments.tiny else SHAPES[arguments.device]
+    cases = [(rows, vocab, dtype) for rows, vocab in shapes for dtype in (torch.float32, torch.bfloat16)]
+    if arguments.warm_up:
+        for case in cases:
+            runnable(candidates(*case, device)[0])
+        return
+    name = "bench_logits" if device == "cpu" else "bench_logits_cuda"
+    results: dict[tuple, dict] = {}
+    for with_peers in (False, True) if device == "cuda" or arguments.tiny else (True,):
+        for case in cases:
+            results[case] = measure(*case, arguments.rounds, device, with_peers)
+            path = save(name, {"results": list(results.values())}, arguments.output)
+    print_table(list(results.values()))
+    print(f"saved {path}")
+
+
+def print_table(results: list[dict]) -> None:
     rows = [
         {
             **{name: result[name] for name in ("rows", "vocab", "dtype")},
@@ -128,8 +150,6 @@ def main() -> None:
     ]
     print(text_table(rows, list(max(rows, key=len))))
     print("of copy, fwd, bwd: share of the copy's bandwidth; memory: peak extra bytes, in sizes of the gradient")
-    name = "bench_logits" if device == "cpu" else "bench_logits_cuda"
-    print(f"saved {save(name, {'results': results})}")
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ def _cpu_model() -> str:
     return "unknown"
 
 
-def save(name: str, content: dict) -> Path:
-    """Writes benchmarks/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, content: dict, folder: Path = RESULTS) -> Path:
+    """Writes NAME.json. Benchmarks call it after every case, so that a run that is cut short loses only the last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
     return path
 
