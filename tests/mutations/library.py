@@ -16,13 +16,21 @@ MUTATIONS = [
         "tdpo_ext/fused/plan.py",
         ("even = cut(min(most, max(", "even = cut(max(most, max(", [PLAN]),
         ("return 2 * self.logit_bytes + (", "return self.logit_bytes + (", [PLAN]),
-        ("return self.weight_bytes * (2 * self.width + self.ref_width)", "return self.weight_bytes * (2 * self.width)", [PLAN]),
+        (
+            "return self.weight_bytes * (2 * self.width + self.ref_width)",
+            "return self.weight_bytes * (2 * self.width)",
+            [PLAN],
+        ),
         ("max(total_memory // 12, 256 << 20)", "max(total_memory // 24, 256 << 20)", [PLAN]),
         ("block = max(1, min(rows, STREAMING_ROWS))", "block = max(1, rows)", [PLAN]),
         ("columns = columns // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE", "pass", [PLAN]),
         ("if columns < _PITCH_FROM else", "if True else", [PLAN]),
-        ("return deferred if costs[\"deferred\"] <= costs[\"streaming\"] else streamed", "return deferred", [DEFERRED]),
-        ("deferred = _deferred_plan(pair_lengths, sizes, budget, why) if can_defer else None", "deferred = None", [DEFERRED]),
+        ('return deferred if costs["deferred"] <= costs["streaming"] else streamed', "return deferred", [DEFERRED]),
+        (
+            "deferred = _deferred_plan(pair_lengths, sizes, budget, why) if can_defer else None",
+            "deferred = None",
+            [DEFERRED],
+        ),
     ),
     *_of(
         "tdpo_ext/fused/rows.py",
@@ -30,11 +38,19 @@ MUTATIONS = [
         ("or given[-1] != total", "", [INPUTS]),
         ("moved = self.lengths_on_device.cumsum(0)[order] - lengths.cumsum(0)", "moved = 0 * lengths", [LINEAR]),
         ("counted = running[offsets.clamp(0, total)]", "counted = offsets", [INPUTS]),
-        ("        index = torch.arange(len(labels), device=labels.device)\n        return Rows(index, lengths,", "        index = (labels != ignore_index).nonzero()[:, 0]\n        return Rows(index, lengths,", [WAITS]),
+        (
+            "        index = torch.arange(len(labels), device=labels.device)\n        return Rows(index, lengths,",
+            "        index = (labels != ignore_index).nonzero()[:, 0]\n        return Rows(index, lengths,",
+            [WAITS],
+        ),
     ),
     *_of(
         "tdpo_ext/fused/gradients.py",
-        ("product(dz.t(), hidden, self._target(columns), accumulate=accumulate)", "product(dz.t(), hidden, self._target(columns))", [LINEAR]),
+        (
+            "product(dz.t(), hidden, self._target(columns), accumulate=accumulate)",
+            "product(dz.t(), hidden, self._target(columns))",
+            [LINEAR],
+        ),
         ("scaled = self._grad[index] * factor", "scaled = self._grad[index]", [DEFERRED]),
         ("            self._target(self._columns).mul_(factor)", "            pass", [DEFERRED]),
         ("self._target(columns).addcmul_(total, factor)", "self._target(columns).add_(total)", [DEFERRED]),
@@ -43,34 +59,62 @@ MUTATIONS = [
     ),
     *_of(
         "tdpo_ext/fused/chunked.py",
-        ("weight_sum = Buffer(weight_shape, inputs.logit_dtype)", "weight_sum = Buffer(weight_shape, inputs.weight_dtype)", [LINEAR]),
-        ("if any(wanted) and inputs.weight_dtype != inputs.logit_dtype:", "if inputs.weight_dtype != inputs.logit_dtype and False:", [LINEAR]),
-        ("values[TokenDivergence._fields.index(\"tokens\")] = labels != inputs.options.ignore_index", "pass", [DEFERRED]),
+        (
+            "weight_sum = Buffer(weight_shape, inputs.logit_dtype)",
+            "weight_sum = Buffer(weight_shape, inputs.weight_dtype)",
+            [LINEAR],
+        ),
+        (
+            "if any(wanted) and inputs.weight_dtype != inputs.logit_dtype:",
+            "if inputs.weight_dtype != inputs.logit_dtype and False:",
+            [LINEAR],
+        ),
+        ('values[TokenDivergence._fields.index("tokens")] = labels != inputs.options.ignore_index', "pass", [DEFERRED]),
     ),
     *_of(
         "tdpo_ext/fused/streaming.py",
-        ("Buffer((plan.columns, inputs.policy.width), inputs.logit_dtype)", "Buffer((plan.columns, inputs.policy.width), inputs.weight_dtype)", [LINEAR]),
-        ("ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)", "ctx.save_for_backward(hidden, weight, bias, ref_hidden.clone(), ref_weight, ref_bias, labels, index, states)", [OBJECTIVES]),
+        (
+            "Buffer((plan.columns, inputs.policy.width), inputs.logit_dtype)",
+            "Buffer((plan.columns, inputs.policy.width), inputs.weight_dtype)",
+            [LINEAR],
+        ),
+        (
+            "save_for_backward(hidden, weight, bias, ref_hidden, ref_weight,",
+            "save_for_backward(hidden, weight, bias, ref_hidden.clone(), ref_weight,",
+            [OBJECTIVES],
+        ),
         ("options=inputs.options.from_column(columns.start),", "options=inputs.options,", [LINEAR]),
-        ("has_kl, has_logps = kl_grad != 0, (kl_grad == 0) & (logps_grad != 0)", "has_kl, has_logps = kl_grad != 0, kl_grad != kl_grad", [LINEAR]),
+        (
+            "has_kl, has_logps = kl_grad != 0, (kl_grad == 0) & (logps_grad != 0)",
+            "has_kl, has_logps = kl_grad != 0, kl_grad != kl_grad",
+            [LINEAR],
+        ),
     ),
     *_of(
         "tdpo_ext/fused/upstream.py",
         ("return losses.sum() / self.total_pairs", "return losses.sum() / chunk.pairs", [LINEAR]),
         ("both = self.chunk.segments.spread(both)", "both = self.chunk.segments.spread(both.flip(0))", [LINEAR]),
-        ("rejected=side_rows(slice(middle, None), lengths[chunk.pairs :]),", "rejected=side_rows(slice(middle, None), lengths[: chunk.pairs]),", [PER_TOKEN]),
+        (
+            "rejected=side_rows(slice(middle, None), lengths[chunk.pairs :]),",
+            "rejected=side_rows(slice(middle, None), lengths[: chunk.pairs]),",
+            [PER_TOKEN],
+        ),
     ),
     *_of(
         "tdpo_ext/fused/inputs.py",
         ("    ranks.check_same(_AGREED_ON)\n", "", [FAULTS]),
-        ("min(ranks.by_rank[\"budget\"])", "ranks.by_rank[\"budget\"][0]", [FAULTS, SHARDED]),
-        ("            \"labels\": digest(inputs.labels[rows.index]),\n", "", [FAULTS]),
-        ("            \"softcap\": inputs.options.softcap,\n", "", [FAULTS]),
+        ('min(ranks.by_rank["budget"])', 'ranks.by_rank["budget"][0]', [FAULTS, SHARDED]),
+        ('            "labels": digest(inputs.labels[rows.index]),\n', "", [FAULTS]),
+        ('            "softcap": inputs.options.softcap,\n', "", [FAULTS]),
         ("            out += self.bias[columns]\n", "            pass\n", [LINEAR]),
     ),
     *_of(
         "tdpo_ext/objectives.py",
-        ("        for pair in range(_PAIRS):\n            alone", "        for pair in range(0):\n            alone", [OBJECTIVES]),
+        (
+            "        for pair in range(_PAIRS):\n            alone",
+            "        for pair in range(0):\n            alone",
+            [OBJECTIVES],
+        ),
         ("_PAIRS = 3\n", "_PAIRS = 2\n", [OBJECTIVES]),
         ("        if not losses.isfinite().all():", "        if False:", [BAD]),
         ("        _check_linear(objective, device, columns)\n    return", "        pass\n    return", [DEFERRED]),
@@ -87,12 +131,20 @@ MUTATIONS = [
     *_of(
         "tdpo_ext/vocab_parallel.py",
         ("        if self._failure is None:\n            try:", "        if True:\n            try:", [FAULTS]),
-        ("        if not bool(self.shard.all_gather(succeeded).all()):", "        if self._failure is not None:", [FAULTS]),
+        (
+            "        if not bool(self.shard.all_gather(succeeded).all()):",
+            "        if self._failure is not None:",
+            [FAULTS],
+        ),
         ("    if flat.is_floating_point():\n", "    if False:\n", [FAULTS]),
     ),
     *_of(
         "tdpo_ext/checks.py",
-        ("if isinstance(value, bool) or not isinstance(value, Integral):", "if not isinstance(value, Integral):", [BAD]),
+        (
+            "if isinstance(value, bool) or not isinstance(value, Integral):",
+            "if not isinstance(value, Integral):",
+            [BAD],
+        ),
         ("    if not math.isfinite(number):", "    if False:", [BAD]),
         ("if value.layout != torch.strided or value.is_quantized:", "if value.is_quantized:", [BAD]),
     ),
@@ -102,7 +154,11 @@ MUTATIONS = [
     ),
     *_of(
         "csrc/row_state.h",
-        ("size_of(scaled) + size_of(from_mass) + size_of(from_gap) <= z_sum + r_sum + size_of(gap)", "size_of(scaled) >= X{}", [PEAKED]),
+        (
+            "size_of(scaled) + size_of(from_mass) + size_of(from_gap) <= z_sum + r_sum + size_of(gap)",
+            "size_of(scaled) >= X{}",
+            [PEAKED],
+        ),
         ("return masked ? -kLargestExponent<Real> : top;", "return masked ? top : top;", [PEAKED]),
     ),
     *_of(
@@ -115,10 +171,10 @@ MUTATIONS = [
     ),
     *_of(
         "csrc/cpu/matmul.cpp",
-        ("accumulate || k0 > 0", "accumulate", [OPS]),
+        ("accumulate || k.begin > 0", "accumulate", [OPS]),
     ),
     *_of(
         "csrc/checks.h",
         ("TORCH_CHECK_VALUE(same_memory(out, logits) || !may_overlap(out, logits),", "TORCH_CHECK_VALUE(true,", [OPS]),
     ),
-]  # fmt: skip
+]
