@@ -23,11 +23,12 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/pytest
 
-# Ten times as many random cases as `make test`; then training and caching killed, and their files damaged, at random.
+# Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
 test-nightly: $(VENV)/dev
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py
-	mkdir -p build
-	$(BIN)/python tests/soak/trainer.py --json build/soak-trainer.json
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py \
+		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_plan.py
+	$(BIN)/python tests/soak/run.py
+	$(BIN)/python benchmarks/tables.py
 
 # Applies the changes listed in tests/mutations one at a time; the tests must notice each. Takes half an hour.
 mutations: $(VENV)/dev

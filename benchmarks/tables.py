@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/performance.md", "docs/paper.md"]
+PAGES = ["README.md", "docs/performance.md", "docs/paper.md", "docs/reliability.md"]
 Table = Callable[[], str]
 TABLES: dict[str, Table] = {}
 
@@ -190,6 +190,48 @@ def frontier_end() -> str:
         ]
         rows.append([name, f"{mean[0]:.3f}", *(f"{value:.2f}" for value in mean[1:])])
     return markdown(["", "reward", "KL of samples", "KL of chosen", "KL of rejected"], rows)
+
+
+@table
+def long_pairs() -> str:
+    """Pairs that are too long for the budget."""
+    rows = []
+    for step in load("bench_long_pairs")["steps"]:
+        by_name = {row["candidate"]: row for row in step["candidates"]}
+        deferred, streaming = by_name["deferred"], by_name["streaming"]
+        rows.append(
+            [
+                f"{step['pairs']} x {step['pair_rows']:,}",
+                f"{step['vocab']:,}",
+                *(f"{row['over_products']:.2f}" for row in (deferred, streaming)),
+                f"{streaming['seconds'] / deferred['seconds']:.2f}x",
+                *(f"{row['extra_mb']:,.0f}" for row in (deferred, streaming)),
+            ]
+        )
+    header = ["pairs x rows", "V", "deferred: over products", "streaming: over products", "faster"]
+    return markdown([*header, "deferred: extra MiB", "streaming: extra MiB"], rows)
+
+
+@table
+def reliability() -> str:
+    """Counts of the soak."""
+    soak = load("soak")
+    rows = []
+    for result in soak["fuzz"]:
+        cases = result["cases"]
+        counted = f"{cases['token_divergence']:,} of logits, {cases['linear losses']:,} of hidden states"
+        rows.append([f"fuzzed calls, {result['capability']}", counted, f"{len(result['failures'])} wrong"])
+    for name, counts in soak["trainer"].items():
+        if "killed" in counts:
+            outcome = f"all {counts['finished, identical']} finished runs identical"
+            rows.append([name, f"{counts['killed']} times", outcome])
+        else:
+            total = counts["detected"] + counts["harmless"] + counts["wrong"]
+            outcome = f"{counts['detected']} detected, {counts['harmless']} harmless, {counts['wrong']} wrong"
+            rows.append([name, f"{total} times", outcome])
+    for ranks, count in soak["sharded faults"].items():
+        rows.append([f"sharded faults, {ranks}", f"{count} faults", "each reached every rank"])
+    return markdown(["what", "how often", "outcome"], rows)
 
 
 @table

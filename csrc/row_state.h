@@ -2,16 +2,16 @@
 // in any grouping, whether they are SIMD lanes, threads, CTAs, chunks in time or ranks.
 //
 // z are the policy's and r the reference's logits, divided by the temperature. Exponentials are taken in base 2, so
-// the maxima are too: Z = z log2(e), z_max = max Z. With e_z = 2^(Z - z_max), e_r = 2^(R - r_max) and the gap
-// d = (z - r) - (z_max - r_max) log(2), a state holds
+// the maxima and gaps are too: Z = z log2(e), z_max = max Z. With e_z = 2^(Z - z_max), e_r = 2^(R - r_max) and the gap
+// d = (Z - R) - (z_max - r_max), a state holds
 //
 //   z_sum = sum e_z      gap     = sum e_r d                      z_dot = sum e_z (Z - z_max)
-//   r_sum = sum e_r      bregman = sum (e_z - e_r - e_r d) >= 0
+//   r_sum = sum e_r      bregman = sum (e_z - e_r - e_r d log(2)) >= 0
 //
-// and KL(q || p) = log1p(x) - x + bregman / r_sum, where x = (gap + bregman) / r_sum = z_sum / r_sum - 1. Every term
-// of `bregman` is non-negative and, where d is small, is formed from d itself as e_r (exp(d) - 1 - d): nothing large
-// is ever subtracted from something almost equal, so the KL keeps its digits when p is nearly q. The derivation is in
-// docs/math.md. No torch here: host and device code include this file.
+// and KL(q || p) = log1p(x) - x + bregman / r_sum, where x = (gap log(2) + bregman) / r_sum = z_sum / r_sum - 1. Every
+// term of `bregman` is non-negative and, where d is small, is formed from d itself as e_r (2^d - 1 - d log(2)): nothing
+// large is ever subtracted from something almost equal, so the KL keeps its digits when p is nearly q. The derivation
+// is in docs/math.md. No torch here: host and device code include this file.
 #pragma once
 
 #include <cmath>
@@ -29,19 +29,19 @@ namespace tdpo {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// (exp(d) - 1 - d) / d for |d| < kSmallGap. The float series is truncated: relative error at most 7e-7.
-constexpr float kSmallGap = 0.125f;
+// (2^d - 1 - d log(2)) / d for |d| < kSmallGap. The float series is truncated: relative error at most 7e-7.
+constexpr float kSmallGap = 0.18f;
 template <typename X>
-TDPO_FN X exp_excess_over(X d) {
-  X tail = d * (1.0f / 120) + (1.0f / 24);
-  tail = tail * d + (1.0f / 6);
-  tail = tail * d + 0.5f;
+TDPO_FN X exp2_excess_over(X d) {
+  X tail = d * 0.0013333558f + 0.009618129f;  // log(2)^n / n! for n = 5, 4, 3, 2
+  tail = tail * d + 0.055504109f;
+  tail = tail * d + 0.24022651f;
   return tail * d;
 }
 template <>
-TDPO_FN double exp_excess_over(double d) {
-  double term = d / 2, total = term;
-  for (int n = 3; n < 15; ++n) total += term *= d / n;
+TDPO_FN double exp2_excess_over(double d) {
+  double term = d * kLn2 * kLn2 / 2, total = term;
+  for (int n = 3; n < 15; ++n) total += term *= d * kLn2 / n;
   return total;
 }
 
@@ -87,7 +87,8 @@ struct RowSums {
   }
 
   // Adds one entry (or one vector of entries) of logits before the temperature; `z_shift` and `r_shift` are the finite
-  // maxima. The gap starts from z - r: that difference is exact when the logits are close.
+  // maxima. The gap starts from z - r: that difference is exact when the logits are close. What is subtracted from it
+  // is the difference of the shifts, so that it fits e_z and e_r even where the reference has a large offset.
   template <typename Math>
   TDPO_FN void add(X z, X r, typename Math::Real z_shift, typename Math::Real r_shift,
                    InvTemperature<typename Math::Real> inv_temp) {
@@ -98,13 +99,13 @@ struct RowSums {
     const X e_z = Math::exp2(z_log), e_r = Math::exp2(r_log);
     // An entry without reference mass has no gap, whatever its logits (-inf and underflow included).
     const auto has_mass = Math::has_mass(e_r);
-    const X d = Math::scaled(z - r, inv_temp.natural, (z_shift - r_shift) * Real(kLn2));
+    const X d = Math::scaled(z - r, inv_temp.base2, z_shift - r_shift);
     const X e_r_d = Math::select(has_mass, e_r * d, X{});
     const auto small = (Math::abs(d) < X{} + Real(kSmallGap)) & has_mass;
     z_sum += e_z;
     r_sum += e_r;
     gap += e_r_d;
-    bregman += Math::select(small, e_r_d * exp_excess_over(d), e_z - e_r - e_r_d);
+    bregman += Math::select(small, e_r_d * exp2_excess_over(d), e_z - e_r - e_r_d * Real(kLn2));
     z_dot += e_z * z_log;
   }
 };
@@ -132,27 +133,27 @@ TDPO_FN Real finite_max(Real max) {
 template <typename Real>
 struct Rescale {
   Real z, r;        // factors of e_z and e_r
-  Real z_hop, hop;  // changes of Z - z_max (base 2) and of the gap d (natural)
+  Real z_hop, hop;  // changes of Z - z_max and of the gap d
   Real growth;      // z - r, formed without cancellation
-  Real excess;      // r * (exp(hop) - 1 - hop), also without cancellation
+  Real excess;      // r * (2^hop - 1 - hop log(2)), also without cancellation
 
   TDPO_FN Rescale(Real z_max, Real r_max, Real new_z_max, Real new_r_max) {
     const Real lowest = -std::numeric_limits<Real>::infinity();
     z_hop = z_max == lowest ? Real(0) : z_max - new_z_max;
     const Real r_hop = r_max == lowest ? Real(0) : r_max - new_r_max;
-    hop = (z_hop - r_hop) * Real(kLn2);
+    hop = z_hop - r_hop;
     z = std::exp2(z_hop);
     r = std::exp2(r_hop);
     if (std::fabs(hop) < Real(kSmallGap)) {
-      excess = r * hop * exp_excess_over(hop);
-      growth = r * hop + excess;
+      excess = r * hop * exp2_excess_over(hop);
+      growth = r * hop * Real(kLn2) + excess;
     } else {
-      excess = z - r - r * hop;
+      excess = z - r - r * hop * Real(kLn2);
       growth = z - r;
     }
   }
 
-  // `bregman` is moved term by term or, since bregman = z_sum - r_sum - gap, formed anew: whichever sums smaller
+  // `bregman` is moved term by term or, since bregman = z_sum - r_sum - gap log(2), formed anew: whichever sums smaller
   // numbers and so rounds less. The first is right where the maxima rise almost alike, the second where one rises
   // alone.
   template <typename X>
@@ -162,9 +163,11 @@ struct Rescale {
       sums.gap = X{};
     } else {
       const X gap = (sums.gap + sums.r_sum * hop) * r, z_sum = sums.z_sum * z, r_sum = sums.r_sum * r;
-      const X scaled = sums.bregman * z, from_mass = sums.r_sum * excess, from_gap = sums.gap * growth;
-      const auto moves = size_of(scaled) + size_of(from_mass) + size_of(from_gap) <= z_sum + r_sum + size_of(gap);
-      sums.bregman = moves ? scaled + from_mass + from_gap : z_sum - r_sum - gap;
+      const X natural_gap = gap * Real(kLn2), from_gap = sums.gap * Real(kLn2) * growth;
+      const X scaled = sums.bregman * z, from_mass = sums.r_sum * excess;
+      const X moved_size = size_of(scaled) + size_of(from_mass) + size_of(from_gap);
+      const auto moves = moved_size <= z_sum + r_sum + size_of(natural_gap);
+      sums.bregman = moves ? scaled + from_mass + from_gap : z_sum - r_sum - natural_gap;
       sums.gap = gap;
     }
     sums.z_dot = (sums.z_dot + sums.z_sum * z_hop) * z;
@@ -242,13 +245,13 @@ struct RowState {
   // In double: once per row it costs nothing, and it avoids a rounding of the label's scaled logit that the sums do not
   // have.
   TDPO_FN TokenValues<Real> finalize(InvTemperature<Real> inv_temp) const {
-    const double r_sum = sums.r_sum, x = (double(sums.gap) + double(sums.bregman)) / r_sum;
+    const double r_sum = sums.r_sum, gap = sums.gap * kLn2, x = (gap + double(sums.bregman)) / r_sum;
     double kl;
     if (std::fabs(x) < kSmallGap) {
       kl = sums.bregman / r_sum + log1p_minus(x);
       kl = kl < 0 ? 0 : kl;
     } else {
-      kl = std::log(sums.z_sum / r_sum) - sums.gap / r_sum;
+      kl = std::log(sums.z_sum / r_sum) - gap / r_sum;
     }
     const double base2 = inv_temp.base2, log_z = std::log2(double(sums.z_sum)), log_r = std::log2(r_sum);
     return {Real((z_label * base2 - finite_max(z_max) - log_z) * kLn2),

@@ -90,6 +90,21 @@ def test_no_worse_than_eager_whatever_the_order(vocab, spikes, shared, cuts, per
         assert (kl >= 0).all()
 
 
+@pytest.mark.parametrize("offset", [10.0, -10.0, 30.0, 100.0])
+@pytest.mark.parametrize("perturbation", [1.0, 1e-1, 1e-2])
+def test_references_with_an_offset(offset, perturbation):
+    """Softmax does not see an offset of all logits, but rounding does: that of z - r here, of log-sum-exps in eager."""
+    z = 3 * torch.randn(12, 50_257)
+    r = z + perturbation * torch.randn(12, 50_257) + offset
+    labels = torch.zeros(12, dtype=torch.int64)
+    truth = eager.token_divergence(z.double(), r.double(), labels).kl
+    ours, rounded = (
+        ((function(z, r, labels).kl.double() - truth).abs() / truth).median()
+        for function in (token_divergence, eager.token_divergence)
+    )
+    assert ours < {10.0: 0.5, 30.0: 2.0, 100.0: 8.0}[abs(offset)] * rounded
+
+
 @pytest.mark.parametrize("mask", [-1e9, -3e9, -1e30, torch.finfo(torch.float32).min, -torch.inf])
 @pytest.mark.parametrize("place", ["front", "back", "everywhere but one block"])
 def test_masks_of_any_size(mask, place):

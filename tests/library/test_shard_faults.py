@@ -1,7 +1,10 @@
 """Ranks of a vocabulary shard that disagree, or of which one fails: every rank says so, none waits for another."""
 
 import functools
+import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +44,16 @@ def expect(message, call, *, own=None, rank=None):
     with pytest.raises(kind, match=message):
         call()
     assert time.monotonic() - begin < SECONDS
+    if "TDPO_FAULT_COUNTS" in os.environ:
+        _count(Path(os.environ["TDPO_FAULT_COUNTS"]))
+
+
+def _count(path):
+    """Counts a fault that reached every rank, by the number of ranks."""
+    if dist.get_rank() == 0:
+        counts = json.loads(path.read_text()) if path.exists() else {}
+        key = f"{dist.get_world_size()} ranks"
+        path.write_text(json.dumps({**counts, key: counts.get(key, 0) + 1}))
 
 
 @on_every_rank
@@ -168,9 +181,13 @@ def backward_that_fails(rank, world, device):
     expect("gradient of the values differs", ((1.0 + rank) * values.kl.sum()).backward)
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return run_on_ranks(CHECKS, 2, "cpu", tmp_path_factory.mktemp("ranks"))
+# The soak runs them on 4 ranks too, and counts the faults.
+RANKS = [int(world) for world in os.environ.get("TDPO_FAULT_RANKS", "2").split(",")]
+
+
+@pytest.fixture(scope="module", params=RANKS, ids=lambda world: f"{world} ranks")
+def outcomes(request, tmp_path_factory):
+    return run_on_ranks(CHECKS, request.param, "cpu", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow
