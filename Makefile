@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test test-nightly mutations sanitize docs lint format bench cuda-report cuda-test cuda-sanitize clean
+.PHONY: demo test test-nightly mutations sanitize docs lint format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -68,14 +68,22 @@ bench: $(VENV)/dev
 cuda-report:
 	$(PYTHON) tools/cuda_report.py
 
+# Instructions an entry, registers and the order of loads in the machine code (needs nvdisasm too; no GPU).
+machine-code:
+	$(PYTHON) tools/machine_code.py
+
+# Breaks the CUDA kernels in one way after another; the emulator's tests must catch each. Takes minutes.
+kernel-mutations: $(VENV)/dev
+	$(BIN)/python tools/kernel_mutations.py
+
 # These two need a GPU, and the package installed in the current environment. The tests run from tests/: in the root,
 # `-m pytest` would import the source tree, which has no compiled module.
 cuda-test:
 	cd tests && $(PYTHON) -m pytest -m cuda .
 
 cuda-sanitize:
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(SANITIZER_CASE)
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(SANITIZER_CASE)
+	compute-sanitizer --error-exitcode 1 --kernel-regex kns=tdpo --tool memcheck $(SANITIZER_CASE)
+	compute-sanitizer --error-exitcode 1 --kernel-regex kns=tdpo --tool racecheck $(SANITIZER_CASE)
 
 # torch first: the extension is built for the torch that is already installed.
 $(VENV)/torch:

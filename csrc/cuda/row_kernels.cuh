@@ -148,9 +148,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks 
       z_top = fmax(z_top, max_of(z_pack[b]));
       r_top = fmax(r_top, max_of(r_pack[b]));
     }
-    // One rarely-true test per batch. Softcapping is monotonic, so it may follow the maximum.
-    state.raise_maxima(running_max(state.z_max, cap(z_top) * inv_temp.base2),
-                       running_max(state.r_max, cap(r_top) * inv_temp.base2));
+    // One rarely-true test per batch. Softcapping is monotonic, so it may follow the maximum. A running maximum is
+    // never below running_max's floor, so only a new one has to be brought up to it.
+    const Real new_z_max = fmax(state.z_max, cap(z_top) * inv_temp.base2);
+    const Real new_r_max = fmax(state.r_max, cap(r_top) * inv_temp.base2);
+    if (new_z_max != state.z_max || new_r_max != state.r_max)
+      state.raise_maxima(running_max(state.z_max, new_z_max), running_max(state.r_max, new_r_max));
     const Real z_shift = finite_max(state.z_max), r_shift = finite_max(state.r_max);
     RowSums<Real> sums{};
 #pragma unroll

@@ -142,13 +142,14 @@ void check_scale() {
     }
 }
 
-// A logit of one model alone at -inf, and a row that begins with masked entries, in the middle of packs.
+// A logit of one model alone at -inf, and a row that begins with masked entries, of both kinds of mask, in the middle
+// of packs.
 void check_infinite_logits() {
   constexpr int64_t vocab = 9000;
   std::vector<float> z(2 * vocab), r(2 * vocab);
   for (size_t i = 0; i < z.size(); ++i) z[i] = std::sin(float(i)), r[i] = std::cos(float(i));
   z[4000] = -INFINITY;  // p = 0 where q > 0: an infinite KL
-  for (int64_t i = 0; i < 6000; ++i) z[vocab + i] = r[vocab + i] = -INFINITY;
+  for (int64_t i = 0; i < 6000; ++i) z[vocab + i] = r[vocab + i] = i < 3001 ? -1e30f : -INFINITY;
   const std::vector<int64_t> labels{4, 7000};
   const DivergenceParams params = plain_params(z.data(), r.data(), labels, vocab);
   const auto states = CudaKernels().states<float>(params, 1);

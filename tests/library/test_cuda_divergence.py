@@ -148,16 +148,17 @@ def test_large_offsets_on_gpu():
 
 
 @gpu
-def test_bad_label_trips_a_device_assertion():
+@pytest.mark.parametrize("vocab", [9, 5003, 151936])  # a warp a row, a CTA a row, several CTAs a row
+def test_bad_label_trips_a_device_assertion(vocab):
     code = (
         "import torch, tdpo_ext\n"
-        "logits = torch.zeros(2, 9, device='cuda')\n"
-        "tdpo_ext.token_divergence(logits, logits, torch.tensor([1, 9], device='cuda'))\n"
+        f"logits = torch.zeros(2, {vocab}, device='cuda')\n"
+        f"tdpo_ext.token_divergence(logits, logits, torch.tensor([1, {vocab}], device='cuda'))\n"
         "torch.cuda.synchronize()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "labels hold 9" in done.stdout + done.stderr
+    assert f"labels hold {vocab}" in done.stdout + done.stderr
 
 
 @gpu
