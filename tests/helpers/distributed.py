@@ -29,6 +29,8 @@ def _worker(rank, world, device, store, checks, outcomes):
         except Exception:
             outcomes[name, rank] = traceback.format_exc()
     dist.destroy_process_group()
+    # gloo's threads may still be dropping finished work, for which they need an interpreter that is not shutting down.
+    os._exit(0)
 
 
 def run_on_ranks(checks, world, device, folder):
