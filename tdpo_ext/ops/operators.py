@@ -38,6 +38,10 @@ class RowOptions:
     temperature: float = 1.0
     softcap: float = 0.0
 
+    def as_keywords(self) -> dict[str, int | float]:
+        """The operators' keyword arguments, which have these names."""
+        return vars(self)
+
     def from_column(self, first: int) -> RowOptions:
         """The same for a slice of the columns that begins at `first`."""
         return replace(self, vocab_start=self.vocab_start + first)
@@ -55,16 +59,7 @@ def row_states(
     options: RowOptions,
 ) -> Tensor:  # (..., STATE_SIZE)
     """States of rows over one slice of the vocabulary."""
-    return _ops.row_states(
-        logits,
-        ref_logits,
-        labels,
-        vocab_start=options.vocab_start,
-        vocab_size=options.vocab_size,
-        ignore_index=options.ignore_index,
-        temperature=options.temperature,
-        softcap=options.softcap,
-    )
+    return _ops.row_states(logits, ref_logits, labels, **options.as_keywords())
 
 
 def merge_row_states(states: Tensor) -> Tensor:
@@ -94,19 +89,7 @@ def logit_gradient(
     options: RowOptions,
 ) -> Tensor:  # (..., V)
     """dL/dlogits of one slice of the vocabulary from dL/dlogps and dL/dkl, in new memory."""
-    return _ops.logit_gradient(
-        logits,
-        ref_logits,
-        labels,
-        states,
-        logps_grad,
-        kl_grad,
-        vocab_start=options.vocab_start,
-        vocab_size=options.vocab_size,
-        ignore_index=options.ignore_index,
-        temperature=options.temperature,
-        softcap=options.softcap,
-    )
+    return _ops.logit_gradient(logits, ref_logits, labels, states, logps_grad, kl_grad, **options.as_keywords())
 
 
 def logit_gradient_out(
@@ -121,20 +104,7 @@ def logit_gradient_out(
     out: Tensor,  # (..., V), of the logits' dtype or, for float32 logits, bfloat16 or float16
 ) -> None:
     """`logit_gradient` written into `out`, which may be `logits` itself."""
-    _ops.logit_gradient_out(
-        logits,
-        ref_logits,
-        labels,
-        states,
-        logps_grad,
-        kl_grad,
-        vocab_start=options.vocab_start,
-        vocab_size=options.vocab_size,
-        ignore_index=options.ignore_index,
-        temperature=options.temperature,
-        softcap=options.softcap,
-        out=out,
-    )
+    _ops.logit_gradient_out(logits, ref_logits, labels, states, logps_grad, kl_grad, **options.as_keywords(), out=out)
 
 
 def scale_unless_one(tensor: Tensor, factor: Tensor) -> None:
