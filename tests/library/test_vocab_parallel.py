@@ -280,7 +280,8 @@ def trainer_loss_with_a_sharded_head(rank, world, device):
     from tdpo.loss import PreferenceLoss
 
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 9, i], "rejected_ids": [4, 5]} for i in range(3)]
-    batch = {name: value.to(device) for name, value in PreferenceCollator(0)(rows).items()}
+    batch = PreferenceCollator(0)(rows)
+    batch |= {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     objective, mesh = functools.partial(tdpo_loss, beta=0.1), init_device_mesh(device, (world,))
     found = []
     for sharded in (False, True):
