@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table
-from peers import published, published_linear
+from peers import published, published_linear, token_values
 
 from tdpo_ext import TokenDivergence, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
 
@@ -116,15 +116,7 @@ class Step:
         with torch.no_grad():
             ref_logps = logps(ref_hidden, self.ref_weight)
         policy_logps = logps(hidden, self.weight)
-        unused = torch.zeros_like(ref_logps)
-        rows = TokenDivergence(
-            logps=policy_logps,
-            ref_logps=ref_logps,
-            kl=kl,
-            entropy=unused,
-            correct=unused,
-            tokens=torch.ones_like(unused),
-        )
+        rows = token_values(policy_logps, ref_logps, kl)
         rows = TokenDivergence(*(values.view(self.labels.shape) for values in rows))
         OBJECTIVE(*rows.per_sequence().chunk(2)).mean().backward()
 

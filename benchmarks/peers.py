@@ -8,6 +8,19 @@ import torch.nn.functional as F
 from tdpo_ext import TokenDivergence
 
 
+def token_values(logps, ref_logps, kl):
+    """A TokenDivergence of the fields that losses of peers compute; every label counts, the other fields are 0."""
+    not_computed = torch.zeros_like(kl)
+    return TokenDivergence(
+        logps=logps,
+        ref_logps=ref_logps,
+        kl=kl,
+        entropy=not_computed,
+        correct=not_computed,
+        tokens=torch.ones_like(kl),
+    )
+
+
 def published(logits, ref_logits, labels):
     """Per-token values as the published TDPO code computes them (arXiv 2404.11999), with everything materialised.
 
@@ -19,15 +32,7 @@ def published(logits, ref_logits, labels):
     kl = (q * (log_q - log_p)).sum(-1)
     index = labels.clamp(min=0)[..., None]
     logps, ref_logps = (values.gather(-1, index)[..., 0] for values in (log_p, log_q))
-    not_computed = torch.zeros_like(kl)
-    return TokenDivergence(
-        logps=logps,
-        ref_logps=ref_logps,
-        kl=kl,
-        entropy=not_computed,
-        correct=not_computed,
-        tokens=torch.ones_like(kl),
-    )
+    return token_values(logps, ref_logps, kl)
 
 
 def published_linear(objective, hidden, weight, ref_hidden, ref_weight, labels):
