@@ -47,22 +47,12 @@ void check_ties(const CpuKernels& kernels) {
   constexpr int64_t vocab = 64;
   std::vector<float> z(vocab, 0), r(vocab, 0);
   std::vector<bf16> out(vocab);
-  const int64_t label = 0;
+  const std::vector<int64_t> labels{0};
   const float kl_grad = 0;
   const RowState<float> state{0, 0, {1, 1, 0, 0, 0}, 0, 0};
   for (int step = 1; step < 64; step += 2) {
     const float logps_grad = -(1 + float(step) / 256);  // every other entry's gradient is -logps_grad
-    const DivergenceParams params{.logits = row_view(z.data(), vocab),
-                                  .ref_logits = row_view(r.data(), vocab),
-                                  .labels = &label,
-                                  .rows = 1,
-                                  .vocab = vocab,
-                                  .vocab_start = 0,
-                                  .vocab_size = vocab,
-                                  .ignore_index = -100,
-                                  .temperature = 1,
-                                  .softcap = 0,
-                                  .dtype = DType::f32};
+    const DivergenceParams params = plain_params(z.data(), r.data(), labels, vocab);
     const GradientParams grad{.states = &state,
                               .logps_grad = &logps_grad,
                               .kl_grad = &kl_grad,

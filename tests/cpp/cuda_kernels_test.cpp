@@ -79,24 +79,6 @@ void check_regimes() {
   }
 }
 
-// Parameters of two rows without temperature, softcap or slices.
-template <typename T>
-DivergenceParams plain_params(T* z, T* r, const std::vector<int64_t>& labels, int64_t vocab) {
-  return {
-      .logits = row_view(z, vocab),
-      .ref_logits = row_view(r, vocab),
-      .labels = labels.data(),
-      .rows = 2,
-      .vocab = vocab,
-      .vocab_start = 0,
-      .vocab_size = vocab,
-      .ignore_index = -100,
-      .temperature = 1,
-      .softcap = 0,
-      .dtype = Kind<T>::dtype,
-  };
-}
-
 template <typename Out>
 GradientParams plain_gradient(const std::vector<RowState<float>>& states, const std::vector<float>& logps_grad,
                               const std::vector<float>& kl_grad, Out* out, int64_t vocab) {

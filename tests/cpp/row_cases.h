@@ -59,6 +59,24 @@ RowView row_view(T* data, int64_t stride) {
   return {data, 1, stride, stride};
 }
 
+// Parameters of a row for each label, without temperature, softcap or slices.
+template <typename T>
+DivergenceParams plain_params(T* z, T* r, const std::vector<int64_t>& labels, int64_t vocab) {
+  return {
+      .logits = row_view(z, vocab),
+      .ref_logits = row_view(r, vocab),
+      .labels = labels.data(),
+      .rows = int64_t(labels.size()),
+      .vocab = vocab,
+      .vocab_start = 0,
+      .vocab_size = vocab,
+      .ignore_index = -100,
+      .temperature = 1,
+      .softcap = 0,
+      .dtype = Kind<T>::dtype,
+  };
+}
+
 // Checks a backend on one shape: values, and gradients both out of place, into poisoned memory, and in place. The
 // buffers end where the last row ends, so a sanitizer finds accesses past it. A backend has states(params, slices),
 // which returns one merged state per row, and gradient(params, grad).
