@@ -102,6 +102,13 @@ def import_dependencies() -> None:
             import_module(name)
 
 
+def listed() -> list[Mutation]:
+    """All mutations of tests/mutations; those of C++ last, so that Python's need no build."""
+    lists = sorted((ROOT / "tests" / "mutations").glob("*.py"))
+    mutations = [Mutation(**entry) for path in lists for entry in runpy.run_path(str(path))["MUTATIONS"]]
+    return sorted(mutations, key=lambda mutation: mutation.file.startswith("csrc/"))
+
+
 def judge(mutation: Mutation, scratch: Scratch) -> str:
     """`caught`, `survived`, or why the mutation says nothing."""
     path = scratch.root / mutation.file
@@ -124,10 +131,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutations of files whose path contains this text")
     parser.add_argument("--json", type=Path, help="where to write the outcomes")
     options = parser.parse_args()
-    lists = sorted((ROOT / "tests" / "mutations").glob("*.py"))
-    mutations = [Mutation(**entry) for path in lists for entry in runpy.run_path(str(path))["MUTATIONS"]]
-    mutations = [mutation for mutation in mutations if options.only in mutation.file]
-    mutations.sort(key=lambda mutation: mutation.file.startswith("csrc/"))  # so that Python's need no build
+    mutations = [mutation for mutation in listed() if options.only in mutation.file]
     import_dependencies()
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:

@@ -2,16 +2,12 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import kernel_mutations
 import machine_code
+import pytest
+import torch
 from cuda_report import build_kernels, parse_resources
 
 ROOT = Path(__file__).parents[2]

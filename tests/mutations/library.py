@@ -155,8 +155,8 @@ MUTATIONS = [
     *_of(
         "csrc/row_state.h",
         (
-            "size_of(scaled) + size_of(from_mass) + size_of(from_gap) <= z_sum + r_sum + size_of(gap)",
-            "size_of(scaled) >= X{}",
+            "moved_size <= z_sum + r_sum + size_of(natural_gap)",
+            "moved_size >= X{}",
             [PEAKED],
         ),
         ("return masked ? -kLargestExponent<Real> : top;", "return masked ? top : top;", [PEAKED]),
