@@ -93,6 +93,20 @@ def test_the_three_plans_agree(plans):
         assert_gradients_match(other_grads, grads, 1e-9)
 
 
+def test_ignored_rows_of_known_lengths_do_not_count(plans):
+    """The host drops none of these rows; a margin that divides by `tokens` must not count them."""
+    case = make_case(torch.float64, pairs=2, tokens=200, ignored=0.3)
+    flat = {name: getattr(case, name).flatten(0, 1) for name in ("hidden", "ref_hidden", "labels")}
+    packed = Case(**{**vars(case), **flat})
+    loss, _, grads = loss_and_gradients(
+        linear_preference_loss, packed, MARGIN_LOSSES["mean"], row_lengths=[200] * 4, logits_budget=500_000
+    )
+    assert plans[-1].deferred
+    truth, _, true_grads = loss_and_gradients(eager.linear_preference_loss, case, MARGIN_LOSSES["mean"])
+    torch.testing.assert_close(loss, truth, rtol=1e-10, atol=1e-12)
+    assert_gradients_match(grads, {**true_grads, "hidden": true_grads["hidden"].flatten(0, 1)}, 1e-10)
+
+
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_frozen_tensors(frozen, plans):
     case = make_case(pairs=2, tokens=150)

@@ -45,6 +45,12 @@ def test_coupled_pairs_are_refused(objective):
         linear_preference_loss(objective, **make_case().tensors())
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_losses_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match="for ordinary made-up pairs"):
+        linear_preference_loss(lambda chosen, rejected: torch.full_like(chosen.kl, value), **make_case().tensors())
+
+
 class Counting:
     """An objective with state."""
 
@@ -113,3 +119,14 @@ def test_in_place_changes_before_backward_are_detected():
             tensors[name].add_(0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             (values.kl.sum() + values.logps.sum()).backward()
+
+
+def test_an_objective_in_the_place_of_one_that_is_gone_is_tried():
+    gone = Counting()
+    linear_preference_loss(gone, **make_case().tensors())
+    address = id(gone)
+    del gone
+    others = [Counting() for _ in range(1000)]
+    (successor,) = [other for other in others if id(other) == address]
+    linear_preference_loss(successor, **make_case().tensors())
+    assert len(successor.pairs) == 1 + 4

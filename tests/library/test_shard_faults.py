@@ -15,6 +15,7 @@ from linear_cases import make_case
 import tdpo_ext
 from tdpo_ext import VocabShard, linear_preference_loss, linear_token_divergence, per_token, tdpo_loss
 from tdpo_ext.ops import operators
+from tdpo_ext.vocab_parallel import Exchange
 
 SECONDS = 20  # a failure must reach every rank well before the group's timeout of 60
 BUDGETS = {"one chunk": 1 << 30, "several chunks": 20_000, "streaming": 3_000}
@@ -179,6 +180,20 @@ def backward_that_fails(rank, world, device):
         operators.logit_gradient_out = real
     values = linear_token_divergence(**good, logits_budget=3_000)
     expect("gradient of the values differs", ((1.0 + rank) * values.kl.sum()).backward)
+
+
+@on_every_rank
+def nothing_runs_after_a_failure(rank, world, device):
+    """The first failure is the one that is raised; what comes after it may fail for no reason but the first."""
+    exchange, ran = Exchange(VocabShard.from_group(9, dist.group.WORLD)), []
+
+    def fails():
+        ran.append("first")
+        raise MemoryError("out of luck")
+
+    assert exchange.run(fails, lambda: "placeholder") == "placeholder"
+    assert exchange.run(lambda: ran.append("second"), lambda: "placeholder") == "placeholder"
+    assert ran == ["first"]
 
 
 # The soak runs them on 4 ranks too, and counts the faults.

@@ -18,6 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import tdpo_ext
 from tdpo_ext import LinearTDPOLoss, VocabShard, eager, tdpo_loss, token_divergence
+from tdpo_ext.fused.inputs import FusedOptions, LMHead, prepare
+from tdpo_ext.fused.rows import PaddedPairs
 
 INF = math.inf
 # Bounds of the shards as shares of the vocabulary: even, uneven, with an empty one.
@@ -99,6 +101,20 @@ def compare_fused(objective, tensors, shard, budget, truth, chosen, truth_grads,
     everywhere = [torch.empty_like(loss) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, loss.detach())
     assert all(torch.equal(other, loss.detach()) for other in everywhere), "the loss differs between ranks"
+
+
+@on_every_rank
+def smallest_budget(rank, world, device):
+    tensors = {n: t.to(device) for n, t in vars(make_case()).items() if t is not None}
+    shard = VocabShard.from_group(301, dist.group.WORLD)
+    heads = [
+        LMHead(tensors[f"{whose}hidden"], tensors[f"{whose}weight"][shard.start : shard.stop], None)
+        for whose in ("", "ref_")
+    ]
+    options = FusedOptions(
+        ignore_index=-100, temperature=1.0, softcap=None, logits_budget=1000 * (world - rank), shard=shard
+    )
+    assert prepare(*heads, tensors["labels"], PaddedPairs(), options).budget == 1000
 
 
 @on_every_rank
