@@ -76,6 +76,7 @@ inline std::optional<RowView> row_view(const at::Tensor& tensor) {
 struct RowOptions {
   int64_t vocab_start, vocab_size, ignore_index;
   double temperature, softcap;
+  bool reverse_kl;
 };
 
 // Logits and labels that passed the checks, and the kernel parameters that point into them.
@@ -92,7 +93,7 @@ struct CheckedInputs {
 
 inline CheckedInputs check_inputs(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
                                   const RowOptions& options) {
-  const auto [vocab_start, vocab_size, ignore_index, temperature, softcap] = options;
+  const auto [vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl] = options;
   const auto dtype = dtype_of(logits, "logits");
   TORCH_CHECK_VALUE(logits.dim() >= 1, "logits has no dimensions; (..., vocabulary) is needed");
   check_matches(ref_logits, "ref_logits", logits.sizes(), logits.scalar_type(), logits);
@@ -118,6 +119,7 @@ inline CheckedInputs check_inputs(const at::Tensor& logits, const at::Tensor& re
       .ignore_index = ignore_index,
       .temperature = temperature,
       .softcap = softcap,
+      .reverse_kl = reverse_kl,
       .dtype = dtype,
   };
   return checked;

@@ -4,6 +4,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__CUDACC__)
+#define TDPO_HOST_DEVICE __host__ __device__
+#else
+#define TDPO_HOST_DEVICE
+#endif
+
 namespace tdpo {
 
 enum class DType { f32, f64, bf16, f16 };
@@ -19,6 +25,15 @@ struct f16 {
 // What the kernels compute in: float64 for float64, float32 for everything else.
 template <typename Scalar>
 using RealOf = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
+
+// Calls f with `flag` as a compile-time constant.
+template <typename F>
+TDPO_HOST_DEVICE void with_constant(bool flag, F f) {
+  if (flag)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
 
 // Calls f with a value of the type that `dtype` stands for.
 template <typename F>

@@ -12,20 +12,22 @@ TORCH_LIBRARY(tdpo_ext, m) {
   // Row states (csrc/row_state.h) of one slice of the vocabulary: (..., V) -> (..., kRowStateSize).
   m.def(
       "row_states(Tensor logits, Tensor ref_logits, Tensor labels, *, int vocab_start, int vocab_size, int "
-      "ignore_index, float temperature, float softcap) -> Tensor");
+      "ignore_index, float temperature, float softcap, bool reverse_kl) -> Tensor");
   // Merges the states of several slices: (slices, ..., kRowStateSize) -> (..., kRowStateSize).
-  m.def("merge_row_states(Tensor states) -> Tensor");
+  m.def("merge_row_states(Tensor states, *, bool reverse_kl) -> Tensor");
   // States of the whole vocabulary -> values (fields, ...), the fields of struct TokenValues in its order.
-  m.def("finalize_row_states(Tensor states, Tensor labels, *, int ignore_index, float temperature) -> Tensor");
+  m.def(
+      "finalize_row_states(Tensor states, Tensor labels, *, int ignore_index, float temperature, bool reverse_kl) -> "
+      "Tensor");
   // dL/dlogits from dL/dlogps and dL/dkl; the second form writes into `out`, which may be `logits` itself.
   m.def(
       "logit_gradient(Tensor logits, Tensor ref_logits, Tensor labels, Tensor states, Tensor logps_grad, "
-      "Tensor kl_grad, *, int vocab_start, int vocab_size, int ignore_index, float temperature, float softcap) -> "
-      "Tensor");
+      "Tensor kl_grad, *, int vocab_start, int vocab_size, int ignore_index, float temperature, float softcap, "
+      "bool reverse_kl) -> Tensor");
   m.def(
       "logit_gradient_out(Tensor logits, Tensor ref_logits, Tensor labels, Tensor states, Tensor logps_grad, "
       "Tensor kl_grad, *, int vocab_start, int vocab_size, int ignore_index, float temperature, float softcap, "
-      "Tensor(a!) out) -> ()");
+      "bool reverse_kl, Tensor(a!) out) -> ()");
   // tensor *= factor, at no cost when factor is 1; on CUDA without a synchronisation.
   m.def("scale_unless_one(Tensor(a!) tensor, Tensor factor) -> ()");
   // out (+)= a @ b in float32 (CPU only: torch's own products round to the operands' dtype).
@@ -40,7 +42,8 @@ TORCH_LIBRARY(tdpo_ext, m) {
   // and their values (fields, ...).
   m.def(
       "token_divergence(Tensor logits, Tensor ref_logits, Tensor labels, *, int vocab_start, int vocab_size, int "
-      "ignore_index, float temperature, float softcap, str group_name) -> (Tensor values, Tensor states)");
+      "ignore_index, float temperature, float softcap, bool reverse_kl, str group_name) -> (Tensor values, Tensor "
+      "states)");
 }
 
 PYBIND11_MODULE(_C, m) { m.def("build_info", &tdpo::build_info); }

@@ -3,12 +3,6 @@
 
 #include "dtype.h"
 
-#if defined(__CUDACC__)
-#define TDPO_HOST_DEVICE __host__ __device__
-#else
-#define TDPO_HOST_DEVICE
-#endif
-
 namespace tdpo {
 
 // Rows of a tensor whose leading dimensions collapse to at most two; strides in elements, the last dimension dense.
@@ -29,8 +23,16 @@ struct DivergenceParams {
   int64_t vocab_size;           // entries of the whole vocabulary: labels lie in [0, vocab_size)
   int64_t ignore_index;         // rows with this label give zeros
   double temperature, softcap;  // softcap 0: none
+  bool reverse_kl;              // KL(policy || reference) instead of KL(reference || policy)
   DType dtype;                  // of both logits
 };
+
+// Calls f(softcap, reverse) with what changes the kernels' code as compile-time constants.
+template <typename F>
+void with_row_kind(const DivergenceParams& params, F f) {
+  with_constant(params.softcap > 0,
+                [&](auto softcap) { with_constant(params.reverse_kl, [&](auto reverse) { f(softcap, reverse); }); });
+}
 
 struct GradientParams {
   const void* states;      // (rows, kRowStateSize)

@@ -10,8 +10,9 @@
 //
 // and KL(q || p) = log1p(x) - x + bregman / r_sum, where x = (gap log(2) + bregman) / r_sum = z_sum / r_sum - 1. Every
 // term of `bregman` is non-negative and, where d is small, is formed from d itself as e_r (2^d - 1 - d log(2)): nothing
-// large is ever subtracted from something almost equal, so the KL keeps its digits when p is nearly q. The derivation
-// is in docs/math.md. No torch here: host and device code include this file.
+// large is ever subtracted from something almost equal, so the KL keeps its digits when p is nearly q. For the reverse
+// KL(p || q), z and r exchange their roles in d, `gap` and `bregman`, and there only. The derivation is in
+// docs/math.md. No torch here: host and device code include this file.
 #pragma once
 
 #include <cmath>
@@ -76,9 +77,42 @@ struct ScalarMath {
   }
 };
 
-template <typename X>
+// The maximum to subtract from exponents: 0 for a slice that is -inf throughout, where -inf - (-inf) would give NaN.
+template <typename Real>
+TDPO_FN Real finite_max(Real max) {
+  return max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
+}
+
+// What is subtracted from the entries of a row. The gap of an entry starts from z - r: that difference is exact when
+// the logits are close. Where one model's logits have a large offset against the other's, the offset is taken off
+// first, which is exact too: z - r would keep only the digits that the offset leaves.
+template <typename Real>
+struct Shifts {
+  Real z, r;                // from the exponents: the finite maxima
+  Real z_center, r_center;  // from the logits, before their difference is formed
+  Real gap;                 // from (z - z_center) - (r - r_center), as an exponent
+
+  TDPO_FN Shifts(Real z_max, Real r_max, InvTemperature<Real> inv_temp)
+      : z(finite_max(z_max)), r(finite_max(r_max)), z_center(0), r_center(0), gap(z - r) {
+    if (!far_apart()) return;
+    const Real offset = gap / inv_temp.base2;
+    if (std::fabs(z) > std::fabs(r))
+      z_center = offset;
+    else
+      r_center = -offset;
+    gap = Real(double(z) - double(r) - double(offset) * double(inv_temp.base2));
+  }
+  // Nearer maxima leave z - r as many digits as a log-sum-exp has. There the centers are 0.
+  TDPO_FN bool far_apart() const { return std::fabs(z - r) > Real(16); }
+};
+
+// The sums of a state. The KL is weighted by one of the rows: by r or, where it is reversed, by z.
+template <typename X, bool kReverse>
 struct RowSums {
   X z_sum, r_sum, gap, bregman, z_dot;
+
+  TDPO_FN X weight_sum() const { return kReverse ? z_sum : r_sum; }
+  TDPO_FN X other_sum() const { return kReverse ? r_sum : z_sum; }
 
   TDPO_FN RowSums& operator+=(const RowSums& other) {
     z_sum += other.z_sum, r_sum += other.r_sum;
@@ -86,26 +120,33 @@ struct RowSums {
     return *this;
   }
 
-  // Adds one entry (or one vector of entries) of logits before the temperature; `z_shift` and `r_shift` are the finite
-  // maxima. The gap starts from z - r: that difference is exact when the logits are close. What is subtracted from it
-  // is the difference of the shifts, so that it fits e_z and e_r even where the reference has a large offset.
-  template <typename Math>
-  TDPO_FN void add(X z, X r, typename Math::Real z_shift, typename Math::Real r_shift,
-                   InvTemperature<typename Math::Real> inv_temp) {
+  // The gap of an entry, in base 2. Without kCentered, the shifts must not be far apart.
+  template <typename Math, bool kCentered>
+  static TDPO_FN X gap_of(X z, X r, const Shifts<typename Math::Real>& shifts,
+                          InvTemperature<typename Math::Real> inv_temp) {
+    if constexpr (kCentered) z = z - shifts.z_center, r = r - shifts.r_center;
+    if constexpr (kReverse) return Math::scaled(r - z, inv_temp.base2, -shifts.gap);
+    return Math::scaled(z - r, inv_temp.base2, shifts.gap);
+  }
+
+  // Adds one entry (or one vector of entries) of logits before the temperature.
+  template <typename Math, bool kCentered>
+  TDPO_FN void add(X z, X r, const Shifts<typename Math::Real>& shifts, InvTemperature<typename Math::Real> inv_temp) {
     using Real = typename Math::Real;
     const X z_log =
-        Math::clamp_min(Math::scaled(z, inv_temp.base2, z_shift), Math::kExponentFloor);  // finite for z_dot
-    const X r_log = Math::clamp_exponent(Math::scaled(r, inv_temp.base2, r_shift));
+        Math::clamp_min(Math::scaled(z, inv_temp.base2, shifts.z), Math::kExponentFloor);  // finite for z_dot
+    const X r_log = Math::clamp_exponent(Math::scaled(r, inv_temp.base2, shifts.r));
     const X e_z = Math::exp2(z_log), e_r = Math::exp2(r_log);
-    // An entry without reference mass has no gap, whatever its logits (-inf and underflow included).
-    const auto has_mass = Math::has_mass(e_r);
-    const X d = Math::scaled(z - r, inv_temp.base2, z_shift - r_shift);
-    const X e_r_d = Math::select(has_mass, e_r * d, X{});
+    const X weight = kReverse ? e_z : e_r, other = kReverse ? e_r : e_z;
+    // An entry without weight has no gap, whatever its logits (-inf and underflow included).
+    const auto has_mass = Math::has_mass(weight);
+    const X d = gap_of<Math, kCentered>(z, r, shifts, inv_temp);
+    const X weighted_d = Math::select(has_mass, weight * d, X{});
     const auto small = (Math::abs(d) < X{} + Real(kSmallGap)) & has_mass;
     z_sum += e_z;
     r_sum += e_r;
-    gap += e_r_d;
-    bregman += Math::select(small, e_r_d * exp2_excess_over(d), e_z - e_r - e_r_d * Real(kLn2));
+    gap += weighted_d;
+    bregman += Math::select(small, weighted_d * exp2_excess_over(d), other - weight - weighted_d * Real(kLn2));
     z_dot += e_z * z_log;
   }
 };
@@ -123,51 +164,49 @@ TDPO_FN Real running_max(Real max, Real candidate) {
   return masked ? -kLargestExponent<Real> : top;
 }
 
-// The maximum to subtract from exponents: 0 for a slice that is -inf throughout, where -inf - (-inf) would give NaN.
-template <typename Real>
-TDPO_FN Real finite_max(Real max) {
-  return max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
-}
-
 // Rescales the sums of a state to larger maxima.
-template <typename Real>
+template <typename Real, bool kReverse>
 struct Rescale {
-  Real z, r;        // factors of e_z and e_r
-  Real z_hop, hop;  // changes of Z - z_max and of the gap d
-  Real growth;      // z - r, formed without cancellation
-  Real excess;      // r * (2^hop - 1 - hop log(2)), also without cancellation
+  Real z, r;           // factors of e_z and e_r
+  Real weight, other;  // the same two, by their roles in the KL
+  Real z_hop, hop;     // changes of Z - z_max and of the gap d
+  Real growth;         // other - weight, formed without cancellation
+  Real excess;         // weight * (2^hop - 1 - hop log(2)), also without cancellation
 
   TDPO_FN Rescale(Real z_max, Real r_max, Real new_z_max, Real new_r_max) {
     const Real lowest = -std::numeric_limits<Real>::infinity();
     z_hop = z_max == lowest ? Real(0) : z_max - new_z_max;
     const Real r_hop = r_max == lowest ? Real(0) : r_max - new_r_max;
-    hop = z_hop - r_hop;
+    hop = kReverse ? r_hop - z_hop : z_hop - r_hop;
     z = std::exp2(z_hop);
     r = std::exp2(r_hop);
+    weight = kReverse ? z : r;
+    other = kReverse ? r : z;
     if (std::fabs(hop) < Real(kSmallGap)) {
-      excess = r * hop * exp2_excess_over(hop);
-      growth = r * hop * Real(kLn2) + excess;
+      excess = weight * hop * exp2_excess_over(hop);
+      growth = weight * hop * Real(kLn2) + excess;
     } else {
-      excess = z - r - r * hop * Real(kLn2);
-      growth = z - r;
+      excess = other - weight - weight * hop * Real(kLn2);
+      growth = other - weight;
     }
   }
 
-  // `bregman` is moved term by term or, since bregman = z_sum - r_sum - gap log(2), formed anew: whichever sums smaller
-  // numbers and so rounds less. The first is right where the maxima rise almost alike, the second where one rises
-  // alone.
+  // `bregman` is moved term by term or, since bregman = z_sum - r_sum - gap log(2) (forward), formed anew: whichever
+  // sums smaller numbers and so rounds less. The first is right where the maxima rise almost alike, the second where
+  // one rises alone.
   template <typename X>
-  TDPO_FN void apply(RowSums<X>& sums) const {
-    if (r == Real(0)) {  // no reference mass is left, so there is no gap either, not even an infinite one
-      sums.bregman = sums.z_sum * z;
+  TDPO_FN void apply(RowSums<X, kReverse>& sums) const {
+    if (weight == Real(0)) {  // no weight is left, so there is no gap either, not even an infinite one
+      sums.bregman = sums.other_sum() * other;
       sums.gap = X{};
     } else {
-      const X gap = (sums.gap + sums.r_sum * hop) * r, z_sum = sums.z_sum * z, r_sum = sums.r_sum * r;
+      const X gap = (sums.gap + sums.weight_sum() * hop) * weight;
+      const X other_sum = sums.other_sum() * other, weight_sum = sums.weight_sum() * weight;
       const X natural_gap = gap * Real(kLn2), from_gap = sums.gap * Real(kLn2) * growth;
-      const X scaled = sums.bregman * z, from_mass = sums.r_sum * excess;
+      const X scaled = sums.bregman * other, from_mass = sums.weight_sum() * excess;
       const X moved_size = size_of(scaled) + size_of(from_mass) + size_of(from_gap);
-      const auto moves = moved_size <= z_sum + r_sum + size_of(natural_gap);
-      sums.bregman = moves ? scaled + from_mass + from_gap : z_sum - r_sum - natural_gap;
+      const auto moves = moved_size <= other_sum + weight_sum + size_of(natural_gap);
+      sums.bregman = moves ? scaled + from_mass + from_gap : other_sum - weight_sum - natural_gap;
       sums.gap = gap;
     }
     sums.z_dot = (sums.z_dot + sums.z_sum * z_hop) * z;
@@ -199,10 +238,10 @@ struct TokenValues {
   }
 };
 
-template <typename Real>
+template <typename Real, bool kReverse = false>
 struct RowState {
   Real z_max, r_max;
-  RowSums<Real> sums;
+  RowSums<Real, kReverse> sums;
   Real z_label, r_label;  // the label's logits before the temperature; 0 where the label is in another slice
 
   static TDPO_FN RowState empty() {
@@ -212,7 +251,7 @@ struct RowState {
 
   TDPO_FN void raise_maxima(Real new_z_max, Real new_r_max) {
     if (new_z_max == z_max && new_r_max == r_max) return;
-    Rescale<Real>(z_max, r_max, new_z_max, new_r_max).apply(sums);
+    Rescale<Real, kReverse>(z_max, r_max, new_z_max, new_r_max).apply(sums);
     z_max = new_z_max;
     r_max = new_r_max;
   }
@@ -221,7 +260,7 @@ struct RowState {
   TDPO_FN void update(Real z, Real r, InvTemperature<Real> inv_temp) {
     const Real z_log = z * inv_temp.base2, r_log = r * inv_temp.base2;
     raise_maxima(running_max(z_max, z_log), running_max(r_max, r_log));
-    sums.template add<ScalarMath<Real>>(z, r, finite_max(z_max), finite_max(r_max), inv_temp);
+    sums.template add<ScalarMath<Real>, true>(z, r, Shifts<Real>(z_max, r_max, inv_temp), inv_temp);
   }
 
   // Associative, with empty() as the identity.
@@ -245,15 +284,15 @@ struct RowState {
   // In double: once per row it costs nothing, and it avoids a rounding of the label's scaled logit that the sums do not
   // have.
   TDPO_FN TokenValues<Real> finalize(InvTemperature<Real> inv_temp) const {
-    const double r_sum = sums.r_sum, gap = sums.gap * kLn2, x = (gap + double(sums.bregman)) / r_sum;
+    const double weight = sums.weight_sum(), gap = sums.gap * kLn2, x = (gap + double(sums.bregman)) / weight;
     double kl;
     if (std::fabs(x) < kSmallGap) {
-      kl = sums.bregman / r_sum + log1p_minus(x);
+      kl = sums.bregman / weight + log1p_minus(x);
       kl = kl < 0 ? 0 : kl;
     } else {
-      kl = std::log(sums.z_sum / r_sum) - gap / r_sum;
+      kl = std::log(sums.other_sum() / weight) - gap / weight;
     }
-    const double base2 = inv_temp.base2, log_z = std::log2(double(sums.z_sum)), log_r = std::log2(r_sum);
+    const double base2 = inv_temp.base2, log_z = std::log2(double(sums.z_sum)), log_r = std::log2(double(sums.r_sum));
     return {Real((z_label * base2 - finite_max(z_max) - log_z) * kLn2),
             Real((r_label * base2 - finite_max(r_max) - log_r) * kLn2),
             Real(kl),
@@ -275,28 +314,44 @@ struct RowState {
 constexpr int kRowStateSize = 9;
 static_assert(sizeof(RowState<float>) == kRowStateSize * sizeof(float), "states are stored as arrays of numbers");
 
-// dL/dlogits of one row: p_scale 2^(Z - z_shift) - q_scale 2^(R - r_shift), plus `label_extra` at the label.
-// `logps_grad` and `kl_grad` are dL/dlogp and dL/dkl.
-template <typename Real>
+// dL/dlogits of one row, but for `label_extra`, which is added at the label, and the slope of a softcap. `logps_grad`
+// and `kl_grad` are dL/dlogp and dL/dkl. With a and k for these, p and q as above, and the mean gap m = sum p d:
+//
+//   forward: (k - a) p - k q        reverse: p (k log(2) (m - d) - a)
+template <typename Real, bool kReverse>
 struct RowGradient {
   InvTemperature<Real> inv_temp;
-  Real z_shift, r_shift, p_scale, q_scale, label_extra;
+  Shifts<Real> shifts;
+  Real p_scale;      // of e_z
+  Real kl_scale;     // of e_r or, reverse, of e_z (m - d)
+  Real mean_gap;     // m; 0 for the forward KL
+  Real label_extra;  // a
 
-  TDPO_FN RowGradient(const RowState<Real>& state, Real logps_grad, Real kl_grad, InvTemperature<Real> inv_temp)
+  TDPO_FN RowGradient(const RowState<Real, kReverse>& state, Real logps_grad, Real kl_grad,
+                      InvTemperature<Real> inv_temp)
       : inv_temp(inv_temp),
-        z_shift(finite_max(state.z_max)),
-        r_shift(finite_max(state.r_max)),
-        p_scale((kl_grad - logps_grad) * inv_temp.natural / state.sums.z_sum),
-        q_scale(kl_grad == Real(0) ? Real(0) : kl_grad * inv_temp.natural / state.sums.r_sum),
+        shifts(state.z_max, state.r_max, inv_temp),
+        p_scale(((kReverse ? Real(0) : kl_grad) - logps_grad) * inv_temp.natural / state.sums.z_sum),
+        kl_scale(kl_grad == Real(0)
+                     ? Real(0)
+                     : kl_grad * Real(kReverse ? kLn2 : -1) * inv_temp.natural / state.sums.weight_sum()),
+        mean_gap(kReverse ? state.sums.gap / state.sums.weight_sum() : Real(0)),
         label_extra(logps_grad * inv_temp.natural) {}
 
-  template <typename Math>
-  TDPO_FN typename Math::X policy_part(typename Math::X z) const {
-    return Math::exp2(Math::clamp_exponent(Math::scaled(z, inv_temp.base2, z_shift))) * p_scale;
-  }
-  template <typename Math>
-  TDPO_FN typename Math::X reference_part(typename Math::X r) const {
-    return Math::exp2(Math::clamp_exponent(Math::scaled(r, inv_temp.base2, r_shift))) * q_scale;
+  // Of one entry, or one vector of entries; `r` is not read without kReference, for rows whose KL has no gradient.
+  template <typename Math, bool kReference>
+  TDPO_FN typename Math::X at(typename Math::X z, typename Math::X r) const {
+    using X = typename Math::X;
+    const X e_z = Math::exp2(Math::clamp_exponent(Math::scaled(z, inv_temp.base2, shifts.z)));
+    if constexpr (!kReference) {
+      return e_z * p_scale;
+    } else if constexpr (kReverse) {
+      const X d = RowSums<X, true>::template gap_of<Math, true>(z, r, shifts, inv_temp);
+      return Math::select(Math::has_mass(e_z), e_z * ((X{} + mean_gap - d) * kl_scale + p_scale), X{});
+    } else {
+      const X e_r = Math::exp2(Math::clamp_exponent(Math::scaled(r, inv_temp.base2, shifts.r)));
+      return e_z * p_scale + e_r * kl_scale;
+    }
   }
 };
 

@@ -22,7 +22,9 @@ _AGREED_ON = {
     "ignore_index": "ignore_index",
     "temperature": "temperature",
     "softcap": "softcap",
+    "reverse_kl": "kl_direction",
 }
+KL_DIRECTIONS = ("forward", "reverse")
 
 
 class TokenDivergence(NamedTuple):
@@ -34,7 +36,8 @@ class TokenDivergence(NamedTuple):
     Attributes:
         logps: log p(label), p being the policy.
         ref_logps: log q(label), q being the reference.
-        kl: KL(q || p) over the whole vocabulary: forward KL, reference first (arXiv 2404.11999, eq. 12).
+        kl: over the whole vocabulary: KL(q || p), forward, the reference first (arXiv 2404.11999, eq. 12), or with
+            `kl_direction="reverse"` KL(p || q), the policy first.
         entropy: entropy of p, a metric.
         correct: 1 where the label is the policy's most likely token, else 0; sums count correct tokens.
         tokens: 1 where the label counts, 0 where it is ignored; sums are lengths.
@@ -81,12 +84,13 @@ class TokenDivergence(NamedTuple):
         return TokenDivergence._make(value.detach() for value in self)
 
 
-def check_options(ignore_index: int, temperature: float, softcap: float | None) -> None:
+def check_options(ignore_index: int, temperature: float, softcap: float | None, kl_direction: str) -> None:
     """Raises TypeError or ValueError naming the option that is of the wrong type or out of range."""
     checks.integer("ignore_index", ignore_index)
     checks.scale("temperature", temperature)
     if softcap is not None:
         checks.scale("softcap", softcap)
+    checks.choice("kl_direction", kl_direction, KL_DIRECTIONS)
 
 
 def check_shard(shard: VocabShard | None) -> None:
@@ -103,23 +107,28 @@ def token_divergence(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
+    kl_direction: str = "forward",
     shard: VocabShard | None = None,
 ) -> TokenDivergence:
     """Log-probabilities and KL of every token, without a temporary as large as the logits.
 
     Args:
         logits: policy logits, float32, bfloat16, float16 or float64; any strides.
-        ref_logits: reference logits, of the same shape, dtype and device; constants: they get no gradient.
+        ref_logits: reference logits, of the same shape and device; constants: they get no gradient. Where the two
+            dtypes differ, the narrower logits are copied to the wider dtype.
         labels: int64, aligned: `labels[i]` is the target of `logits[i]` (see `shift_labels`).
         ignore_index: label of rows that contribute exactly 0 to values and gradients, whatever their logits hold.
         temperature: both logits are divided by it.
         softcap: if given, both logits become softcap * tanh(logits / softcap) first.
+        kl_direction: "forward" for KL(reference || policy), TDPO's, or "reverse" for KL(policy || reference), that of
+            on-policy distillation and of KL-regularised reinforcement learning.
         shard: the slice of the vocabulary that these logits are, where it is sharded over a process group. All ranks of
             the group call, and get the same values; the gradient is of this rank's logits. Logits that are DTensors
             sharded along their last dimension need no `shard`.
 
     Returns:
-        TokenDivergence of the shape of `labels`. A row with q > 0 where p = 0 has an infinite kl.
+        TokenDivergence of the shape of `labels`. A row with q > 0 where p = 0 (reverse: p > 0 where q = 0) has an
+        infinite kl.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or range; the message names it.
@@ -128,7 +137,7 @@ def token_divergence(
 
     Source: arXiv 2404.11999, sections 3 and 4; the arithmetic is in docs/math.md.
     """
-    check_options(ignore_index, temperature, softcap)
+    check_options(ignore_index, temperature, softcap, kl_direction)
     check_shard(shard)
     checks.float_tensor("logits", logits)
     if logits.dim() == 0:
@@ -148,15 +157,17 @@ def token_divergence(
         vocab_start, vocab_size, group_name = shard.start, _UNKNOWN_SIZE, shard.group.group_name
     elif vocab_size == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: the vocabulary is empty")
+    dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
     values, _states = torch.ops.tdpo_ext.token_divergence(
-        logits,
-        ref_logits,
+        logits.to(dtype),
+        ref_logits.to(dtype),
         labels,
         vocab_start=vocab_start,
         vocab_size=vocab_size,
         ignore_index=ignore_index,
         temperature=float(temperature),
         softcap=0.0 if softcap is None else float(softcap),
+        reverse_kl=kl_direction == "reverse",
         group_name=group_name,
     )
     return TokenDivergence.unstack(values)
@@ -200,6 +211,7 @@ def _token_divergence(
     ignore_index: int,
     temperature: float,
     softcap: float,
+    reverse_kl: bool,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
     dtype, shard = operators.state_dtype(logits.dtype), None
@@ -213,16 +225,22 @@ def _token_divergence(
             "ignore_index": ignore_index,
             "temperature": temperature,
             "softcap": softcap,
+            "reverse_kl": reverse_kl,
         }
         _, ranks = shard.agree(labels.device, lambda: (None, facts))
         ranks.check_same(_AGREED_ON)
         vocab_size = ranks.vocab_size
-    options, exchange = RowOptions(vocab_start, vocab_size, ignore_index, temperature, softcap), Exchange(shard)
+    options = RowOptions(vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl)
+    exchange = Exchange(shard)
     states = exchange.merged_row_states(
-        lambda: operators.row_states(logits, ref_logits, labels, options), labels.shape, dtype, labels.device
+        lambda: operators.row_states(logits, ref_logits, labels, options),
+        labels.shape,
+        dtype,
+        labels.device,
+        reverse_kl=reverse_kl,
     )
     exchange.finish(labels.device)
-    values = operators.finalize_row_states(states, labels, ignore_index=ignore_index, temperature=temperature)
+    values = operators.finalize_row_states(states, labels, options)
     return values, states
 
 

@@ -20,10 +20,11 @@ def token_divergence(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
+    kl_direction: str = "forward",
 ) -> TokenDivergence:
     """Same contract as `tdpo_ext.token_divergence` (arXiv 2404.11999, eq. 12 for the KL)."""
-    if logits.dtype != torch.float64:
-        logits, ref_logits = logits.float(), ref_logits.float()
+    dtype = torch.promote_types(torch.promote_types(logits.dtype, ref_logits.dtype), torch.float32)
+    logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
     kept = labels != ignore_index
     # Selection, not multiplication: an ignored row may hold NaN or inf.
     logits = torch.where(kept[..., None], logits, 0.0)
@@ -35,10 +36,14 @@ def token_divergence(
     index = torch.where(kept, labels, 0)[..., None]
 
     p, q = log_p.exp(), log_q.exp()
+    if kl_direction == "reverse":
+        kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    else:
+        kl = torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
     divergence = TokenDivergence(
         logps=log_p.gather(-1, index)[..., 0],
         ref_logps=log_q.gather(-1, index)[..., 0],
-        kl=torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1),
+        kl=kl,
         entropy=-torch.where(p > 0, p * log_p, 0.0).sum(-1).detach(),
         correct=(log_p.gather(-1, index)[..., 0] == log_p.amax(-1)).to(log_p.dtype),
         tokens=kept.to(log_p.dtype),
@@ -55,11 +60,13 @@ def linear_token_divergence(
     *,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
     **options,
 ) -> TokenDivergence:
     """Same contract as `tdpo_ext.linear_token_divergence`: both heads, then `token_divergence` of their logits."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    ref_logits = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
+    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    ref_logits = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias) * ref_logit_scale
     return token_divergence(logits, ref_logits, labels, **options)
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .divergence import TokenDivergence, check_options, check_shard
+from .divergence import TokenDivergence
 from .fused.chunked import chunked_loss
-from .fused.inputs import FusedOptions, LMHead, check_columns, prepare
-from .fused.plan import ChunkedPlan, check_budget, make_plan, streaming_plan
+from .fused.inputs import LMHead, check_columns, prepare
+from .fused.options import FusedOptions
+from .fused.plan import ChunkedPlan, make_plan, streaming_plan
 from .fused.rows import KnownPairs, OneSequence, PackedPairs, PaddedPairs, Sequences
 from .fused.streaming import streamed_divergence, streamed_loss
 from .losses import Objective, margin_form, tdpo_margin_loss
@@ -32,6 +33,9 @@ def linear_token_divergence(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    kl_direction: str = "forward",
     logits_budget: int | None = None,
     shard: VocabShard | None = None,
 ) -> TokenDivergence:
@@ -43,11 +47,14 @@ def linear_token_divergence(
 
     Args:
         hidden, weight, bias: the policy's hidden states and LM head, of one dtype.
-        ref_hidden, ref_weight, ref_bias: the reference's, whose width may differ.
+        ref_hidden, ref_weight, ref_bias: the reference's, of one dtype. Width and dtype may differ from the policy's,
+            as where a bfloat16 reference stands beside float32 master weights.
         labels: int64, aligned with `hidden` (see `shift_labels`).
         logits_budget: bytes that temporaries may take (default: by device, see `fused.plan.default_budget`). It changes
             memory and time, never results beyond rounding.
-        ignore_index, temperature, softcap: as in `token_divergence`.
+        logit_scale, ref_logit_scale: each model's logits, its bias included, are multiplied by its own before the cap
+            and the temperature (Cohere and Granite scale theirs).
+        ignore_index, temperature, softcap, kl_direction: as in `token_divergence`.
         shard: the rows of both heads that this rank holds, where the vocabulary is sharded over a process group. All
             ranks of the group call with the same hidden states and labels, and get the same values; gradients of
             weight and bias are this rank's, that of hidden is summed over the group. Heads that are DTensors sharded
@@ -66,6 +73,9 @@ def linear_token_divergence(
             ignore_index=ignore_index,
             temperature=temperature,
             softcap=softcap,
+            logit_scale=logit_scale,
+            ref_logit_scale=ref_logit_scale,
+            kl_direction=kl_direction,
             logits_budget=logits_budget,
             shard=shard,
         ),
@@ -93,6 +103,9 @@ def linear_preference_loss(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    kl_direction: str = "forward",
     logits_budget: int | None = None,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
@@ -123,6 +136,36 @@ def linear_preference_loss(
     Raises:
         ValueError, TypeError, IndexError: a bad argument, named in the message; an objective that couples pairs.
     """
+    return _preference_loss(
+        objective,
+        policy=LMHead(hidden, weight, bias),
+        reference=LMHead(ref_hidden, ref_weight, ref_bias),
+        labels=labels,
+        sequences=_sequences(cu_seqlens, row_lengths),
+        token_columns=token_columns,
+        options=FusedOptions(
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ref_logit_scale=ref_logit_scale,
+            kl_direction=kl_direction,
+            logits_budget=logits_budget,
+            shard=shard,
+        ),
+    )
+
+
+def _preference_loss(
+    objective: Objective,
+    *,
+    policy: LMHead,
+    reference: LMHead,
+    labels: Tensor,
+    sequences: Sequences,
+    token_columns: Mapping[str, Tensor] | None,
+    options: FusedOptions,
+) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
     if token_columns is not None and not isinstance(token_columns, Mapping):
         raise TypeError(f"token_columns is {checks.describe(token_columns)}; tensors by name are needed")
     columns = dict(token_columns or {})
@@ -132,23 +175,10 @@ def linear_preference_loss(
         check_columns(columns, labels)
         return {
             "objective": check_objective(objective, labels.device, columns),
-            "columns": 0 if shard is None else sum(digest(column) for column in columns.values()) >> 8,
+            "columns": 0 if options.shard is None else sum(digest(column) for column in columns.values()) >> 8,
         }
 
-    call = prepare(
-        policy=LMHead(hidden, weight, bias),
-        reference=LMHead(ref_hidden, ref_weight, ref_bias),
-        labels=labels,
-        sequences=_sequences(cu_seqlens, row_lengths),
-        options=FusedOptions(
-            ignore_index=ignore_index,
-            temperature=temperature,
-            softcap=softcap,
-            logits_budget=logits_budget,
-            shard=shard,
-        ),
-        check_objective=check_pairwise,
-    )
+    call = prepare(policy, reference, labels, sequences, options, check_pairwise)
     columns = {name: column.reshape(-1) for name, column in columns.items()}
     margin_loss = margin_form(objective)
     plan = make_plan(
@@ -174,7 +204,7 @@ class LinearTDPOLoss(nn.Module):
 
     Args:
         beta, alpha, variant: as in `tdpo_loss`.
-        logits_budget, shard, ignore_index, temperature, softcap: as in `linear_token_divergence`.
+        others: as in `linear_token_divergence`.
 
     Raises:
         ValueError: an option out of range, named in the message.
@@ -191,16 +221,25 @@ class LinearTDPOLoss(nn.Module):
         ignore_index: int = -100,
         temperature: float = 1.0,
         softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ref_logit_scale: float = 1.0,
+        kl_direction: str = "forward",
     ) -> None:
         super().__init__()
-        check_options(ignore_index, temperature, softcap)
-        check_shard(shard)
-        if logits_budget is not None:
-            check_budget(logits_budget)
         self.objective = tdpo_margin_loss(beta=beta, alpha=alpha, variant=variant)
-        self.logits_budget, self.shard = logits_budget, shard
-        self.ignore_index, self.temperature, self.softcap = ignore_index, temperature, softcap
+        self.options = FusedOptions(
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ref_logit_scale=ref_logit_scale,
+            kl_direction=kl_direction,
+            logits_budget=logits_budget,
+            shard=shard,
+        )
+        self.options.check()
 
+    @torch.compiler.disable
     def forward(
         self,
         hidden: Tensor,
@@ -215,20 +254,12 @@ class LinearTDPOLoss(nn.Module):
         row_lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
         """As `linear_preference_loss`: (loss, chosen, rejected)."""
-        return linear_preference_loss(
+        return _preference_loss(
             self.objective,
-            hidden,
-            weight,
-            ref_hidden,
-            ref_weight,
-            labels,
-            cu_seqlens=cu_seqlens,
-            row_lengths=row_lengths,
-            bias=bias,
-            ref_bias=ref_bias,
-            ignore_index=self.ignore_index,
-            temperature=self.temperature,
-            softcap=self.softcap,
-            logits_budget=self.logits_budget,
-            shard=self.shard,
+            policy=LMHead(hidden, weight, bias),
+            reference=LMHead(ref_hidden, ref_weight, ref_bias),
+            labels=labels,
+            sequences=_sequences(cu_seqlens, row_lengths),
+            token_columns=None,
+            options=self.options,
         )

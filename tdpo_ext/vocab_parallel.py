@@ -21,7 +21,7 @@ from . import checks
 from .ops import operators
 
 Result = TypeVar("Result")
-_HEADER = 24  # numbers in a header
+_HEADER = 32  # numbers in a header
 _ODD = 0x1E3779B97F4A7C15
 
 
@@ -174,7 +174,13 @@ class Exchange:
         return otherwise()
 
     def merged_row_states(
-        self, local: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        local: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        reverse_kl: bool,
     ) -> Tensor:  # (*shape, STATE_SIZE)
         """The states of rows of `shape` that `local` computes over this rank's slice, merged with the other ranks'."""
         if self.shard is None:
@@ -182,7 +188,7 @@ class Exchange:
         size = (*shape, operators.STATE_SIZE)
         states = self.run(local, lambda: torch.zeros(size, dtype=dtype, device=device))
         gathered = self.shard.all_gather(states.reshape(-1)).reshape(-1, *size)
-        return operators.merge_row_states(gathered)
+        return operators.merge_row_states(gathered, reverse_kl=reverse_kl)
 
     def start_sum(self, local: Callable[[Tensor], object], out: Tensor) -> Callable[[], Tensor]:
         """Starts summing over the ranks what `local` writes into `out`; the returned function waits for the sum."""

@@ -115,8 +115,15 @@ MUTATIONS = [
     Mutation(
         "infinite logits not tested",
         KERNELS,
-        "if (!(fabs(sums.gap + sums.bregman + sums.z_dot) < std::numeric_limits<Real>::infinity()))",
-        "if (false)",
+        "!(fabs(sums.gap + sums.bregman + sums.z_dot) < std::numeric_limits<Real>::infinity())",
+        "false",
+    ),
+    Mutation("maxima far apart not noticed", KERNELS, "if (shifts.far_apart() ||", "if ("),
+    Mutation(
+        "the reverse KL's states merged as the forward one's",
+        "csrc/cuda/launch.cu",
+        "with_constant(kind.reverse_kl,",
+        "with_constant(false,",
     ),
     Mutation("softcap's polynomial too far", "csrc/cuda/device.h", "fabs(u) < 0.6f", "fabs(u) < 0.9f"),
     Mutation(

@@ -61,23 +61,31 @@ void check_label_range(const DivergenceParams& params) {
   }
 }
 
-template <typename Real>
-RowState<Real> load_state(const Real* states, int64_t index) {
-  RowState<Real> state;
+template <bool kReverse, typename Real>
+RowState<Real, kReverse> load_state(const Real* states, int64_t index) {
+  RowState<Real, kReverse> state;
   std::memcpy(&state, states + index * kRowStateSize, sizeof(state));
   return state;
 }
 
-at::Tensor merge_row_states(const at::Tensor& states) {
+// Calls f(states, reverse) with a pointer to the numbers of `states`, and the direction as a compile-time constant.
+template <typename F>
+void with_states(const at::Tensor& states, bool reverse_kl, F f) {
+  AT_DISPATCH_FLOATING_TYPES(states.scalar_type(), "row states", [&] {
+    with_constant(reverse_kl, [&](auto reverse) { f(states.const_data_ptr<scalar_t>(), reverse); });
+  });
+}
+
+at::Tensor merge_row_states(const at::Tensor& states, bool reverse_kl) {
   const auto checked = check_merge(states);
-  AT_DISPATCH_FLOATING_TYPES(checked.states.scalar_type(), "merge_row_states", [&] {
-    const auto* in = checked.states.const_data_ptr<scalar_t>();
-    auto* out = checked.merged.data_ptr<scalar_t>();
+  with_states(checked.states, reverse_kl, [&](const auto* in, auto reverse) {
+    using Real = std::decay_t<decltype(*in)>;
+    auto* out = checked.merged.data_ptr<Real>();
     at::parallel_for(0, checked.rows, 256, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        auto merged = RowState<scalar_t>::empty();
+        auto merged = RowState<Real, reverse()>::empty();
         for (int64_t slice = 0; slice < checked.slices; ++slice)
-          merged.merge(load_state(in, slice * checked.rows + row));
+          merged.merge(load_state<reverse()>(in, slice * checked.rows + row));
         std::memcpy(out + row * kRowStateSize, &merged, sizeof(merged));
       }
     });
@@ -86,10 +94,10 @@ at::Tensor merge_row_states(const at::Tensor& states) {
 }
 
 at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
-                      int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
-                      double softcap) {
-  const auto inputs =
-      check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
+                      int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature, double softcap,
+                      bool reverse_kl) {
+  const auto inputs = check_inputs(logits, ref_logits, labels,
+                                   {vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl});
   check_label_range(inputs.params);
   const Tasks tasks(inputs.params);
   const auto states = inputs.empty_states(tasks.slices);
@@ -98,23 +106,23 @@ at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, co
   tasks.run([&](int64_t row, int64_t slice, int64_t begin, int64_t end) {
     kernels().row_state(inputs.params, row, begin, end, out + (slice * tasks.rows + row) * bytes);
   });
-  return tasks.slices == 1 ? states.squeeze(0) : merge_row_states(states);
+  return tasks.slices == 1 ? states.squeeze(0) : merge_row_states(states, reverse_kl);
 }
 
 at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& labels, int64_t ignore_index,
-                               double temperature) {
+                               double temperature, bool reverse_kl) {
   const auto checked = check_finalize(states, labels);
-  AT_DISPATCH_FLOATING_TYPES(checked.states.scalar_type(), "finalize_row_states", [&] {
-    const auto* in = checked.states.const_data_ptr<scalar_t>();
+  with_states(checked.states, reverse_kl, [&](const auto* in, auto reverse) {
+    using Real = std::decay_t<decltype(*in)>;
     const auto* row_labels = checked.labels.const_data_ptr<int64_t>();
-    auto* out = checked.values.data_ptr<scalar_t>();
+    auto* out = checked.values.data_ptr<Real>();
     for (int64_t row = 0; row < checked.rows; ++row) {
-      TokenValues<scalar_t> values{};
+      TokenValues<Real> values{};
       if (row_labels[row] != ignore_index) {
-        const auto state = load_state(in, row);
+        const auto state = load_state<reverse()>(in, row);
         TORCH_CHECK_VALUE(!state.is_out_of_range(), "logits or ref_logits have a maximum beyond ",
-                          kLargestExponent<scalar_t> * kLn2, " (over the temperature) in size at row ", row);
-        values = state.finalize(InvTemperature<scalar_t>(temperature));
+                          kLargestExponent<Real> * kLn2, " (over the temperature) in size at row ", row);
+        values = state.finalize(InvTemperature<Real>(temperature));
       }
       values.store(out, checked.rows, row);
     }
@@ -125,9 +133,9 @@ at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& label
 void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
                         const at::Tensor& states, const at::Tensor& logps_grad, const at::Tensor& kl_grad,
                         int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
-                        double softcap, const at::Tensor& out) {
-  const auto inputs =
-      check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
+                        double softcap, bool reverse_kl, const at::Tensor& out) {
+  const auto inputs = check_inputs(logits, ref_logits, labels,
+                                   {vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl});
   check_label_range(inputs.params);
   const auto gradient = check_gradient(logits, ref_logits, labels, states, logps_grad, kl_grad, out);
   const bool streaming_stores = !out.is_alias_of(logits) && out.numel() * out.element_size() > kStreamingBytes;

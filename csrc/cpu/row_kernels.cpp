@@ -62,7 +62,7 @@ TDPO_FN Real horizontal_sum(X x) {
   return entries[0];
 }
 
-template <typename Math, typename Scalar, bool kSoftcap>
+template <typename Math, typename Scalar, bool kSoftcap, bool kReverse>
 void compute_row_state(const DivergenceParams& params, int64_t row, int64_t begin, int64_t end, void* out) {
   using X = typename Math::X;
   using Real = typename Math::Real;
@@ -71,8 +71,8 @@ void compute_row_state(const DivergenceParams& params, int64_t row, int64_t begi
   const InvTemperature<Real> inv_temp(params.temperature);
   const Real lowest = -std::numeric_limits<Real>::infinity();
 
-  auto state = RowState<Real>::empty();
-  RowSums<X> total{};
+  auto state = RowState<Real, kReverse>::empty();
+  RowSums<X, kReverse> total{};
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = block + kBlock < end ? block + kBlock : end;
     const int64_t whole = block + (stop - block) / lanes * lanes;
@@ -89,22 +89,27 @@ void compute_row_state(const DivergenceParams& params, int64_t row, int64_t begi
     const Real z_max = running_max(state.z_max, horizontal_max<Real>(z_top) * inv_temp.base2);
     const Real r_max = running_max(state.r_max, horizontal_max<Real>(r_top) * inv_temp.base2);
     if (z_max > state.z_max || r_max > state.r_max) {
-      Rescale<Real>(state.z_max, state.r_max, z_max, r_max).apply(total);
+      Rescale<Real, kReverse>(state.z_max, state.r_max, z_max, r_max).apply(total);
       state.z_max = z_max;
       state.r_max = r_max;
     }
 
-    const Real z_shift = finite_max(state.z_max), r_shift = finite_max(state.r_max);
-    RowSums<X> sums{};
-    for (int64_t v = block; v < whole; v += lanes) {
-      // Fetches the next block from memory while this one keeps the arithmetic units busy.
-      __builtin_prefetch(z_row.data + v + kBlock);
-      __builtin_prefetch(r_row.data + v + kBlock);
-      sums.template add<Math>(z_row.vector(v), r_row.vector(v), z_shift, r_shift, inv_temp);
-    }
+    const Shifts<Real> shifts(state.z_max, state.r_max, inv_temp);
+    RowSums<X, kReverse> sums{};
+    const auto add_block = [&](auto centered) TDPO_INLINE_LAMBDA {
+      for (int64_t v = block; v < whole; v += lanes) {
+        // Fetches the next block from memory while this one keeps the arithmetic units busy.
+        __builtin_prefetch(z_row.data + v + kBlock);
+        __builtin_prefetch(r_row.data + v + kBlock);
+        sums.template add<Math, centered()>(z_row.vector(v), r_row.vector(v), shifts, inv_temp);
+      }
+    };
+    if (shifts.far_apart())
+      add_block(std::true_type{});
+    else
+      add_block(std::false_type{});
     if (whole < stop)
-      sums.template add<Math>(z_row.tail(whole, stop - whole), r_row.tail(whole, stop - whole), z_shift, r_shift,
-                              inv_temp);
+      sums.template add<Math, true>(z_row.tail(whole, stop - whole), r_row.tail(whole, stop - whole), shifts, inv_temp);
     total += sums;
   }
   state.sums = {horizontal_sum<Real>(total.z_sum), horizontal_sum<Real>(total.r_sum), horizontal_sum<Real>(total.gap),
@@ -117,7 +122,7 @@ void compute_row_state(const DivergenceParams& params, int64_t row, int64_t begi
   std::memcpy(out, &state, sizeof(state));
 }
 
-template <typename Math, typename Scalar, typename Out, bool kSoftcap, bool kReference>
+template <typename Math, typename Scalar, typename Out, bool kSoftcap, bool kReverse, bool kReference>
 void write_row_gradient(const DivergenceParams& params, const GradientParams& grad, bool streaming, int64_t row,
                         int64_t begin, int64_t end) {
   using X = typename Math::X;
@@ -128,9 +133,9 @@ void write_row_gradient(const DivergenceParams& params, const GradientParams& gr
   Out* const out = static_cast<Out*>(grad.out.data) + grad.out.offset(row);
   const Real logps_grad = static_cast<const Real*>(grad.logps_grad)[row];
   const Real kl_grad = static_cast<const Real*>(grad.kl_grad)[row];
-  RowState<Real> state;
+  RowState<Real, kReverse> state;
   std::memcpy(&state, static_cast<const Real*>(grad.states) + row * kRowStateSize, sizeof(state));
-  const RowGradient<Real> coefficients(state, logps_grad, kl_grad, InvTemperature<Real>(params.temperature));
+  const RowGradient<Real, kReverse> gradient(state, logps_grad, kl_grad, InvTemperature<Real>(params.temperature));
 
   // Read the label's logits before an in-place gradient overwrites them.
   const int64_t label = params.labels[row] - params.vocab_start;
@@ -139,9 +144,7 @@ void write_row_gradient(const DivergenceParams& params, const GradientParams& gr
   const Real r_label = has_label && kReference ? r_row.entry(label) : Real(0);
 
   const auto dz = [&](X z, X r, Real label_extra) TDPO_INLINE_LAMBDA {
-    X value = coefficients.template policy_part<Math>(z);
-    if constexpr (kReference) value = value - coefficients.template reference_part<Math>(r);
-    value = value + label_extra;
+    X value = gradient.template at<Math, kReference>(z, r) + label_extra;
     if constexpr (kSoftcap) {
       const X t = z * (Real(1) / z_row.softcap);
       value = value * (X{} + Real(1) - t * t);
@@ -180,12 +183,12 @@ void write_row_gradient(const DivergenceParams& params, const GradientParams& gr
 
   if (has_label) {  // recomputed, so that label_extra is added before the only rounding
     Out padded[lanes];
-    OutVector::store(padded, dz(X{} + z_label, X{} + r_label, coefficients.label_extra), false);
+    OutVector::store(padded, dz(X{} + z_label, X{} + r_label, gradient.label_extra), false);
     out[label] = padded[0];
   }
 }
 
-template <typename Math, typename Scalar, typename Out, bool kSoftcap>
+template <typename Math, typename Scalar, typename Out, bool kSoftcap, bool kReverse>
 void row_gradient(const DivergenceParams& params, const GradientParams& grad, bool streaming, int64_t row,
                   int64_t begin, int64_t end) {
   using Real = typename Math::Real;
@@ -195,9 +198,9 @@ void row_gradient(const DivergenceParams& params, const GradientParams& grad, bo
     Out* const out = static_cast<Out*>(grad.out.data) + grad.out.offset(row);
     std::memset(out + begin, 0, (end - begin) * sizeof(Out));
   } else if (kl_grad == Real(0)) {
-    write_row_gradient<Math, Scalar, Out, kSoftcap, false>(params, grad, streaming, row, begin, end);
+    write_row_gradient<Math, Scalar, Out, kSoftcap, kReverse, false>(params, grad, streaming, row, begin, end);
   } else {
-    write_row_gradient<Math, Scalar, Out, kSoftcap, true>(params, grad, streaming, row, begin, end);
+    write_row_gradient<Math, Scalar, Out, kSoftcap, kReverse, true>(params, grad, streaming, row, begin, end);
   }
 }
 
@@ -211,10 +214,10 @@ void row_state(const DivergenceParams& params, int64_t row, int64_t begin, int64
     if (params.labels[row] == params.ignore_index) {
       const auto empty = RowState<typename Math::Real>::empty();
       std::memcpy(state, &empty, sizeof(empty));
-    } else if (params.softcap > 0) {
-      compute_row_state<Math, Scalar, true>(params, row, begin, end, state);
     } else {
-      compute_row_state<Math, Scalar, false>(params, row, begin, end, state);
+      with_row_kind(params, [&](auto softcap, auto reverse) {
+        compute_row_state<Math, Scalar, softcap(), reverse()>(params, row, begin, end, state);
+      });
     }
   });
 }
@@ -224,10 +227,9 @@ void logit_gradient(const DivergenceParams& params, const GradientParams& grad, 
   with_gradient_scalars(params.dtype, grad.out_dtype, [&](auto scalar, auto out) {
     using Scalar = decltype(scalar);
     using Out = decltype(out);
-    if (params.softcap > 0)
-      row_gradient<MathOf<Scalar>, Scalar, Out, true>(params, grad, streaming, row, begin, end);
-    else
-      row_gradient<MathOf<Scalar>, Scalar, Out, false>(params, grad, streaming, row, begin, end);
+    with_row_kind(params, [&](auto softcap, auto reverse) {
+      row_gradient<MathOf<Scalar>, Scalar, Out, softcap(), reverse()>(params, grad, streaming, row, begin, end);
+    });
   });
 }
 

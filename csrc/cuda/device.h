@@ -160,15 +160,6 @@ __device__ __forceinline__ void unpack(const Pack<T>& pack, Real (&entries)[Pack
   }
 }
 
-// Calls f with `flag` as a compile-time constant. All threads of a group take the same branch.
-template <typename F>
-__device__ __forceinline__ void with_constant(bool flag, F f) {
-  if (flag)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
-}
-
 // The elementwise maximum of two pairs of 16-bit numbers; NaN only where both are NaN.
 template <typename T>
 __device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {

@@ -14,23 +14,26 @@ constexpr int64_t kShortRow = 1024;  // rows up to this long are processed by a 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, kThreads)); }
 
+// Calls f with an empty state of this kind.
 template <typename F>
-void with_real(bool is_double, F f) {
-  if (is_double)
-    f(double{});
-  else
-    f(float{});
+void with_state(StateKind kind, F f) {
+  with_constant(kind.reverse_kl, [&](auto reverse) {
+    if (kind.is_double)
+      f(RowState<double, reverse()>::empty());
+    else
+      f(RowState<float, reverse()>::empty());
+  });
 }
 
-// Calls f(cap, threads per group, CTAs), the second a compile-time constant, for rows of `parts` parts each.
+// Calls f(cap, reverse, threads per group, CTAs), the middle two compile-time constants, for rows of `parts` parts
+// each.
 template <typename Real, typename F>
 void with_variant(const DivergenceParams& params, int64_t parts, F f) {
   const auto with_group = [&](auto group) {
     const auto blocks = static_cast<unsigned>(ceil_div(params.rows, kThreads / group()) * parts);
-    if (params.softcap > 0)
-      f(Cap<Real, true>(params.softcap), group, blocks);
-    else
-      f(Cap<Real, false>(1), group, blocks);
+    with_row_kind(params, [&](auto softcap, auto reverse) {
+      f(Cap<Real, softcap()>(softcap() ? params.softcap : 1), reverse, group, blocks);
+    });
   };
   if (params.vocab <= kShortRow)
     with_group(std::integral_constant<int, kWarp>{});
@@ -62,28 +65,30 @@ void launch_row_states(const DivergenceParams& params, void* states, int64_t sli
   with_scalar(params.dtype, [&](auto scalar) {
     using T = decltype(scalar);
     using Real = RealOf<T>;
-    with_variant<Real>(params, slices, [&](auto cap, auto group, unsigned blocks) {
-      TDPO_LAUNCH((row_state_kernel<T, Real, decltype(cap)::enabled, group()>), blocks, kThreads, stream, params, cap,
-                  InvTemperature<Real>(params.temperature), static_cast<Real*>(states), unsigned(slices), length);
+    with_variant<Real>(params, slices, [&](auto cap, auto reverse, auto group, unsigned blocks) {
+      TDPO_LAUNCH((row_state_kernel<T, Real, decltype(cap)::enabled, reverse(), group()>), blocks, kThreads, stream,
+                  params, cap, InvTemperature<Real>(params.temperature), static_cast<Real*>(states), unsigned(slices),
+                  length);
     });
   });
 }
 
-void launch_merge(const void* states, bool is_double, int64_t slices, int64_t rows, void* merged, cudaStream_t stream) {
+void launch_merge(const void* states, StateKind kind, int64_t slices, int64_t rows, void* merged, cudaStream_t stream) {
   if (rows == 0) return;
-  with_real(is_double, [&](auto real) {
-    using State = RowState<decltype(real)>;
-    TDPO_LAUNCH((merge_kernel<decltype(real)>), blocks_for(rows), kThreads, stream, static_cast<const State*>(states),
-                slices, rows, static_cast<State*>(merged));
+  with_state(kind, [&](auto empty) {
+    using State = decltype(empty);
+    TDPO_LAUNCH((merge_kernel<State>), blocks_for(rows), kThreads, stream, static_cast<const State*>(states), slices,
+                rows, static_cast<State*>(merged));
   });
 }
 
-void launch_finalize(const void* states, bool is_double, const int64_t* labels, int64_t rows, int64_t ignore_index,
+void launch_finalize(const void* states, StateKind kind, const int64_t* labels, int64_t rows, int64_t ignore_index,
                      double temperature, void* values, cudaStream_t stream) {
   if (rows == 0) return;
-  with_real(is_double, [&](auto real) {
-    using Real = decltype(real);
-    TDPO_LAUNCH((finalize_kernel<Real>), blocks_for(rows), kThreads, stream, static_cast<const RowState<Real>*>(states),
+  with_state(kind, [&](auto empty) {
+    using State = decltype(empty);
+    using Real = decltype(empty.z_max);
+    TDPO_LAUNCH((finalize_kernel<State, Real>), blocks_for(rows), kThreads, stream, static_cast<const State*>(states),
                 labels, rows, ignore_index, temperature, static_cast<Real*>(values));
   });
 }
@@ -94,9 +99,10 @@ void launch_gradient(const DivergenceParams& params, const GradientParams& grad,
   with_gradient_scalars(params.dtype, grad.out_dtype, [&](auto scalar, auto out) {
     using T = decltype(scalar);
     using Real = RealOf<T>;
-    with_variant<Real>(params, tiles, [&](auto cap, auto group, unsigned blocks) {
-      TDPO_LAUNCH((gradient_kernel<T, Real, decltype(out), decltype(cap)::enabled, group()>), blocks, kThreads, stream,
-                  params, grad, cap, InvTemperature<Real>(params.temperature), unsigned(tiles), kTile);
+    with_variant<Real>(params, tiles, [&](auto cap, auto reverse, auto group, unsigned blocks) {
+      TDPO_LAUNCH((gradient_kernel<T, Real, decltype(out), decltype(cap)::enabled, reverse(), group()>), blocks,
+                  kThreads, stream, params, grad, cap, InvTemperature<Real>(params.temperature), unsigned(tiles),
+                  kTile);
     });
   });
 }

@@ -19,33 +19,37 @@ int multiprocessors() {
   return count;
 }
 
-at::Tensor merge_row_states(const at::Tensor& states) {
+StateKind state_kind(const at::Tensor& states, bool reverse_kl) {
+  return {.is_double = states.scalar_type() == at::kDouble, .reverse_kl = reverse_kl};
+}
+
+at::Tensor merge_row_states(const at::Tensor& states, bool reverse_kl) {
   const auto checked = check_merge(states);
   const c10::cuda::CUDAGuard guard(states.device());
-  launch_merge(checked.states.data_ptr(), checked.states.scalar_type() == at::kDouble, checked.slices, checked.rows,
+  launch_merge(checked.states.data_ptr(), state_kind(checked.states, reverse_kl), checked.slices, checked.rows,
                checked.merged.data_ptr(), current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return checked.merged;
 }
 
 at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
-                      int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
-                      double softcap) {
-  const auto inputs =
-      check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
+                      int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature, double softcap,
+                      bool reverse_kl) {
+  const auto inputs = check_inputs(logits, ref_logits, labels,
+                                   {vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl});
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto slices = row_slices(inputs.params.rows, inputs.params.vocab, multiprocessors());
   const auto states = inputs.empty_states(slices);
   launch_row_states(inputs.params, states.data_ptr(), slices, current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return slices == 1 ? states.squeeze(0) : merge_row_states(states);
+  return slices == 1 ? states.squeeze(0) : merge_row_states(states, reverse_kl);
 }
 
 at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& labels, int64_t ignore_index,
-                               double temperature) {
+                               double temperature, bool reverse_kl) {
   const auto checked = check_finalize(states, labels);
   const c10::cuda::CUDAGuard guard(states.device());
-  launch_finalize(checked.states.data_ptr(), checked.states.scalar_type() == at::kDouble,
+  launch_finalize(checked.states.data_ptr(), state_kind(checked.states, reverse_kl),
                   checked.labels.const_data_ptr<int64_t>(), checked.rows, ignore_index, temperature,
                   checked.values.data_ptr(), current_stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -55,9 +59,9 @@ at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& label
 void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
                         const at::Tensor& states, const at::Tensor& logps_grad, const at::Tensor& kl_grad,
                         int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
-                        double softcap, const at::Tensor& out) {
-  const auto inputs =
-      check_inputs(logits, ref_logits, labels, {vocab_start, vocab_size, ignore_index, temperature, softcap});
+                        double softcap, bool reverse_kl, const at::Tensor& out) {
+  const auto inputs = check_inputs(logits, ref_logits, labels,
+                                   {vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl});
   const auto gradient = check_gradient(logits, ref_logits, labels, states, logps_grad, kl_grad, out);
   const c10::cuda::CUDAGuard guard(logits.device());
   launch_gradient(inputs.params, gradient.params, current_stream());

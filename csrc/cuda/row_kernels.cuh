@@ -75,9 +75,9 @@ struct Split {
   }
 };
 
-template <typename Real>
-__device__ __forceinline__ RowState<Real> shuffle_down(const RowState<Real>& state, int distance) {
-  RowState<Real> other;
+template <typename Real, bool kReverse>
+__device__ __forceinline__ RowState<Real, kReverse> shuffle_down(const RowState<Real, kReverse>& state, int distance) {
+  RowState<Real, kReverse> other;
   const Real* from = reinterpret_cast<const Real*>(&state);
   Real* to = reinterpret_cast<Real*>(&other);
 #pragma unroll
@@ -86,12 +86,12 @@ __device__ __forceinline__ RowState<Real> shuffle_down(const RowState<Real>& sta
 }
 
 // The merged state of a group's threads, valid in its first lane.
-template <int kGroup, typename Real>
-__device__ __forceinline__ RowState<Real> merge_over_group(RowState<Real> state) {
+template <int kGroup, typename State>
+__device__ __forceinline__ State merge_over_group(State state) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) state.merge(shuffle_down(state, distance));
   if constexpr (kGroup > kWarp) {
     static_assert(kGroup == kThreads, "a group is a warp or a CTA");
-    __shared__ RowState<Real> warp_states[kGroup / kWarp];
+    __shared__ State warp_states[kGroup / kWarp];
     if (threadIdx.x % kWarp == 0) warp_states[threadIdx.x / kWarp] = state;
     __syncthreads();
     if (threadIdx.x == 0)
@@ -116,24 +116,25 @@ __device__ __forceinline__ bool check_label(int64_t label, const DivergenceParam
 // ---- kernels ----
 
 // States (slices, rows): group row * slices + slice processes entries [slice * length, (slice + 1) * length).
-template <typename T, typename Real, bool kSoftcap, int kGroup>
+template <typename T, typename Real, bool kSoftcap, bool kReverse, int kGroup>
 __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks : 1)
     row_state_kernel(DivergenceParams params, Cap<Real, kSoftcap> cap, InvTemperature<Real> inv_temp, Real* states,
                      unsigned slices, int64_t length) {
+  using State = RowState<Real, kReverse>;
   constexpr int kPack = Pack<T>::size;
   const Part<kGroup> part(params, slices, length);
   if (part.row >= params.rows) return;  // whole groups leave, so no barrier or shuffle waits for them
   const int64_t label = params.labels[part.row];
-  auto* const out = reinterpret_cast<RowState<Real>*>(states) + part.index * params.rows + part.row;
+  auto* const out = reinterpret_cast<State*>(states) + part.index * params.rows + part.row;
   if (!check_label(label, params, part)) return;
   if (label == params.ignore_index) {
-    if (part.lane == 0) *out = RowState<Real>::empty();
+    if (part.lane == 0) *out = State::empty();
     return;
   }
   const T* const z = static_cast<const T*>(params.logits.data) + params.logits.offset(part.row) + part.begin;
   const T* const r = static_cast<const T*>(params.ref_logits.data) + params.ref_logits.offset(part.row) + part.begin;
 
-  auto state = RowState<Real>::empty();
+  auto state = State::empty();
   const auto add_entry = [&](int v) { state.update(cap(to_real(z[v])), cap(to_real(r[v])), inv_temp); };
   const auto add_batch = [&](auto r_aligned, int v, auto batch) {
     Pack<T> z_pack[batch()], r_pack[batch()];
@@ -154,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks 
     const Real new_r_max = fmax(state.r_max, cap(r_top) * inv_temp.base2);
     if (new_z_max != state.z_max || new_r_max != state.r_max)
       state.raise_maxima(running_max(state.z_max, new_z_max), running_max(state.r_max, new_r_max));
-    const Real z_shift = finite_max(state.z_max), r_shift = finite_max(state.r_max);
-    RowSums<Real> sums{};
+    const Shifts<Real> shifts(state.z_max, state.r_max, inv_temp);
+    RowSums<Real, kReverse> sums{};
 #pragma unroll
     for (int b = 0; b < batch(); ++b) {
       Real z_entries[kPack], r_entries[kPack];
@@ -163,15 +164,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks 
       unpack(r_pack[b], r_entries);
 #pragma unroll
       for (int i = 0; i < kPack; ++i)
-        sums.template add<FiniteMath<Real>>(cap(z_entries[i]), cap(r_entries[i]), z_shift, r_shift, inv_temp);
+        sums.template add<FiniteMath<Real>, false>(cap(z_entries[i]), cap(r_entries[i]), shifts, inv_temp);
     }
-    // An infinite logit makes the gap or z_dot infinite or NaN. Then the batch is read again, with every entry tested.
-    if (!(fabs(sums.gap + sums.bregman + sums.z_dot) < std::numeric_limits<Real>::infinity())) {
+    // An infinite logit makes the gap or z_dot infinite or NaN. Then, and where the maxima are far apart, the batch is
+    // read again, with every entry tested.
+    if (shifts.far_apart() || !(fabs(sums.gap + sums.bregman + sums.z_dot) < std::numeric_limits<Real>::infinity())) {
       sums = {};
 #pragma unroll 1
       for (int i = 0; i < batch() * kPack; ++i) {
         const int at = v + i / kPack * kGroup * kPack + i % kPack;
-        sums.template add<DeviceMath<Real>>(cap(to_real(z[at])), cap(to_real(r[at])), z_shift, r_shift, inv_temp);
+        sums.template add<DeviceMath<Real>, true>(cap(to_real(z[at])), cap(to_real(r[at])), shifts, inv_temp);
       }
     }
     state.sums += sums;
@@ -194,18 +196,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? kResidentBlocks 
 }
 
 // States (slices, rows) -> (rows): one thread per row, slices in order.
-template <typename Real>
-__global__ void merge_kernel(const RowState<Real>* states, int64_t slices, int64_t rows, RowState<Real>* merged) {
+template <typename State>
+__global__ void merge_kernel(const State* states, int64_t slices, int64_t rows, State* merged) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  auto total = RowState<Real>::empty();
+  auto total = State::empty();
   for (int64_t slice = 0; slice < slices; ++slice) total.merge(states[slice * rows + row]);
   merged[row] = total;
 }
 
 // States (rows) -> values (kTokenValues, rows): one thread per row.
-template <typename Real>
-__global__ void finalize_kernel(const RowState<Real>* states, const int64_t* labels, int64_t rows, int64_t ignore_index,
+template <typename State, typename Real>
+__global__ void finalize_kernel(const State* states, const int64_t* labels, int64_t rows, int64_t ignore_index,
                                 double temperature, Real* values) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
@@ -222,7 +224,7 @@ __global__ void finalize_kernel(const RowState<Real>* states, const int64_t* lab
 
 // Group row * tiles + tile writes entries [tile * length, (tile + 1) * length). The output may overwrite the logits:
 // each entry is read and written by one thread only, in this order.
-template <typename T, typename Real, typename Out, bool kSoftcap, int kGroup>
+template <typename T, typename Real, typename Out, bool kSoftcap, bool kReverse, int kGroup>
 __global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1
                                             : kSoftcap        ? kResidentSoftcapGradients
                                                               : kResidentBlocks)
@@ -252,16 +254,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1
     split.for_each(part.lane, [&](int v) { out[v] = zero; }, clear);
     return;
   }
-  const RowGradient<Real> coefficients(static_cast<const RowState<Real>*>(grad.states)[part.row], logps_grad, kl_grad,
-                                       inv_temp);
+  const RowGradient<Real, kReverse> gradient(static_cast<const RowState<Real, kReverse>*>(grad.states)[part.row],
+                                             logps_grad, kl_grad, inv_temp);
   // The loops exist with and without the reference and wide loads, so that all loads of a batch are issued before the
   // first of them is waited for. Loads of a reference that is not needed disappear.
   const auto write = [&](auto reads_reference, auto aligned) {
     const auto dz = [&](Real z_raw, Real r_raw, auto is_label) {
       const Real z_entry = cap(z_raw);
-      Real value = coefficients.template policy_part<DeviceMath<Real>>(z_entry);
-      if constexpr (reads_reference()) value -= coefficients.template reference_part<DeviceMath<Real>>(cap(r_raw));
-      if constexpr (is_label()) value += coefficients.label_extra;  // before the only rounding
+      const Real r_entry = reads_reference() ? cap(r_raw) : r_raw;
+      Real value = gradient.template at<DeviceMath<Real>, reads_reference()>(z_entry, r_entry);
+      if constexpr (is_label()) value += gradient.label_extra;  // before the only rounding
       return Rounded<Out>::of(value * cap.slope(z_entry));
     };
     const auto write_packs = [&](int v, auto batch) {

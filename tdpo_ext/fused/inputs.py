@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..divergence import check_options, check_shard
+from ..divergence import check_shard
 from ..ops import operators
 from ..ops.matmul import full_precision, product
 from ..ops.operators import RowOptions
 from ..vocab_parallel import Exchange, VocabShard, digest, local_tensors
+from .options import FusedOptions
 from .plan import Sizes, resolved_budget
 from .rows import Rows, Sequences
 
@@ -26,11 +27,13 @@ class LMHead:
         hidden: (..., D); flat, (N, D), once the inputs are prepared.
         weight: (V, D), of this rank's slice of the vocabulary.
         bias: (V,), or None.
+        scale: the logits are multiplied by it.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    scale: float = 1.0
 
     @property
     def width(self) -> int:
@@ -39,12 +42,12 @@ class LMHead:
     def cast(self, dtype: torch.dtype) -> LMHead:
         """The same in another precision."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        return LMHead(self.hidden.to(dtype), self.weight.to(dtype), bias)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
     def detach(self) -> LMHead:
         """The same without a graph."""
         bias = None if self.bias is None else self.bias.detach()
-        return LMHead(self.hidden.detach(), self.weight.detach(), bias)
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
     def flat(self) -> LMHead:
         """With rows in one dimension: hidden (N, D)."""
@@ -56,7 +59,7 @@ class LMHead:
             product(hidden, self.weight[columns].t(), out)
         if self.bias is not None:
             out += self.bias[columns]
-        return out
+        return out if self.scale == 1 else out.mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,11 @@ class GatheredRows:
 
 
 @dataclass(frozen=True)
-class FusedOptions:
-    """The options of the public functions, as they were given."""
-
-    ignore_index: int
-    temperature: float
-    softcap: float | None
-    logits_budget: int | None
-    shard: VocabShard | None
-
-
-@dataclass(frozen=True)
 class FusedInputs:
     """Both heads, flat and checked, over what this rank holds of the vocabulary.
 
     Attributes:
-        policy, reference: of one dtype; widths may differ. The reference carries no graph.
+        policy, reference: widths and dtypes may differ. The reference carries no graph.
         labels: (N,), token ids of the whole vocabulary.
         options: for the kernels; column 0 is the heads' first row.
         exchange: with the other ranks, where the vocabulary is sharded.
@@ -107,7 +99,7 @@ class FusedInputs:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the weights, the hidden states and their gradients."""
+        """Of the policy's weights, hidden states and their gradients."""
         return self.policy.weight.dtype
 
     @property
@@ -132,13 +124,17 @@ class FusedInputs:
 
     def merge_over_ranks(self, rows: int, local_states: Callable[[], Tensor]) -> Tensor:
         """The states that `local_states` computes of `rows` rows over this rank's vocabulary, merged over all ranks."""
-        return self.exchange.merged_row_states(local_states, (rows,), self.logit_dtype, self.device)
+        return self.exchange.merged_row_states(
+            local_states, (rows,), self.logit_dtype, self.device, reverse_kl=self.options.reverse_kl
+        )
+
+    def merge(self, states: list[Tensor]) -> Tensor:
+        """States of the same rows over several slices of the vocabulary, merged."""
+        return operators.merge_row_states(torch.stack(states), reverse_kl=self.options.reverse_kl)
 
     def finalize(self, states: Tensor, labels: Tensor) -> Tensor:
         """Values of rows from their states, (fields, rows), in the order of TokenDivergence."""
-        return operators.finalize_row_states(
-            states, labels, ignore_index=self.options.ignore_index, temperature=self.options.temperature
-        )
+        return operators.finalize_row_states(states, labels, self.options)
 
 
 @dataclass(frozen=True)
@@ -165,9 +161,12 @@ _AGREED_ON = {
     "bytes": "weight",
     "width": "hidden",
     "ref_width": "ref_hidden",
+    "ref_bytes": "ref_hidden",
     "ignore_index": "ignore_index",
-    "temperature": "temperature",
-    "softcap": "softcap",
+    "temperature": "temperature (or logit_scale)",
+    "softcap": "softcap (or logit_scale)",
+    "ref_scale": "ref_logit_scale",
+    "reverse_kl": "kl_direction",
     "objective": "objective",
     "columns": "token_columns",
     "grad mode": "torch.is_grad_enabled()",
@@ -200,23 +199,19 @@ def prepare(
 
     def checked() -> tuple[FusedInputs, Rows, int, dict[str, int | float]]:
         objective_facts = check_objective()
-        check_options(options.ignore_index, options.temperature, options.softcap)
+        options.check()
         budget = resolved_budget(options.logits_budget, policy.hidden.device)
-        heads = _autocast(*_narrowed(policy, reference, shard))
-        _check_heads(*heads, labels)
-        if shard is None and heads[0].weight.shape[0] == 0:
+        own, ref = _autocast(*_narrowed(policy, reference, shard))
+        _check_heads(own, ref, labels)
+        if shard is None and own.weight.shape[0] == 0:
             raise ValueError("weight has no rows: the vocabulary is empty")
+        if own.weight.dtype == torch.float64:  # whose products take no other operands
+            ref = ref.cast(torch.float64)
         inputs = FusedInputs(
-            policy=heads[0].flat(),
-            reference=heads[1].detach().flat(),
+            policy=own.flat(),
+            reference=replace(ref.detach().flat(), scale=options.ref_logit_scale / options.logit_scale),
             labels=labels.reshape(-1),
-            options=RowOptions(
-                vocab_start=0 if shard is None else shard.start,
-                vocab_size=heads[0].weight.shape[0],
-                ignore_index=options.ignore_index,
-                temperature=float(options.temperature),
-                softcap=0.0 if options.softcap is None else float(options.softcap),
-            ),
+            options=options.row_options(0 if shard is None else shard.start, own.weight.shape[0]),
             exchange=Exchange(shard),
         )
         return inputs, sequences.rows(labels, options.ignore_index), budget, objective_facts
@@ -233,9 +228,12 @@ def prepare(
             "bytes": inputs.weight_dtype.itemsize,
             "width": inputs.policy.width,
             "ref_width": inputs.reference.width,
+            "ref_bytes": inputs.reference.weight.dtype.itemsize,
             "ignore_index": inputs.options.ignore_index,
             "temperature": inputs.options.temperature,
             "softcap": inputs.options.softcap,
+            "ref_scale": inputs.reference.scale,
+            "reverse_kl": inputs.options.reverse_kl,
             "grad mode": torch.is_grad_enabled(),
             "hidden gradient": inputs.policy.hidden.requires_grad,
             "sum_hidden_grad": inputs.sums_hidden_grad,
@@ -336,10 +334,13 @@ def _check_heads(policy: LMHead, reference: LMHead, labels: Tensor) -> None:
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} but {shape} is needed beside {beside}")
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype} but hidden has {hidden.dtype}")
+        hidden_name, beside_dtype = ("ref_hidden", ref_hidden) if name.startswith("ref_") else ("hidden", hidden)
+        if tensor.dtype != beside_dtype.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype} but {hidden_name} has {beside_dtype.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
+    if ref_hidden.dtype == torch.float64 != hidden.dtype:
+        raise TypeError(f"ref_hidden has dtype {ref_hidden.dtype} but hidden has {hidden.dtype}, which is less precise")
     if labels.device != hidden.device:
         raise ValueError(f"labels is on {labels.device} but hidden is on {hidden.device}")
 

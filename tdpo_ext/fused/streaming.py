@@ -110,7 +110,8 @@ class _TokenValues(torch.autograd.Function):
             counted = inputs.finalize(states, labels[index])
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)
         inputs.exchange.finish(inputs.device)
-        ctx.options, ctx.shard, ctx.plan = inputs.options, inputs.exchange.shard, plan
+        ctx.options, ctx.ref_scale = inputs.options, inputs.reference.scale
+        ctx.shard, ctx.plan = inputs.exchange.shard, plan
         ctx.set_materialize_grads(False)
         values = counted.new_zeros(len(counted), len(labels)).index_copy_(1, index, counted)
         values = TokenDivergence._make(values.unbind(0))
@@ -125,7 +126,7 @@ class _TokenValues(torch.autograd.Function):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states = ctx.saved_tensors
         inputs = FusedInputs(
             policy=LMHead(hidden, weight, bias),
-            reference=LMHead(ref_hidden, ref_weight, ref_bias),
+            reference=LMHead(ref_hidden, ref_weight, ref_bias, ctx.ref_scale),
             labels=labels,
             options=ctx.options,
             exchange=Exchange(ctx.shard),
@@ -171,7 +172,7 @@ def _states_of_block(inputs: FusedInputs, index: Tensor, plan: StreamingPlan, bu
     for columns in _column_slices(inputs, plan):
         z, r = buffers.z_of(len(index), columns), buffers.r_of(len(index), columns)
         state = inputs.row_states(rows, columns, z=z, r=r)
-        total = state if total is None else operators.merge_row_states(torch.stack([total, state]))
+        total = state if total is None else inputs.merge([total, state])
     return total
 
 

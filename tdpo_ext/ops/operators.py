@@ -30,6 +30,7 @@ class RowOptions:
         ignore_index: label of rows that contribute nothing.
         temperature: logits are divided by it.
         softcap: logits become softcap * tanh(logits / softcap) first; 0 for none.
+        reverse_kl: whether `kl` is KL(policy || reference) instead of KL(reference || policy).
     """
 
     vocab_start: int
@@ -37,6 +38,7 @@ class RowOptions:
     ignore_index: int = -100
     temperature: float = 1.0
     softcap: float = 0.0
+    reverse_kl: bool = False
 
     def as_keywords(self) -> dict[str, int | float]:
         """The operators' keyword arguments, which have these names."""
@@ -62,20 +64,28 @@ def row_states(
     return _ops.row_states(logits, ref_logits, labels, **options.as_keywords())
 
 
-def merge_row_states(states: Tensor) -> Tensor:
-    """States of several slices of the vocabulary, (slices, ..., STATE_SIZE), merged: (..., STATE_SIZE)."""
-    return _ops.merge_row_states(states)
+def merge_row_states(
+    states: Tensor,  # (slices, ..., STATE_SIZE)
+    *,
+    reverse_kl: bool,
+) -> Tensor:  # (..., STATE_SIZE)
+    """States of several slices of the vocabulary, merged. They are of one direction of the KL."""
+    return _ops.merge_row_states(states, reverse_kl=reverse_kl)
 
 
 def finalize_row_states(
     states: Tensor,  # (..., STATE_SIZE)
     labels: Tensor,  # (...)
-    *,
-    ignore_index: int,
-    temperature: float,
+    options: RowOptions,  # those of the states
 ) -> Tensor:  # (TOKEN_VALUES, ...)
     """Values of rows from their states over the whole vocabulary, in the order of TokenDivergence."""
-    return _ops.finalize_row_states(states, labels, ignore_index=ignore_index, temperature=temperature)
+    return _ops.finalize_row_states(
+        states,
+        labels,
+        ignore_index=options.ignore_index,
+        temperature=options.temperature,
+        reverse_kl=options.reverse_kl,
+    )
 
 
 def logit_gradient(
@@ -129,7 +139,7 @@ def _(logits, ref_logits, labels, **_options):
 
 
 @torch.library.register_fake("tdpo_ext::merge_row_states")
-def _(states):
+def _(states, **_options):
     return states.new_empty(states.shape[1:])
 
 

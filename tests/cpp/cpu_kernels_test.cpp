@@ -9,14 +9,14 @@ using namespace row_cases;
 struct Kernels {
   const CpuKernels& kernels;
 
-  template <typename Real>
-  std::vector<RowState<Real>> states(const DivergenceParams& params, int64_t slices) const {
+  template <typename State>
+  std::vector<State> states(const DivergenceParams& params, int64_t slices) const {
     const int64_t length = std::max<int64_t>(1, (params.vocab + slices - 1) / slices);
-    std::vector<RowState<Real>> merged;
+    std::vector<State> merged;
     for (int64_t row = 0; row < params.rows; ++row) {
-      merged.push_back(RowState<Real>::empty());
+      merged.push_back(State::empty());
       for (int64_t begin = 0; begin < params.vocab; begin += length) {
-        RowState<Real> state;
+        State state;
         kernels.row_state(params, row, begin, std::min(params.vocab, begin + length), &state);
         merged.back().merge(state);
       }
@@ -40,6 +40,8 @@ void check_regimes(const CpuKernels& kernels) {
            Kernels{kernels});  // every alignment
   check<T>({.rows = 3, .vocab = 5003, .slices = 4, .out_offset = 1, .padding = 5}, Kernels{kernels});  // slices
   check<T>({.rows = 3, .vocab = 700, .softcap = 3, .temperature = 1.3}, Kernels{kernels});  // softcap and temperature
+  for (double offset : {50.0, -300.0})
+    check<T>({.rows = 3, .vocab = 5003, .slices = 2, .temperature = 0.7, .ref_offset = offset}, Kernels{kernels});
 }
 
 // Gradients half-way between two bfloat16 numbers are rounded to the even one.

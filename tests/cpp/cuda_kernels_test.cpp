@@ -12,11 +12,11 @@ namespace {
 using namespace row_cases;
 
 struct CudaKernels {
-  template <typename Real>
-  std::vector<RowState<Real>> states(const DivergenceParams& params, int64_t slices) const {
-    std::vector<RowState<Real>> states(params.rows * slices), merged(params.rows);
+  template <typename State>
+  std::vector<State> states(const DivergenceParams& params, int64_t slices) const {
+    std::vector<State> states(params.rows * slices), merged(params.rows);
     cuda::launch_row_states(params, states.data(), slices, nullptr);
-    cuda::launch_merge(states.data(), sizeof(Real) == 8, slices, params.rows, merged.data(), nullptr);
+    cuda::launch_merge(states.data(), kind_of(params), slices, params.rows, merged.data(), nullptr);
     check_finalize(params, merged);
     return merged;
   }
@@ -24,10 +24,15 @@ struct CudaKernels {
     cuda::launch_gradient(params, grad, nullptr);
   }
 
-  template <typename Real>
-  void check_finalize(const DivergenceParams& params, const std::vector<RowState<Real>>& states) const {
+  static cuda::StateKind kind_of(const DivergenceParams& params) {
+    return {.is_double = params.dtype == DType::f64, .reverse_kl = params.reverse_kl};
+  }
+
+  template <typename State>
+  void check_finalize(const DivergenceParams& params, const std::vector<State>& states) const {
+    using Real = decltype(State::z_max);
     std::vector<Real> values(kTokenValues * params.rows, Real(NAN));
-    cuda::launch_finalize(states.data(), sizeof(Real) == 8, params.labels, params.rows, params.ignore_index,
+    cuda::launch_finalize(states.data(), kind_of(params), params.labels, params.rows, params.ignore_index,
                           params.temperature, values.data(), nullptr);
     for (int64_t row = 0; row < params.rows; ++row) {
       const bool ignored = params.labels[row] == params.ignore_index;
@@ -76,6 +81,8 @@ void check_regimes() {
     check<T>({.rows = 2, .vocab = 9000, .out_offset = 1});                   // the gradient is aligned differently
     check<T>({.rows = 2, .vocab = 6000, .softcap = 3, .temperature = 0.8});  // softcap and temperature
     check<T>({.rows = 4, .vocab = 20001});                                   // several gradient tiles
+    check<T>({.rows = 2, .vocab = 9001, .slices = 2, .ref_offset = 50});     // the reference has an offset
+    check<T>({.rows = 2, .vocab = 700, .temperature = 0.7, .ref_offset = -300});
   }
 }
 
@@ -98,7 +105,7 @@ void check_narrow_gradient(int64_t vocab) {
   for (size_t i = 0; i < z.size(); ++i) z[i] = std::sin(float(i)), r[i] = std::cos(float(i));
   const std::vector<int64_t> labels{4, 9};
   const DivergenceParams params = plain_params(z.data(), r.data(), labels, vocab);
-  const auto states = CudaKernels().states<float>(params, 1);
+  const auto states = CudaKernels().states<RowState<float>>(params, 1);
   const std::vector<float> logps_grad{0.5f, -1}, kl_grad{1, 0.25f};
   std::vector<float> wide(2 * vocab);
   std::vector<Out> narrow(2 * vocab);
@@ -134,7 +141,7 @@ void check_infinite_logits() {
   for (int64_t i = 0; i < 6000; ++i) z[vocab + i] = r[vocab + i] = i < 3001 ? -1e30f : -INFINITY;
   const std::vector<int64_t> labels{4, 7000};
   const DivergenceParams params = plain_params(z.data(), r.data(), labels, vocab);
-  const auto states = CudaKernels().states<float>(params, 1);
+  const auto states = CudaKernels().states<RowState<float>>(params, 1);
   for (int64_t row = 0; row < 2; ++row) {
     auto wanted = RowState<double>::empty();
     for (int64_t v = 0; v < vocab; ++v)
@@ -164,7 +171,8 @@ void check_large_offsets() {
   const auto near = plain_params(near_z.data(), near_r.data(), labels, vocab);
   auto far = near;
   far.logits = row_view(z, stride), far.ref_logits = row_view(r, stride);
-  const auto states = CudaKernels().states<float>(near, 1), far_states = CudaKernels().states<float>(far, 1);
+  const auto states = CudaKernels().states<RowState<float>>(near, 1),
+             far_states = CudaKernels().states<RowState<float>>(far, 1);
   expect_near(std::memcmp(states.data(), far_states.data(), 2 * sizeof(states[0])), 0, 0, "states far apart");
   const std::vector<float> logps_grad{0.5f, -1}, kl_grad{1, 0.25f};
   auto grad = plain_gradient(states, logps_grad, kl_grad, expected.data(), vocab);

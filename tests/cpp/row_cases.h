@@ -51,6 +51,7 @@ struct Shape {
   int64_t z_offset = 0, r_offset = 0, out_offset = 0;  // entries from a 16-byte boundary
   int64_t padding = 0;                                 // entries between rows
   double softcap = 0, temperature = 1;
+  double ref_offset = 0;  // of all reference logits
 };
 
 // A dense matrix of rows, `stride` entries apart.
@@ -73,6 +74,7 @@ DivergenceParams plain_params(T* z, T* r, const std::vector<int64_t>& labels, in
       .ignore_index = -100,
       .temperature = 1,
       .softcap = 0,
+      .reverse_kl = false,
       .dtype = Kind<T>::dtype,
   };
 }
@@ -80,10 +82,10 @@ DivergenceParams plain_params(T* z, T* r, const std::vector<int64_t>& labels, in
 // Checks a backend on one shape: values, and gradients both out of place, into poisoned memory, and in place. The
 // buffers end where the last row ends, so a sanitizer finds accesses past it. A backend has states(params, slices),
 // which returns one merged state per row, and gradient(params, grad).
-template <typename T, typename Backend>
-void check(const Shape& shape, const Backend& backend) {
+template <typename T, bool kReverse, typename Backend>
+void check_direction(const Shape& shape, const Backend& backend) {
   using Real = RealOf<T>;
-  const auto [rows, vocab, slices, z_offset, r_offset, out_offset, padding, softcap, temperature] = shape;
+  const auto [rows, vocab, slices, z_offset, r_offset, out_offset, padding, softcap, temperature, ref_offset] = shape;
   const int64_t stride = vocab + padding;
   std::mt19937 random(17);
   std::normal_distribution<double> normal;
@@ -93,7 +95,7 @@ void check(const Shape& shape, const Backend& backend) {
   T* const r_data = r.data() + r_offset;
   for (int64_t i = 0; i < size; ++i) {
     z_data[i] = cuda::Rounded<T>::of(Real(2 * normal(random)));
-    r_data[i] = cuda::Rounded<T>::of(Real(to_real(z_data[i]) + 0.3 * normal(random)));
+    r_data[i] = cuda::Rounded<T>::of(Real(to_real(z_data[i]) + 0.3 * normal(random) + ref_offset));
   }
   std::vector<int64_t> labels(rows);
   for (int64_t row = 0; row < rows; ++row) labels[row] = row == 1 ? -100 : (row * 37 + 3) % vocab + 5;
@@ -101,7 +103,7 @@ void check(const Shape& shape, const Backend& backend) {
   if (vocab > 3) {
     const int64_t last_row = (rows - 1) * stride;
     z_data[2] = r_data[2] = cuda::Rounded<T>::of(Real(-INFINITY));  // masked in both
-    r_data[last_row + vocab / 2] = cuda::Rounded<T>::of(Real(-INFINITY));
+    (kReverse ? z_data : r_data)[last_row + vocab / 2] = cuda::Rounded<T>::of(Real(-INFINITY));
     for (auto& label : labels)
       if (label == 7 || label == vocab / 2 + 5) label = 5;  // neither of the masked entries
   }
@@ -116,10 +118,11 @@ void check(const Shape& shape, const Backend& backend) {
       .ignore_index = -100,
       .temperature = temperature,
       .softcap = softcap,
+      .reverse_kl = kReverse,
       .dtype = Kind<T>::dtype,
   };
 
-  const std::vector<RowState<Real>> merged = backend.template states<Real>(params, slices);
+  const auto merged = backend.template states<RowState<Real, kReverse>>(params, slices);
 
   std::vector<Real> logps_grad(rows), kl_grad(rows);
   for (int64_t row = 0; row < rows; ++row) {
@@ -147,7 +150,7 @@ void check(const Shape& shape, const Backend& backend) {
     const auto capped = [&](T x) {
       return softcap > 0 ? softcap * std::tanh(to_real(x) / softcap) : double(to_real(x));
     };
-    auto state = RowState<double>::empty();
+    auto state = RowState<double, kReverse>::empty();
     for (int64_t v = 0; v < vocab; ++v)
       state.update(capped(z_data[row * stride + v]), capped(r_data[row * stride + v]),
                    InvTemperature<double>(temperature));
@@ -165,11 +168,11 @@ void check(const Shape& shape, const Backend& backend) {
       expect_near(got.correct, wanted.correct, 0, "correct");
       expect_near(got.tokens, 1, 0, "tokens");
     }
-    const RowGradient<double> exact(state, logps_grad[row], kl_grad[row], InvTemperature<double>(temperature));
+    const RowGradient<double, kReverse> exact(state, logps_grad[row], kl_grad[row],
+                                              InvTemperature<double>(temperature));
     for (int64_t v = 0; v < vocab; ++v) {
       const double z_entry = capped(z_data[row * stride + v]);
-      double dz = exact.policy_part<ScalarMath<double>>(z_entry);
-      if (kl_grad[row] != 0) dz -= exact.reference_part<ScalarMath<double>>(capped(r_data[row * stride + v]));
+      double dz = exact.template at<ScalarMath<double>, true>(z_entry, capped(r_data[row * stride + v]));
       if (v == label) dz += exact.label_extra;
       if (softcap > 0) dz *= 1 - z_entry / softcap * z_entry / softcap;
       if (ignored) dz = 0;
@@ -180,6 +183,12 @@ void check(const Shape& shape, const Backend& backend) {
     for (int64_t v = vocab; v < stride && row + 1 < rows; ++v)
       if (!std::isnan(double(to_real(out[out_offset + row * stride + v])))) expect_near(0, 1, 0, "wrote past a row");
   }
+}
+
+template <typename T, typename Backend>
+void check(const Shape& shape, const Backend& backend) {
+  check_direction<T, false>(shape, backend);
+  check_direction<T, true>(shape, backend);
 }
 
 }  // namespace row_cases

@@ -40,9 +40,9 @@ Row random_row(size_t vocab, double spread, double perturbation, unsigned seed) 
   return row;
 }
 
-template <typename Real>
-RowState<Real> state_of(const Row& row, size_t begin, size_t end, double temperature = 1) {
-  auto state = RowState<Real>::empty();
+template <typename Real, bool kReverse = false>
+RowState<Real, kReverse> state_of(const Row& row, size_t begin, size_t end, double temperature = 1) {
+  auto state = RowState<Real, kReverse>::empty();
   for (size_t v = begin; v < end; ++v) state.update(Real(row.z[v]), Real(row.r[v]), InvTemperature<Real>(temperature));
   if (row.label >= begin && row.label < end) {
     state.z_label = Real(row.z[row.label]);
@@ -165,6 +165,46 @@ void small_kl_keeps_its_digits() {
   expect(std::fabs(got - wanted) < 1e-4 * wanted, "float32 KL of 1e-8", got, wanted);
 }
 
+// A reference with an offset: `r` is rounded to the digits that the offset leaves, and nothing else is lost.
+void offsets_lose_no_digits() {
+  for (double offset : {30.0, -30.0, 1e4, -1e6})
+    for (double temperature : {1.0, 0.01, 20.0}) {
+      Row row = random_row(5000, 2 * temperature, 0.3 * temperature, 13);
+      for (double& r : row.r) r = double(float(r + offset * temperature));
+      auto exchanged = row;
+      std::swap(exchanged.z, exchanged.r);
+      for (const Row& each : {row, exchanged}) {
+        const double wanted = direct(each, temperature).kl;
+        const double got = state_of<float>(each, 0, 5000, temperature).finalize(InvTemperature<float>(temperature)).kl;
+        expect(std::fabs(got - wanted) < 1e-5 * wanted, "KL beside an offset", got, wanted);
+      }
+    }
+}
+
+// The reverse KL is the forward one of the exchanged rows, everywhere: merges, one sum alone rising, no mass.
+template <typename Real>
+void reverse_is_forward_of_exchanged_rows() {
+  const double inf = INFINITY;
+  std::vector<Row> rows{random_row(999, 2, 1e-3, 3), random_row(999, 4, 2, 4), {{1, 2, 1, 2}, {1, -inf, 2, 1}, 2}};
+  rows.push_back(rows[0]);
+  rows.back().z[300] = 30, rows.back().r[300] = 1, rows.back().z[700] = rows.back().r[700] = 33;
+  for (const Row& row : rows) {
+    const size_t size = row.z.size(), cut = size / 3;
+    auto exchanged = row;
+    std::swap(exchanged.z, exchanged.r);
+    auto forward = state_of<Real>(exchanged, 0, cut);
+    forward.merge(state_of<Real>(exchanged, cut, size));
+    auto reverse = state_of<Real, true>(row, 0, cut);
+    reverse.merge(state_of<Real, true>(row, cut, size));
+    const auto wanted = forward.finalize(InvTemperature<Real>(1)), got = reverse.finalize(InvTemperature<Real>(1));
+    const double tolerance = sizeof(Real) == 8 ? 1e-12 : 1e-6;
+    expect_near(got.kl, wanted.kl, tolerance * wanted.kl, "reverse KL");
+    expect_near(got.logp, wanted.ref_logp, tolerance, "logp of the reverse state");
+    expect_near(got.ref_logp, wanted.logp, tolerance, "ref_logp of the reverse state");
+    expect_near(got.entropy, direct(row).entropy, 10 * tolerance, "entropy of the reverse state");
+  }
+}
+
 // A spike of the policy alone, before one that both share, moves the sums out and back.
 void peaks_do_not_depend_on_the_order() {
   for (double height : {2.0, 15.0, 60.0}) {
@@ -212,6 +252,9 @@ int main() {
   edge_values<float>();
   edge_values<double>();
   small_kl_keeps_its_digits();
+  offsets_lose_no_digits();
+  reverse_is_forward_of_exchanged_rows<float>();
+  reverse_is_forward_of_exchanged_rows<double>();
   peaks_do_not_depend_on_the_order();
   masked_slices_have_no_mass();
   if (failures == 0) std::puts("row_state_test: passed");

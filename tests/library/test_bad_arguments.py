@@ -91,14 +91,17 @@ def malformed_calls():
         calls += all_of("linear_preference_loss", argument, {"cut": shaped["cut"]})
     calls += all_of("token_divergence", "ref_logits", shaped)
     calls += all_of("token_divergence", "labels", {"cut": shaped["cut"]})
+    numbers = NOT_NUMBERS | NOT_FINITE | {"zero": 0.0, "negative": -1.0, "tiny": 1e-300, "huge": 1e300}
     for function in ("token_divergence", "linear_token_divergence", "linear_preference_loss", "LinearTDPOLoss"):
-        numbers = NOT_NUMBERS | NOT_FINITE | {"zero": 0.0, "negative": -1.0, "tiny": 1e-300, "huge": 1e300}
         calls += all_of(function, "temperature", numbers)
+        calls += all_of(function, "kl_direction", {"unknown": "backward", "None": None, "a number": 1})
         calls += all_of(function, "softcap", {name: value for name, value in numbers.items() if value is not None})
         calls += all_of(function, "ignore_index", NOT_INTEGERS | {"None": None, "too large": 1 << 70})
         calls += all_of(function, "shard", {"a string": "world", "a tuple": (0, 3), "a number": 1})
     for function in ("linear_token_divergence", "linear_preference_loss", "LinearTDPOLoss"):
         budgets = {name: value for name, value in NOT_INTEGERS.items() if name != "a bool"}
+        calls += all_of(function, "logit_scale", numbers)
+        calls += all_of(function, "ref_logit_scale", numbers)
         calls += all_of(function, "logits_budget", budgets | NOT_FINITE | {"zero": 0, "negative": -5, "a bool": True})
     for function in ("tdpo_loss", "LinearTDPOLoss"):
         calls += all_of(function, "beta", NOT_NUMBERS | NOT_FINITE | {"zero": 0, "negative": -0.1})

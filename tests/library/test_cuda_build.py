@@ -41,17 +41,22 @@ def test_kernels_compile_for_every_architecture(build):
     assert not [row for row in resources if row["spilled"] and "double" not in row["kernel"]]  # float64 is for tests
 
 
-# Instructions an entry and registers in the machine code for sm_90, by nvcc 13.0, and a tenth more.
+# Instructions an entry and registers in the machine code for sm_90, by nvcc 13.0, and a tenth more. The last two of a
+# kernel's flags are softcap and reverse KL.
 BUDGETS = {
-    "row_state_kernel<bf16, float, false, 256>": (26.5, 80),
-    "row_state_kernel<float, float, false, 256>": (28.0, 80),
-    "row_state_kernel<bf16, float, true, 256>": (54.3, 80),
-    "row_state_kernel<float, float, true, 256>": (57.6, 80),
-    "gradient_kernel<bf16, float, bf16, false, 256>": (10.1, 80),
-    "gradient_kernel<float, float, float, false, 256>": (9.1, 80),
-    "gradient_kernel<float, float, bf16, false, 256>": (9.8, 80),
-    "gradient_kernel<bf16, float, bf16, true, 256>": (39.2, 128),
-    "gradient_kernel<float, float, bf16, true, 256>": (39.1, 128),
+    "row_state_kernel<bf16, float, false, false, 256>": (26.9, 80),
+    "row_state_kernel<float, float, false, false, 256>": (28.8, 80),
+    "row_state_kernel<bf16, float, true, false, 256>": (54.8, 80),
+    "row_state_kernel<float, float, true, false, 256>": (58.8, 80),
+    "row_state_kernel<bf16, float, false, true, 256>": (26.9, 80),
+    "row_state_kernel<float, float, false, true, 256>": (28.6, 80),
+    "gradient_kernel<bf16, float, bf16, false, false, 256>": (10.1, 80),
+    "gradient_kernel<float, float, float, false, false, 256>": (9.1, 80),
+    "gradient_kernel<float, float, bf16, false, false, 256>": (9.8, 80),
+    "gradient_kernel<bf16, float, bf16, true, false, 256>": (39.2, 128),
+    "gradient_kernel<float, float, bf16, true, false, 256>": (39.1, 128),
+    "gradient_kernel<bf16, float, bf16, false, true, 256>": (15.1, 80),
+    "gradient_kernel<float, float, bf16, false, true, 256>": (14.8, 80),
     "scale_kernel<bf16, float>": (4.1, 40),
 }
 
@@ -67,8 +72,13 @@ def test_machine_code_keeps_its_budgets(build):
         assert loops[kernel]["registers"] <= most_registers, kernel
         wanted = 1 if kernel.startswith("scale") else 4  # two packs of both rows before the first is used
         assert loops[kernel]["wide_loads"] == wanted, kernel
-    late = [kernel for kernel, row in loops.items() if row["loads_after_first_use"] and "double" not in kernel]
-    assert not late
+    late = {kernel for kernel, row in loops.items() if row["loads_after_first_use"] and "double" not in kernel}
+    # The compiler moves one of four loads there: 16-bit logits with a softcap, reverse KL.
+    assert late <= {
+        f"gradient_kernel<{dtype}, float, {dtype}, true, true, {group}>"
+        for dtype in ("bf16", "f16")
+        for group in (32, 256)
+    }
 
 
 LISTING = """

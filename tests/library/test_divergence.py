@@ -274,7 +274,7 @@ def test_compiles_without_a_graph_break():
 BAD_CALLS = {
     "rank": (lambda a: {**a, "logits": torch.tensor(1.0)}, ValueError, "logits"),
     "dtype": (lambda a: {**a, "logits": a["logits"].int()}, TypeError, "logits"),
-    "ref dtype": (lambda a: {**a, "ref_logits": a["ref_logits"].double()}, TypeError, "ref_logits"),
+    "ref dtype": (lambda a: {**a, "ref_logits": a["ref_logits"].int()}, TypeError, "ref_logits"),
     "ref shape": (lambda a: {**a, "ref_logits": a["ref_logits"][:, :-1]}, ValueError, "ref_logits"),
     "label shape": (lambda a: {**a, "labels": a["labels"][:-1]}, ValueError, "labels"),
     "label dtype": (lambda a: {**a, "labels": a["labels"].int()}, TypeError, "labels"),

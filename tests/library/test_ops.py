@@ -28,8 +28,8 @@ def operator_samples():
     a, b = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
     return {
         "row_states": (rows, asdict(options)),
-        "merge_row_states": ((torch.stack([states, states]),), {}),
-        "finalize_row_states": ((states, labels), {"ignore_index": -100, "temperature": 0.9}),
+        "merge_row_states": ((torch.stack([states, states]),), {"reverse_kl": False}),
+        "finalize_row_states": ((states, labels), {"ignore_index": -100, "temperature": 0.9, "reverse_kl": False}),
         "logit_gradient": (gradient, asdict(options)),
         "logit_gradient_out": (gradient, {**asdict(options), "out": torch.empty_like(logits)}),
         "token_divergence": (
@@ -56,9 +56,9 @@ def test_slices_merge_to_the_whole(vocab):
         )
         for first, stop in itertools.pairwise([0, 1, vocab // 3, vocab])
     ]
-    merged = operators.merge_row_states(torch.stack(slices))
+    merged = operators.merge_row_states(torch.stack(slices), reverse_kl=False)
     values, expected = (
-        operators.finalize_row_states(states, labels, ignore_index=-100, temperature=1.0) for states in (merged, whole)
+        operators.finalize_row_states(states, labels, RowOptions(0, vocab)) for states in (merged, whole)
     )
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
 
@@ -123,8 +123,8 @@ def test_labels_at_the_border_of_a_slice(cut):
         )
         for first, stop in ((0, cut), (cut, 64))
     ]
-    merged = operators.merge_row_states(torch.stack(slices))
-    logps = operators.finalize_row_states(merged, labels, ignore_index=-100, temperature=1.0)[0]
+    merged = operators.merge_row_states(torch.stack(slices), reverse_kl=False)
+    logps = operators.finalize_row_states(merged, labels, RowOptions(0, 64))[0]
     expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(logps, expected)
 

@@ -67,8 +67,10 @@ def arguments_that_differ(rank, world, device):
     width = good["hidden"].shape[-1]
     faults = {
         "labels differs": {"labels": other_labels},
-        "temperature differs": {"temperature": 0.9},
-        "softcap differs": {"softcap": 5.0},
+        "temperature .* differs": {"temperature": 0.9},
+        "softcap .* differs": {"softcap": 5.0},
+        "ref_logit_scale differs": {"ref_logit_scale": 2.0},
+        "kl_direction differs": {"kl_direction": "reverse"},
         "hidden differs": {
             "hidden": good["hidden"].detach()[..., : width // 2],
             "weight": good["weight"].detach()[:, : width // 2],
@@ -115,6 +117,8 @@ def logits_that_differ(rank, world, device):
     call = functools.partial(tdpo_ext.token_divergence, logits, logits, shard=shard)
     expect("labels differs", lambda: call(other))
     expect("temperature differs", lambda: call(labels, temperature=1.0 + rank))
+    direction = "reverse" if rank == 1 else "forward"
+    expect("kl_direction differs", lambda: call(labels, kl_direction=direction))
     call(labels)
 
 

@@ -18,7 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import tdpo_ext
 from tdpo_ext import LinearTDPOLoss, VocabShard, eager, tdpo_loss, token_divergence
-from tdpo_ext.fused.inputs import FusedOptions, LMHead, prepare
+from tdpo_ext.fused.inputs import LMHead, prepare
+from tdpo_ext.fused.options import FusedOptions
 from tdpo_ext.fused.rows import PaddedPairs
 
 INF = math.inf
@@ -51,13 +52,14 @@ def close(ours, truth, rtol, what):
 @on_every_rank
 def logits(rank, world, device):
     for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        for options in ({}, {"temperature": 0.7, "softcap": 6.0}):
+        for options in ({}, {"temperature": 0.7, "softcap": 6.0}, {"kl_direction": "reverse"}):
             logits, ref_logits, labels = (t.to(device) for t in random_rows(9, 347, dtype, ignored=[2]))
             logits[2] = math.nan
             logits[3, 5] = ref_logits[3, 5] = -INF
             labels[3] = 7
-            leaf = logits.double().clone().requires_grad_()
-            truth = eager.token_divergence(leaf, ref_logits.double(), labels, **options)
+            # Autograd of the oracle's reverse KL makes NaN of -inf.
+            leaf, ref_double = (tensor.double().clamp(min=-1e4) for tensor in (logits, ref_logits))
+            truth = eager.token_divergence(leaf.requires_grad_(), ref_double, labels, **options)
             weights = torch.linspace(-1, 1, 9, device=device, dtype=torch.float64)
             (truth.logps * weights + truth.kl * (0.5 - weights)).sum().backward()
             for shard in shards(347, rank, world):
@@ -112,7 +114,14 @@ def smallest_budget(rank, world, device):
         for whose in ("", "ref_")
     ]
     options = FusedOptions(
-        ignore_index=-100, temperature=1.0, softcap=None, logits_budget=1000 * (world - rank), shard=shard
+        ignore_index=-100,
+        temperature=1.0,
+        softcap=None,
+        logit_scale=1.0,
+        ref_logit_scale=1.0,
+        kl_direction="forward",
+        logits_budget=1000 * (world - rank),
+        shard=shard,
     )
     assert prepare(*heads, tensors["labels"], PaddedPairs(), options).budget == 1000
 
@@ -231,7 +240,7 @@ def communication_is_independent_of_the_vocabulary(rank, world, device):
             tdpo_ext.linear_preference_loss(OBJECTIVES["tdpo2"], **tensors, shard=shard)[0].backward()
         counted.append(sum(payloads))
     rows, width = 2 * 3 * 11, 16
-    assert counted[0] == counted[1] == 4 * rows * (9 + width) + 8 * 24 + 8  # states and dhidden, header, outcome
+    assert counted[0] == counted[1] == 4 * rows * (9 + width) + 8 * 32 + 8  # states and dhidden, header, outcome
 
 
 def small_model():

@@ -4,6 +4,7 @@ BAD, DEFERRED, DIVERGENCE = (f"library/test_{name}.py" for name in ("bad_argumen
 INPUTS, LINEAR, LOSSES = (f"library/test_{name}.py" for name in ("linear_inputs", "linear", "losses"))
 OBJECTIVES, OPS, PEAKED = (f"library/test_{name}.py" for name in ("objectives", "ops", "peaked_rows"))
 PER_TOKEN, PLAN, WAITS = (f"library/test_{name}.py" for name in ("per_token", "plan", "no_waits"))
+REFERENCES, REVERSE = "library/test_references.py", "library/test_reverse_kl.py"
 FAULTS, SHARDED = "library/test_shard_faults.py", "library/test_vocab_parallel.py"
 
 
@@ -74,6 +75,11 @@ MUTATIONS = [
     *_of(
         "tdpo_ext/fused/streaming.py",
         (
+            "LMHead(ref_hidden, ref_weight, ref_bias, ctx.ref_scale)",
+            "LMHead(ref_hidden, ref_weight, ref_bias)",
+            [REFERENCES],
+        ),
+        (
             "Buffer((plan.columns, inputs.policy.width), inputs.logit_dtype)",
             "Buffer((plan.columns, inputs.policy.width), inputs.weight_dtype)",
             [LINEAR],
@@ -103,10 +109,19 @@ MUTATIONS = [
     *_of(
         "tdpo_ext/fused/inputs.py",
         ("    ranks.check_same(_AGREED_ON)\n", "", [FAULTS]),
+        ('            "reverse_kl": inputs.options.reverse_kl,\n', "", [FAULTS]),
+        ("return out if self.scale == 1 else out.mul_(self.scale)", "return out", [REFERENCES]),
+        ("            ref = ref.cast(torch.float64)\n", "            pass\n", [REFERENCES]),
+        ("if ref_hidden.dtype == torch.float64 != hidden.dtype:", "if False:", [REFERENCES]),
         ('min(ranks.by_rank["budget"])', 'ranks.by_rank["budget"][0]', [FAULTS, SHARDED]),
         ('            "labels": digest(inputs.labels[rows.index]),\n', "", [FAULTS]),
         ('            "softcap": inputs.options.softcap,\n', "", [FAULTS]),
         ("            out += self.bias[columns]\n", "            pass\n", [LINEAR]),
+    ),
+    *_of(
+        "tdpo_ext/fused/options.py",
+        ("temperature=self.temperature / self.logit_scale,", "temperature=self.temperature,", [REFERENCES]),
+        ("else self.softcap / self.logit_scale,", "else self.softcap,", [REFERENCES]),
     ),
     *_of(
         "tdpo_ext/objectives.py",
@@ -155,11 +170,21 @@ MUTATIONS = [
     *_of(
         "csrc/row_state.h",
         (
-            "moved_size <= z_sum + r_sum + size_of(natural_gap)",
+            "moved_size <= other_sum + weight_sum + size_of(natural_gap)",
             "moved_size >= X{}",
             [PEAKED],
         ),
         ("return masked ? -kLargestExponent<Real> : top;", "return masked ? top : top;", [PEAKED]),
+        ("return std::fabs(z - r) > Real(16);", "return std::fabs(z - r) > Real(1600);", [PEAKED]),
+        (
+            "gap = Real(double(z) - double(r) - double(offset) * double(inv_temp.base2));",
+            "gap = z - r - offset * inv_temp.base2;",
+            [PEAKED],
+        ),
+        ("if (std::fabs(z) > std::fabs(r))", "if (false)", [PEAKED]),
+        ("hop = kReverse ? r_hop - z_hop : z_hop - r_hop;", "hop = z_hop - r_hop;", [REVERSE]),
+        ("mean_gap(kReverse ? state.sums.gap / state.sums.weight_sum() : Real(0))", "mean_gap(0)", [REVERSE]),
+        ("kReverse ? kLn2 : -1", "kReverse ? 1 : -1", [REVERSE]),
     ),
     *_of(
         "csrc/cpu/row_kernels.cpp",
