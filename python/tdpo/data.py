@@ -2,28 +2,30 @@
 
 Forms: prompt/chosen/rejected texts; chosen/rejected texts that both begin with the prompt (an implicit prompt), among
 them transcripts in the style of Anthropic's HH ("\\n\\nHuman: ...\\n\\nAssistant: ..."); the same as lists of chat
-messages, to which the tokenizer's chat template is applied, `tools` passed through.
+messages, to which the tokenizer's chat template is applied, or a prompt's text beside whole conversations. With
+messages, the columns `system` (a text), `tools` (a list, or JSON) and `chat_template_kwargs` reach the template.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tdpo_ext import checks
+from .messages import RESPONSES, check_row, row_texts
 
 logger = logging.getLogger(__name__)
-RESPONSES = ("chosen", "rejected")
+_ROWS_PER_DIGEST = 1000
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def load_preferences(name: str, split: str = "train") -> Dataset:
@@ -42,7 +44,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
             return load_dataset(name, split=split)
         saved = load_from_disk(name)
     except Exception as error:  # each format has errors of its own; `datasets` names the reason in the cause
-        reason = error.__cause__ or error
+        reason = _malformed_json(path) or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"the dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
     if not isinstance(saved, DatasetDict):
         return saved
@@ -51,75 +53,34 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
     return saved[split]
 
 
-def _shared_prefix_length(first: Sequence, second: Sequence) -> int:
-    length = 0
-    for a, b in zip(first, second):
-        if a != b:
-            break
-        length += 1
-    return length
+def _malformed_json(path: Path) -> str:
+    """Where a JSON file stops being JSON; "" if it doesn't, or is none."""
+    if not path.is_file() or _FILE_FORMATS.get(path.suffix) != "json":
+        return ""
+    content = path.read_bytes()
+    if not content.strip():
+        return "the file is empty"
+    lines = [content] if content.lstrip().startswith(b"[") else content.split(b"\n")
+    for number, line in enumerate(lines):
+        try:
+            json.loads(line or b"null")
+        except json.JSONDecodeError as error:
+            return f"line {number + error.lineno}, column {error.colno}: {error.msg}"
+        except UnicodeDecodeError as error:
+            return f"line {number + 1}: {error}"
+    return ""
 
 
-def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
-    """The length, in characters or messages, of the prompt that both responses begin with."""
-    shared = _shared_prefix_length(chosen, rejected)
-    if not isinstance(chosen, str):
-        return min(shared, len(chosen) - 1, len(rejected) - 1)
-    if chosen.startswith(_HUMAN):  # a transcript: the prompt ends where the assistant's last shared turn begins
-        turn = chosen.rfind(_ASSISTANT, 0, shared)
-        return 0 if turn < 0 else turn + len(_ASSISTANT)
-    if shared < min(len(chosen), len(rejected)):  # not within a word
-        shared = chosen.rfind(" ", 0, shared)
-    return max(shared, 0)
-
-
-def _check_texts_or_messages(row: dict[str, Any]) -> None:
-    """Refuses what is neither a text nor a list of messages, with the name of the column."""
-    for name in ("prompt", *RESPONSES):
-        value = row.get(name)
-        if value is None or isinstance(value, str):
-            continue
-        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-            raise ValueError(f"{name!r} is {checks.describe(value)}; it must be a text or a list of chat messages")
-        for message in value:
-            if message.get("role") is None:
-                raise ValueError(f"a message of {name!r} has no 'role': {checks.describe(message)}")
-            if all(part is None for key, part in message.items() if key != "role"):  # a tool call needs no text
-                raise ValueError(f"a message of {name!r} has no 'content': {checks.describe(message)}")
-    if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
-        raise ValueError("'chosen' and 'rejected' must both be texts or both lists of chat messages")
-
-
-def _with_explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    if row.get("prompt") is not None:
-        return row
-    chosen, rejected = row["chosen"], row["rejected"]
-    length = _implicit_prompt_length(chosen, rejected)
-    return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
-
-
-def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Prompt and responses as texts; chat messages go through the tokenizer's template."""
-    row = _with_explicit_prompt(row)
-    if isinstance(row["chosen"], str):
-        return {name: row[name] for name in ("prompt", *RESPONSES)}
-    messages = row["prompt"] if not isinstance(row["prompt"], str) else [{"role": "user", "content": row["prompt"]}]
-    template_options = {"tools": row.get("tools"), "tokenize": False}
-    if messages and messages[-1]["role"] == "assistant":
-        prompt = tokenizer.apply_chat_template(messages, continue_final_message=True, **template_options)
-    else:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_options)
-    texts = {"prompt": prompt}
-    for side in RESPONSES:
-        conversation = tokenizer.apply_chat_template([*messages, *row[side]], **template_options)
-        shared = _shared_prefix_length(conversation, prompt)
-        if shared < len(prompt) and not conversation.startswith(prompt.rstrip()):
-            raise ValueError(
-                "the tokenizer's chat template renders the prompt differently when a response follows, so the response "
-                f"can't be separated from it; prompt: {prompt[-80:]!r}"
-            )
-        texts[side] = conversation[shared:]
-    return texts
+def tokens_digest(dataset: Dataset) -> str:
+    """A digest of the token ids of a tokenized dataset, which depends on nothing else."""
+    hashed = hashlib.blake2b(digest_size=16)
+    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    for batch in columns.iter(batch_size=_ROWS_PER_DIGEST):
+        for name in columns.column_names:
+            tokens = batch[name].combine_chunks()
+            for numbers in (tokens.value_lengths(), tokens.flatten()):
+                hashed.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype=np.int64).data)
+    return hashed.hexdigest()
 
 
 class _TokenIds(NamedTuple):
@@ -135,6 +96,7 @@ _COLUMNS = Features(
         "chosen_ids": List(Value("int64")),
         "rejected_ids": List(Value("int64")),
         "index": Value("int64"),
+        "length": Value("int64"),
         "dropped": Value("string"),  # why the row can't be used, "" if it can
     }
 )
@@ -159,22 +121,25 @@ class _Encoder:
             "chosen_ids": ids.chosen,
             "rejected_ids": ids.rejected,
             "index": index,
+            "length": len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)),
             "dropped": dropped,
         }
 
     def encode(self, row: dict[str, Any]) -> tuple[_TokenIds, str]:
         """The token ids of a row and the reason why it can't be used, "" if it can."""
+        check_row(row)
         for side in RESPONSES:
             if not row[side]:
                 return _NO_TOKENS, f"an empty {side!r} response"
-        _check_texts_or_messages(row)
-        texts, templated = _texts(row, self.tokenizer), not isinstance(row["chosen"], str)
+        texts, templated = row_texts(row, self.tokenizer), not isinstance(row["chosen"], str)
         prompt = self._encode_prompt(texts["prompt"], templated)
         if len(prompt) > self.max_prompt_length and self.overlong == "drop":
             return _NO_TOKENS, f"a prompt over {self.max_prompt_length} tokens"
         prompt = prompt[-self.max_prompt_length :]
         available = self.max_length - len(prompt)
         responses = {side: self._encode_response(texts[side], templated) for side in RESPONSES}
+        if responses["chosen"] == responses["rejected"]:
+            return _NO_TOKENS, "equal responses"
         for side, response in responses.items():
             if len(response) <= available:
                 continue
@@ -182,7 +147,7 @@ class _Encoder:
                 return _NO_TOKENS, f"prompt and {side!r} response over {self.max_length} tokens"
             responses[side] = self._cut(response, available)
         if responses["chosen"] == responses["rejected"]:
-            return _NO_TOKENS, "equal responses"
+            return _NO_TOKENS, f"responses that are equal once cut to max_length, {self.max_length} tokens"
         return _TokenIds(prompt, responses["chosen"], responses["rejected"]), ""
 
     def _encode_prompt(self, text: str, templated: bool) -> list[int]:
@@ -215,15 +180,17 @@ def tokenize_preferences(
     max_length: int,
     max_prompt_length: int,
     overlong: str = "truncate",
+    num_proc: int | None = None,
 ) -> Dataset:
     """Tokenizes preference rows.
 
-    The columns of the result are `prompt_ids`, `chosen_ids` and `rejected_ids`; `index`, the row of `dataset`; and
-    `position`, the row of the result. A response ends with the tokenizer's end token: it is appended unless the text
-    ends with it, or a chat template closes the message with it, with or without white space behind. A prompt longer
-    than `max_prompt_length` tokens keeps its end; a response that doesn't fit `max_length` keeps its beginning and the
-    end token; or, with `overlong="drop"`, such rows are dropped. Rows with an empty response or with equal responses
-    are always dropped. A warning says how many rows were dropped, and why.
+    The columns of the result are `prompt_ids`, `chosen_ids` and `rejected_ids`; `index`, the row of `dataset`;
+    `length`, the tokens of the prompt and the longer response; and `position`, the row of the result. A response ends
+    with the tokenizer's end token: it is appended unless the text ends with it, or a chat template closes the message
+    with it, with or without white space behind. A prompt longer than `max_prompt_length` tokens keeps its end; a
+    response that doesn't fit `max_length` keeps its beginning and the end token; or, with `overlong="drop"`, such rows
+    are dropped. Rows with an empty response or with responses that are equal, or become so by this, are always dropped.
+    A warning says how many rows were dropped, and why. `num_proc` processes share the work.
 
     Raises:
         ValueError: a column is missing, a row is malformed (the message names it), no row is left, or the tokenizer has
@@ -238,7 +205,7 @@ def tokenize_preferences(
         raise ValueError("the dataset is empty")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, with which responses must end")
-    if not isinstance(dataset[0]["chosen"], str) and tokenizer.chat_template is None:
+    if isinstance(dataset[0]["chosen"], list) and tokenizer.chat_template is None:
         raise ValueError("the dataset holds chat messages but the tokenizer has no chat template")
     encoder = _Encoder(tokenizer, max_length, max_prompt_length, overlong)
     encoded = dataset.map(
@@ -246,6 +213,7 @@ def tokenize_preferences(
         with_indices=True,
         remove_columns=dataset.column_names,
         features=_COLUMNS,  # not inferred: the first rows may all be dropped
+        num_proc=None if num_proc is None else min(num_proc, len(dataset)),
         desc="Tokenizing preferences",
     )
     dropped = Counter(reason for reason in encoded["dropped"] if reason)

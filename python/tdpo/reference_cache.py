@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from .causal_lm import CausalLM, unwrap_peft
 from .collator import PreferenceCollator
+from .data import tokens_digest
 from .files import allocate, digest, read_sealed, write_sealed
 
 FORMAT = 2
@@ -56,15 +57,11 @@ def _source(model: nn.Module, dataset: Dataset, dtype: str) -> Source:
     for name, value in unwrap_peft(model).state_dict().items():
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    tokens = hashlib.blake2b(digest_size=16)
-    for row in dataset:
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            tokens.update(np.asarray([len(row[name]), *row[name]], dtype=np.int64).data)
     return {
         "format": FORMAT,
         "dtype": dtype,
         "reference weights": weights.hexdigest(),
-        "tokenized data": tokens.hexdigest(),
+        "tokenized data": tokens_digest(dataset),
     }
 
 

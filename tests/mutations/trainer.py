@@ -3,7 +3,7 @@
 CACHE, CHECKPOINTS, CLI = "trainer/test_reference_cache.py", "trainer/test_checkpoints.py", "trainer/test_cli.py"
 CONFIG, DATA, EVALUATION = "trainer/test_config.py", "trainer/test_data.py", "trainer/test_evaluation.py"
 FEATURES, METRICS, TRL = "trainer/test_trainer_features.py", "trainer/test_metrics.py", "trainer/test_trl.py"
-TRAINER = "trainer/test_trainer.py"
+MESSAGES, TRAINER = "trainer/test_messages.py", "trainer/test_trainer.py"
 FAST_CACHE = [f"{CACHE}::test_{name}" for name in (
     "flipped_bits_are_detected_or_harmless",
     "damaged_files_are_named",
@@ -36,8 +36,6 @@ MUTATIONS = [
     *_of(
         "data.py",
         ("return saved[split]", 'return saved["train"]', [DATA]),
-        ("if shared < min(len(chosen), len(rejected)):", "if True:", [DATA]),
-        ('if messages and messages[-1]["role"] == "assistant":', "if False:", [DATA]),
         (
             '            return self.tokenizer(text, add_special_tokens=False)["input_ids"]',
             '            return self.tokenizer(text, add_special_tokens=True)["input_ids"]',
@@ -54,14 +52,46 @@ MUTATIONS = [
         ("if templated and text.rstrip().endswith", "if text.rstrip().endswith", [DATA]),
         ("if templated and text.rstrip().endswith", "if templated and text.endswith", [DATA]),
         ("return ids[:length] if last_end < length else", "return", [DATA]),
-        ('if message.get("role") is None:', "if False:", [DATA]),
-        ("if all(part is None for", "if any(part is None for", [DATA]),
         ("except (ValueError, TemplateError) as error:", "except ValueError as error:", [DATA]),
+        ("prompt = prompt[-self.max_prompt_length :]", "prompt = prompt[: self.max_prompt_length]", [DATA]),
+        (
+            'select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])',
+            'select_columns(["prompt_ids", "chosen_ids"])',
+            FAST_CACHE,
+        ),
+        (
+            "for numbers in (tokens.value_lengths(), tokens.flatten()):",
+            "for numbers in (tokens.flatten(),):",
+            [MESSAGES],
+        ),
+        ("num_proc=None if num_proc is None else min(num_proc, len(dataset)),", "", [MESSAGES]),
+        ("if len(response) <= available:", "if len(response) < available:", [DATA]),
+        (
+            'if responses["chosen"] == responses["rejected"]:\n            return _NO_TOKENS, "equal responses"\n',
+            "",
+            [DATA],
+        ),
+        (
+            'if responses["chosen"] == responses["rejected"]:\n            return _NO_TOKENS, f"responses that',
+            'if False:\n            return _NO_TOKENS, f"responses that',
+            [MESSAGES],
+        ),
+    ),
+    *_of(
+        "messages.py",
+        ("if shared < min(len(chosen), len(rejected)):", "if True:", [DATA]),
+        ('if messages and messages[-1]["role"] == "assistant":', "if False:", [DATA]),
+        ("if role is None:", "if False:", [DATA]),
+        ("if all(part is None for", "if any(part is None for", [DATA]),
         ("max(shared, 0)", "max(shared, 1)", [DATA]),
         ("return 0 if turn < 0 else turn", "return turn", [DATA]),
-        ("prompt = prompt[-self.max_prompt_length :]", "prompt = prompt[: self.max_prompt_length]", [DATA]),
-        ("if len(response) <= available:", "if len(response) < available:", [DATA]),
-        ('if responses["chosen"] == responses["rejected"]:', "if False:", [DATA]),
+        ('if chosen[0]["role"] not in _BEFORE_ANSWERS:', "if True:", [MESSAGES]),
+        ("if prompt.strip() not in", "if False and prompt.strip() not in", [MESSAGES]),
+        ("if prompt and all(_same", "if False and all(_same", [MESSAGES]),
+        ("if media:", "if False:", [MESSAGES]),
+        ("if None not in (chosen, rejected) and", "if", [MESSAGES]),
+        (', **(row.get("chat_template_kwargs") or {})}', "}", [MESSAGES]),
+        ('if messages and messages[0]["role"] == "system":', "if False:", [MESSAGES]),
     ),
     *_of(
         "collator.py",
@@ -81,11 +111,6 @@ MUTATIONS = [
     ),
     *_of(
         "reference_cache.py",
-        (
-            'for name in ("prompt_ids", "chosen_ids", "rejected_ids"):',
-            'for name in ("prompt_ids", "chosen_ids"):',
-            FAST_CACHE,
-        ),
         ('if digest(checksums) != header["checksums"]:', "if False:", FAST_CACHE),
         ("if path.stat().st_size != size:", "if path.stat().st_size > size:", FAST_CACHE),
         (

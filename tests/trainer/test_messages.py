@@ -1,0 +1,159 @@
+"""Columns that accompany chat messages, whole conversations beside a prompt, and rows that are no preferences."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from model_families import make_tokenizer
+from tdpo import load_preferences, tokenize_preferences
+from tdpo.data import tokens_digest
+
+CHAT = (
+    "{% if tools %}<{{ tools[0].name }}>{% endif %}{% if loud %}!{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+ASKED, GREAT, BAD = message("user", "the film?"), message("assistant", "great"), message("assistant", "bad")
+ROW = {"prompt": [ASKED], "chosen": [GREAT], "rejected": [BAD]}
+PROMPT = "[user] the film?<|end|>[assistant] "
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tokenize(rows, tokenizer, **options):
+    limits = {"max_length": 150, "max_prompt_length": 100, **options}
+    return tokenize_preferences(Dataset.from_list(rows), tokenizer, **limits)
+
+
+def texts(row, tokenizer):
+    return [tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (
+            {"prompt": "the film?", "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]},
+            PROMPT,
+        ),  # UltraFeedback binarized
+        ({"prompt": " the film?\n", "chosen": [GREAT], "rejected": [BAD]}, "[user]  the film?\n<|end|>[assistant] "),
+        ({"prompt": [ASKED], "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]}, PROMPT),
+        ({**ROW, "system": "be brief"}, "[system] be brief<|end|>" + PROMPT),
+        ({**ROW, "system": ""}, PROMPT),
+        ({**ROW, "tools": json.dumps([{"name": "search"}])}, "<search>" + PROMPT),
+        ({**ROW, "tools": [{"name": "search"}]}, "<search>" + PROMPT),
+        ({**ROW, "tools": " "}, PROMPT),
+        ({**ROW, "chat_template_kwargs": {"loud": True}}, "!" + PROMPT),
+    ],
+)
+def test_forms(row, prompt, chat_tokenizer):
+    row = tokenize([row], chat_tokenizer)[0]
+    assert texts(row, chat_tokenizer) == [prompt, "great<|end|>", "bad<|end|>"]
+    assert row["length"] == len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a film?", "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]}, "don't share the 'prompt'"),
+        ({**ROW, "prompt": [message("system", "a"), ASKED], "system": "be brief"}, "a system message of its own"),
+        ({**ROW, "system": 5}, "'system' is 5; it must be a text"),
+        (
+            {"prompt": "a", "chosen": " b", "rejected": " c", "system": "d"},
+            "'system' is given, but this row holds texts",
+        ),
+        ({**ROW, "tools": "[{"}, "'tools' is no valid JSON"),
+        ({**ROW, "tools": '"search"'}, "'tools' is 'search'; it must be a list"),
+        (
+            {**ROW, "chosen": [message("assistant", 5)], "rejected": [message("assistant", 6)]},
+            "of 'chosen' is 5; it must",
+        ),
+        ({**ROW, "prompt": [{"role": 1, "content": "a"}]}, "the 'role' of a message of 'prompt' is 1"),
+        ({"prompt": [ASKED], "chosen": "a", "rejected": "b"}, "'prompt' is a list of chat messages, so"),
+        ({"prompt": "a", "chosen": 0, "rejected": 1}, "'chosen' is 0; it must be"),
+        (
+            {**ROW, "prompt": [message("user", [{"type": "image", "text": None}, {"type": "text", "text": "b"}])]},
+            "holds content of type 'image'; only text",
+        ),
+    ],
+)
+def test_malformed_rows_are_named(row, reason, chat_tokenizer):
+    with pytest.raises(ValueError, match="row 0 of the dataset: .*" + reason):
+        tokenize([row], chat_tokenizer)
+
+
+def test_null_responses_are_dropped_and_null_messages_named(chat_tokenizer, caplog):
+    with caplog.at_level("WARNING"):
+        kept = tokenize([ROW, {**ROW, "chosen": None}], chat_tokenizer)
+    assert kept["index"] == [0]
+    assert "1 with an empty 'chosen' response" in caplog.text
+    with pytest.raises(ValueError, match="row 1 of the dataset: 'rejected' is "):
+        tokenize([ROW, {**ROW, "rejected": [None]}], chat_tokenizer)
+
+
+def test_responses_that_truncation_makes_equal_are_called_that(tokenizer, caplog):
+    rows = [
+        {"prompt": "the film", "chosen": " good" * 30 + " fun", "rejected": " good" * 30 + " end"},
+        {"prompt": "the film", "chosen": " good", "rejected": " good"},
+        {"prompt": "the film", "chosen": " good", "rejected": " bad"},
+    ]
+    with caplog.at_level("WARNING"):
+        assert tokenize(rows, tokenizer, max_length=20, max_prompt_length=10)["index"] == [2]
+    assert "1 with equal responses" in caplog.text
+    assert "1 with responses that are equal once cut to max_length, 20 tokens" in caplog.text
+
+
+def test_processes_share_the_work(chat_tokenizer, monkeypatch):
+    processes, map_rows = [], Dataset.map
+
+    def recorded(dataset, *arguments, **options):
+        processes.append(options.get("num_proc"))
+        return map_rows(dataset, *arguments, **options)
+
+    monkeypatch.setattr(Dataset, "map", recorded)
+    rows = [{**ROW, "prompt": [message("user", "the film" * (i % 3))]} for i in range(8)]
+    alone = tokenize(rows, chat_tokenizer)
+    assert tokenize(rows, chat_tokenizer, num_proc=2).to_list() == alone.to_list()
+    assert processes == [None, 2]
+    with pytest.raises(ValueError, match=r"row 7 of the dataset: .*'tools'"):
+        tokenize([*({**row, "tools": ""} for row in rows[:7]), {**ROW, "tools": "["}], chat_tokenizer, num_proc=2)
+
+
+def test_the_digest_of_tokens(chat_tokenizer):
+    rows = [{**ROW, "prompt": [message("user", "the film" * (i % 3))]} for i in range(8)]
+    dataset = tokenize(rows, chat_tokenizer)
+    assert tokens_digest(dataset.select([0, 2, 1, 3])) != tokens_digest(dataset.select(range(4)))
+    assert tokens_digest(dataset.select([5, 6]).flatten_indices()) == tokens_digest(dataset.select([5, 6]))
+
+    def moved(row):  # the same tokens, of which the prompt has one more
+        prompt, chosen = row["prompt_ids"], row["chosen_ids"]
+        return {"prompt_ids": [*prompt, chosen[0]], "chosen_ids": chosen[1:]}
+
+    assert tokens_digest(dataset.map(moved)) != tokens_digest(dataset)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", '{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rejected"\n', "line 2, column 27"),
+        ("a.json", '[{"chosen": "a",\n "rejected": b}]', "line 2, column 14"),
+        ("a.jsonl", " \n", "the file is empty"),
+        ("a.json", "", "the file is empty"),
+    ],
+)
+def test_malformed_json_is_located(name, content, reason, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.* could not be loaded: {reason}") as caught:
+        load_preferences(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
