@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from dataclasses import fields
 from typing import Any
@@ -13,6 +14,13 @@ _COMMANDS = {
     "evaluate": "metrics of a policy against a reference",
     "cache-reference": "run the reference once and cache its hidden states",
     "demo": "the paper's controlled-sentiment experiment at small scale",
+}
+_DESCRIPTIONS = {
+    "train": "Trains a policy on preference pairs; run again, it resumes from its last checkpoint.",
+    "evaluate": "Evaluates a policy against a reference on preference pairs; prints the metrics as JSON.",
+    "cache-reference": "Runs the reference over the preferences and caches its hidden states in reference_cache "
+    "(default: reference-cache in output_dir), from which training with --precompute_reference reads them. "
+    "Interrupted, it resumes when run again.",
 }
 
 
@@ -50,9 +58,12 @@ def _demo(arguments: list[str]) -> None:
 def _run(command: str, arguments: list[str]) -> None:
     if command == "demo":
         return _demo(arguments)
-    from . import commands
+    from .options import parse_options
 
-    {"train": commands.train, "evaluate": commands.evaluate, "cache-reference": commands.cache}[command](arguments)
+    options = parse_options(command, _DESCRIPTIONS[command], arguments)
+    from . import commands  # loads torch and transformers, for which `--help` need not wait
+
+    {"train": commands.train, "evaluate": commands.evaluate, "cache-reference": commands.cache}[command](options)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Token-level Direct Preference Optimization.",
         epilog="commands:\n"
         + "\n".join(f"  {name:<16s} {summary}" for name, summary in _COMMANDS.items())
-        + "\n\n`tdpo COMMAND --help` documents every option of a command.",
+        + "\n\n`tdpo COMMAND --help` documents the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND")
@@ -75,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; run the same command again to resume.", file=sys.stderr)
         return 130
+    except SystemExit as ended:
+        if ended.code == 128 + signal.SIGTERM:  # of stopping.Terminated
+            print("\nTerminated; run the same command again to resume.", file=sys.stderr)
+        raise
     except ValueError as error:
         print(f"tdpo: {error}", file=sys.stderr)
         return 2

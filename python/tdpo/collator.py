@@ -59,7 +59,8 @@ class PreferenceCollator:
     A batch holds `input_ids`, padded to (2B, T) with an `attention_mask` or, with `padding_free`, packed to (1, N) with
     `position_ids`; `index`, (B,), the rows of the dataset; and of the response tokens, in order: `rows`, (R,), the flat
     positions of the hidden states that predict them; `targets`, (R,), the tokens; `cu_seqlens`, (2B + 1,), the offsets
-    of the sequences among them, and `row_lengths`, their 2B lengths as integers. With a `reference_cache` it also holds
+    of the sequences among them, and `row_lengths`, their 2B lengths as integers; `num_tokens`, how many tokens the 2B
+    sequences have. With a `reference_cache` it also holds
     `ref_hidden`, (R, D_ref), the reference's hidden states at these positions.
     """
 
@@ -74,6 +75,7 @@ class PreferenceCollator:
         batch |= _packed(sequences) if self.padding_free else _padded(sequences, self.pad_token_id)
         # Known here without waiting for a device, and so never asked of it.
         batch["row_lengths"] = batch["cu_seqlens"].diff().tolist()
+        batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)
         if self.reference_cache is not None:
             states = [self.reference_cache.hidden(row["position"], side) for side in RESPONSES for row in examples]
             batch["ref_hidden"] = torch.cat(states)

@@ -9,8 +9,10 @@ from datasets import Dataset
 
 from . import checkpoints
 from .data import load_preferences, padding_token, tokenize_preferences
-from .options import Options, parse_options, require
+from .files import read_json
+from .options import Options, require
 from .reference_cache import cache_reference
+from .run_record import check_same_run, write_record
 from .trainer import TDPOTrainer
 
 
@@ -27,19 +29,32 @@ def _trainer(options: Options, *, train_dataset: Dataset | None, eval_dataset: D
     )
 
 
-def train(arguments: list[str]) -> None:
-    """Trains, resuming from the last checkpoint in output_dir if there is one, and saves the model there."""
-    description = "Trains a policy on preference pairs; run again, it resumes from its last checkpoint."
-    options = parse_options("train", description, arguments)
+def train(options: Options) -> None:
+    """Trains, resuming from the last checkpoint in output_dir if there is one, and saves the model there.
+
+    A finished run changes nothing.
+    """
     models, data, args = options
     require(models, "model")
+    if models.merge_adapters and models.lora_r == 0:
+        raise ValueError("merge_adapters is True, but there are no adapters to merge; set lora_r too")
     preferences = load_preferences(require(data, "dataset"), data.split)
     evaluation = None if data.eval_dataset is None else load_preferences(data.eval_dataset, data.eval_split)
     trainer = _trainer(options, train_dataset=preferences, eval_dataset=evaluation)
-    interrupted = bool(checkpoints.checkpoints_of(args.output_dir))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or interrupted)
+    trainer.data_name = data.dataset
+    out = Path(args.output_dir)
+    interrupted = bool(checkpoints.checkpoints_of(out))
+    saved = _finished_without_checkpoints(trainer) if not interrupted else 0
+    if not saved:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or interrupted)
+        saved = trainer.was_finished and _saved_steps(out) == trainer.state.global_step and trainer.state.global_step
+    if saved:
+        print(f"{out} holds a finished run of {saved} steps: nothing was trained or changed")
+        return
     trainer.save_model()
     trainer.save_state()
+    if args.should_save:
+        write_record(out, trainer.record)
     if models.merge_adapters and args.should_save:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.save_pretrained(Path(args.output_dir, "merged"))
@@ -47,10 +62,33 @@ def train(arguments: list[str]) -> None:
     print(f"saved {args.output_dir}")
 
 
-def evaluate(arguments: list[str]) -> None:
+def _saved_steps(out: Path) -> int:
+    """The steps of the run whose model was saved in a folder last; 0 if there is none."""
+    state = out / "trainer_state.json"
+    return read_json(state)["global_step"] if state.is_file() else 0
+
+
+def _finished_without_checkpoints(trainer: TDPOTrainer) -> int:
+    """The steps of a finished run that left no checkpoints; 0 if there is none.
+
+    Raises:
+        ValueError: it is another run, or one to which steps would have to be added.
+    """
+    out, steps = Path(trainer.args.output_dir), trainer.total_steps()
+    saved = _saved_steps(out)
+    if not saved or trainer.args.resume_anyway:
+        return 0
+    check_same_run(out, trainer.record, anyway=False)
+    if saved < steps:
+        raise ValueError(
+            f"output_dir is {out}, which holds a run of {saved} steps without checkpoints, so it can't be continued to "
+            f"{steps}; give another output_dir"
+        )
+    return saved
+
+
+def evaluate(options: Options) -> None:
     """Prints the metrics of a policy against a reference on preference pairs, as JSON."""
-    description = "Evaluates a policy against a reference on preference pairs; prints the metrics as JSON."
-    options = parse_options("evaluate", description, arguments)
     models, data, args = options
     require(models, "model")
     require(models, "ref_model")
@@ -63,14 +101,9 @@ def evaluate(arguments: list[str]) -> None:
         print(json.dumps(metrics, indent=1))
 
 
-def cache(arguments: list[str]) -> None:
+def cache(options: Options) -> None:
     """Runs the reference over the data and caches its hidden states for training with `--precompute_reference`."""
-    description = (
-        "Runs the reference over the preferences and caches its hidden states in reference_cache (default: "
-        "reference-cache in output_dir), from which training with --precompute_reference reads them. Interrupted, it "
-        "resumes when run again."
-    )
-    models, data, args = parse_options("cache-reference", description, arguments)
+    models, data, args = options
     model_name = require(models, "model")
     splits = {"train": (require(data, "dataset"), data.split)}
     if data.eval_dataset is not None:

@@ -1,4 +1,8 @@
-"""Training metrics, under the names that the authors' code and TRL use."""
+"""Training metrics, under the names and with the meanings that TRL gives them, and those of TDPO beside them.
+
+TRL's `logits/*`, means of all logits, are left out: a constant added to a row's logits moves them and changes no
+probability, and the fused loss never holds logits to sum.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +32,13 @@ def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, PairM
 
     Args:
         output: of `PreferenceLoss`.
-        beta: of the loss, for the rewards beta (logratio + KL).
+        beta: of the loss: `rewards/*` are those of DPO, beta logratio, and `rewards_with_kl/*` those that the authors
+            of TDPO log, beta (logratio + KL).
     """
     chosen, rejected = output.chosen, output.rejected
-    reward_chosen, reward_rejected = rewards(chosen, beta=beta), rewards(rejected, beta=beta)
     of_pairs = {
-        "rewards/chosen": reward_chosen,
-        "rewards/rejected": reward_rejected,
-        "rewards/accuracies": (reward_chosen > reward_rejected).float(),
-        "rewards/margins": reward_chosen - reward_rejected,
+        **_reward_metrics("rewards", beta * chosen.logratio, beta * rejected.logratio),
+        **_reward_metrics("rewards_with_kl", rewards(chosen, beta=beta), rewards(rejected, beta=beta)),
         "kl/chosen": chosen.kl,
         "kl/rejected": rejected.kl,
         "kl/margin": rejected.kl - chosen.kl,
@@ -47,6 +49,15 @@ def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, PairM
     metrics["entropy"] = PairMetric(chosen.entropy + rejected.entropy, chosen.tokens + rejected.tokens)
     metrics["mean_token_accuracy"] = PairMetric(chosen.correct, chosen.tokens)  # of chosen tokens, as TRL's
     return metrics
+
+
+def _reward_metrics(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    return {
+        f"{name}/chosen": chosen,
+        f"{name}/rejected": rejected,
+        f"{name}/accuracies": (chosen > rejected).float(),
+        f"{name}/margins": chosen - rejected,
+    }
 
 
 class MetricMeans:

@@ -1,4 +1,7 @@
-"""Options of the command line beside TDPOConfig, and how YAML files and flags become options."""
+"""Options of the command line beside TDPOConfig, and how YAML files and flags become options.
+
+Importing this loads no torch, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
-from .checkpoints import MANIFEST, check
-from .config import TDPOConfig
 from .fields import option
 from .files import read_json
+from .help import HELP_FLAGS, print_help, usage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .config import TDPOConfig
 
 
 @dataclass
@@ -39,6 +43,7 @@ class ModelOptions:
 
     def load(self, name: str) -> Any:
         """The causal language model `name`."""
+        import torch
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
@@ -79,6 +84,10 @@ def _loaded(what: str, load: Callable[..., Any], name: str | None, **options: An
     Raises:
         ValueError: it is missing or damaged; the message names it.
     """
+    import torch
+
+    from .checkpoints import MANIFEST, check
+
     if name is not None and Path(name, MANIFEST).is_file():
         check(name)
     try:
@@ -86,12 +95,23 @@ def _loaded(what: str, load: Callable[..., Any], name: str | None, **options: An
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # safetensors, tokenizers and pickle have errors of their own
+        if not Path(name or "").exists() and _looks_like_path(name or ""):
+            raise ValueError(f"the {what} {name} does not exist") from error
         reason = " ".join(str(error).split()) or type(error).__name__
+        if not Path(name or "").exists():
+            reason = f"there is no such folder here, and a hub gave none: {reason}"
         raise ValueError(f"the {what} {_unreadable_file(name) or name} could not be loaded: {reason}") from error
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a name can be no hub's, which are NAME or OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _unreadable_file(folder: str | None) -> Path | None:
     """The first file in a folder that can't be read for what it is: the errors of its loader may not name it."""
+    from safetensors import SafetensorError, safe_open
+
     for path in sorted(Path(folder or "").glob("*")):
         try:
             if path.suffix == ".json":
@@ -123,9 +143,6 @@ class Options(NamedTuple):
     training: TDPOConfig
 
 
-OPTION_CLASSES = (ModelOptions, DataOptions, TDPOConfig)
-
-
 def parse_options(command: str, description: str, arguments: list[str]) -> Options:
     """The options of `tdpo command` from `[config.yaml] [--flag value ...]`; flags override the file.
 
@@ -133,9 +150,18 @@ def parse_options(command: str, description: str, arguments: list[str]) -> Optio
         ValueError: the file is missing or holds no mapping in YAML, or a key is no option (the nearest is suggested).
         SystemExit: bad flags, as argparse does.
     """
-    parser = HfArgumentParser(OPTION_CLASSES, prog=f"tdpo {command}", description=description)
-    parser.usage = f"tdpo {command} [config.yaml] [--OPTION VALUE ...]"
-    names = [field.name for option_class in OPTION_CLASSES for field in fields(option_class) if field.init]
+    for flag, everything in HELP_FLAGS.items():
+        if flag in arguments:
+            print_help(command, description, everything=everything)
+            raise SystemExit(0)
+    from transformers import HfArgumentParser
+
+    from .config import TDPOConfig
+
+    option_classes = (ModelOptions, DataOptions, TDPOConfig)
+    parser = HfArgumentParser(option_classes, prog=f"tdpo {command}", description=description)
+    parser.usage = usage(command)
+    names = [field.name for option_class in option_classes for field in fields(option_class) if field.init]
     flags = arguments
     if arguments and not arguments[0].startswith("-"):
         # The file's options come first: where a flag is given twice, argparse takes the last.
@@ -143,7 +169,7 @@ def parse_options(command: str, description: str, arguments: list[str]) -> Optio
     for flag in flags:
         if flag.startswith("--"):
             flag = flag[2:].split("=")[0]
-            known = [*names, "help", *(f"no_{name}" for name in names)]
+            known = [*names, *(f"no_{name}" for name in names)]
             _check_known(flag.replace("-", "_"), known, f"unknown flag --{flag}")
     return Options._make(parser.parse_args_into_dataclasses(flags))
 

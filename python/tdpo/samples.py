@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,8 @@ def show_samples(trainer: TDPOTrainer, loader: DataLoader, prefix: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{prefix}-step-{trainer.state.global_step}.json").write_text(json.dumps(samples, indent=1))
     for sample in samples:
-        print("\n".join(f"{name:>10s}: {' '.join(text.split())}" for name, text in sample.items()) + "\n", flush=True)
+        shown = "\n".join(f"{name:>10s}: {' '.join(text.split())}" for name, text in sample.items())
+        print(f"{shown}\n", file=sys.stderr, flush=True)
 
 
 def _continuation(trainer: TDPOTrainer, model: nn.Module, prompt: list[int]) -> str:

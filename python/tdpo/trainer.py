@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +18,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from . import checkpoints
 from .causal_lm import CachedReferenceHead, CausalLM
@@ -26,8 +29,15 @@ from .data import padding_token, tokenize_preferences
 from .loss import PreferenceLoss, patch_forward
 from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .model_card import model_card
+from .policy import check_processing_class, prepare_policy
+from .progress import show_readable_logs
 from .reference_cache import ReferenceCache, cache_reference
+from .run_record import check_same_run, record_of, write_record
 from .samples import show_samples
+from .stopping import StopAfterStep
+
+logger = logging.getLogger(__name__)
+_NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init")
 
 
 class TDPOTrainer(Trainer):
@@ -50,7 +60,11 @@ class TDPOTrainer(Trainer):
     """
 
     data_collator: Any
+    data_name: str | None = None  # of the training data, for the model card
+    was_finished = False  # the last call of `train` found the run finished
     _staging: str | None = None  # the folder of a checkpoint that is being written
+    _new_tokens = 0  # trained on by this process since they were last counted
+    _warned_of_kl = False
 
     def __init__(
         self,
@@ -69,14 +83,17 @@ class TDPOTrainer(Trainer):
                 raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
         if not isinstance(args, TDPOConfig):
             raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
-        if processing_class is None:
-            raise ValueError("processing_class is None; the policy's tokenizer is required")
+        check_processing_class(processing_class)
+        for name in _NEED_LOGITS:
+            if others.get(name) is not None:
+                raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
         tokenize = functools.partial(
             tokenize_preferences,
             tokenizer=processing_class,
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
             overlong=args.overlong,
+            num_proc=args.dataset_num_proc,
         )
         if train_dataset is not None:
             train_dataset = tokenize(train_dataset)
@@ -86,7 +103,7 @@ class TDPOTrainer(Trainer):
             eval_dataset = tokenize(eval_dataset)
         pad_token_id = padding_token(processing_class)
         super().__init__(
-            model=_prepare_policy(model, args, peft_config),
+            model=prepare_policy(model, args, peft_config),
             args=args,
             data_collator=others.pop("data_collator", PreferenceCollator(pad_token_id, args.padding_free)),
             train_dataset=train_dataset,
@@ -96,6 +113,9 @@ class TDPOTrainer(Trainer):
         )
         # The loss is a mean over pairs: gradient accumulation divides it, nothing is normalised by tokens.
         self.model_accepts_loss_kwargs = False
+        show_readable_logs(self)
+        self._stop = StopAfterStep(self)
+        self.add_callback(self._stop)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
         self._splits = _splits_by_name(self.train_dataset, self.eval_dataset)
@@ -194,21 +214,33 @@ class TDPOTrainer(Trainer):
     ) -> Any:
         """The mean loss of a batch; its metrics are accumulated until the next log."""
         output = model(preference=inputs)
-        loss = output.loss
+        metrics = preference_metrics(output, self.args.beta)
+        if self.model.training:
+            self._training_means.add(metrics)
+            self._new_tokens += inputs["num_tokens"]
+        else:
+            losses = self.loss.objective(output.chosen, output.rejected)  # of every pair; `loss` is their mean
+            metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
+            self._evaluation_means.add(inputs["index"], metrics)
+        return (output.loss, {}) if return_outputs else output.loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **others: Any) -> Tensor:
+        """A batch's gradient. Its loss is checked once the backward pass is under way, for which no device waits.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the message names the rows of the batch.
+        """
+        loss = super().training_step(model, inputs, *arguments, **others)
+        self._check_finite(loss, inputs)
+        return loss
+
+    def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {inputs['index'].tolist()} "
                 "of the dataset; training stops; last good checkpoint: "
                 f"{checkpoints.last_checkpoint(self.args.output_dir) or 'none'}"
             )
-        metrics = preference_metrics(output, self.args.beta)
-        if self.model.training:
-            self._training_means.add(metrics)
-        else:
-            losses = self.loss.objective(output.chosen, output.rejected)  # of every pair; `loss` is their mean
-            metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
-            self._evaluation_means.add(inputs["index"], metrics)
-        return (loss, {}) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -216,6 +248,7 @@ class TDPOTrainer(Trainer):
         """Evaluation needs the loss and the metrics, no logits."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self._check_finite(loss, inputs)
         return loss.detach(), None, None
 
     def evaluation_loop(
@@ -238,22 +271,65 @@ class TDPOTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the means since the last log to the entries of the training loop."""
+        """Adds the means since the last log, and the tokens so far, to the entries of the training loop."""
         if "loss" in logs:
             logs.update(self._training_means.take())
+            logs["num_tokens"] = self._count_tokens()
+            self._warn_of_kl(logs["kl/chosen"])
         super().log(logs, *args, **kwargs)
+
+    def _count_tokens(self) -> int:
+        """Tokens of prompts and responses that all processes have trained on, in this run and those it resumes."""
+        new, self._new_tokens = self._new_tokens, 0
+        counted = torch.tensor(new, device=self.args.device)
+        if self.args.include_num_input_tokens_seen == "no":  # otherwise transformers counts
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(counted, "sum"))
+        return self.state.num_input_tokens_seen
+
+    def _warn_of_kl(self, kl: float) -> None:
+        if not self._warned_of_kl and 0 < self.args.kl_warning < kl:
+            self._warned_of_kl = True
+            logger.warning(
+                "the mean KL of chosen responses is %.3g nats at step %d, above kl_warning, %g: the policy leaves its "
+                "reference fast; a lower learning_rate (%g now) or a larger beta keeps it near",
+                *(kl, self.state.global_step, self.args.kl_warning, self.args.learning_rate),
+            )
 
     # ---- resuming and saving ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains; with `resume_from_checkpoint` from that checkpoint, or with True from the newest good one.
 
+        A run that is finished is not trained further: its checkpoint is loaded, and `was_finished` is set. On Ctrl-C
+        and SIGTERM the current step ends and a checkpoint is written, unless `save_strategy` is "no".
+
         Raises:
-            ValueError: a file of the checkpoint is damaged, or there is no good checkpoint; the message names it.
+            ValueError: a file of the checkpoint is damaged, there is no good checkpoint, or it is of a run with other
+                options or data and `resume_anyway` is not set; the message names what is wrong.
+            KeyboardInterrupt, stopping.Terminated: after a signal.
         """
+        self.was_finished = False
         if resume_from_checkpoint:
             resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
+            steps = self.total_steps()
+            if state.global_step >= steps:
+                return self._finished(resume_from_checkpoint, state)
+            if self.args.should_save:
+                where = f"Resuming from {resume_from_checkpoint}, at step {state.global_step} of {steps}."
+                print(where, file=sys.stderr, flush=True)
+        with self._stop.listening():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def total_steps(self) -> int:
+        """The optimizer steps of the whole run."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load only what they have wrapped to train
+            self._load_from_checkpoint(checkpoint)
+        self.state, self.was_finished = state, True
+        return TrainOutput(state.global_step, float("nan"), {})
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> str:
         """The main process chooses and checks a checkpoint for all: they agree, and it is read once."""
@@ -261,12 +337,18 @@ class TDPOTrainer(Trainer):
         if self.accelerator.is_main_process:
             try:
                 outcome[0] = checkpoints.checkpoint_to_resume(self.args.output_dir, wanted)
+                check_same_run(outcome[0], self.record, anyway=self.args.resume_anyway)
             except (ValueError, OSError) as error:
                 outcome[1] = str(error)
         checkpoint, problem = broadcast_object_list(outcome)
         if problem is not None:
             raise ValueError(problem)
         return checkpoint
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """What identifies this run (see `run_record`)."""
+        return record_of(self)
 
     def _load_best_model(self) -> None:
         checkpoints.check(self.state.best_model_checkpoint)
@@ -285,29 +367,17 @@ class TDPOTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._count_tokens()
         with checkpoints.atomic_checkpoint(self) as self._staging:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_record(Path(self._staging, f"checkpoint-{self.state.global_step}"), self.record)
         self._staging = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, "README.md").write_text(model_card(self.model, self.args))
-
-
-def _prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.Module:
-    """The policy with its adapters, if any, and without dropout where that is disabled."""
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-    if hasattr(model, "disable_adapter") and args.gradient_checkpointing:
-        model.enable_input_require_grads()  # type: ignore[operator]
-    if args.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-    return model
+            Path(output_dir or self.args.output_dir, "README.md").write_text(model_card(self))
 
 
 def _splits_by_name(

@@ -4,70 +4,124 @@
     TDPOTrainer(model, args=DPOConfig(...), alpha=0.5, variant="tdpo2", train_dataset=..., processing_class=...).train()
 
 Data, collation, configuration, logging and the reference are TRL's; `beta` is that of its DPOConfig. Needs TRL 1.16.
+Every option of DPOConfig does what TRL says, or is refused by name (`REFUSED`). `rewards/*`, `logps/*`, `entropy`,
+`num_tokens` and `mean_token_accuracy` mean what they mean in TRL; `logits/*` are not logged (see `tdpo.metrics`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import DPOTrainer
+from transformers import ProcessorMixin
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import create_model_from_path
 
-from tdpo_ext import tdpo_loss
-from tdpo_ext.losses import check_tdpo_options
+from tdpo_ext import dpo_loss, tdpo_loss
+from tdpo_ext.losses import Objective, check_tdpo_options
 
 from .causal_lm import CausalLM
 from .collator import predicted_responses
 from .loss import PreferenceLoss, patch_forward
 from .metrics import MetricMeans, preference_metrics
 
-_UNSUPPORTED_OPTIONS = ("precompute_ref_log_probs", "use_weighting", "ld_alpha")
+# Options that have no meaning for these losses, and the values that leave them unused.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "loss_type": (["sigmoid"],),  # which TDPO replaces
+    "loss_weights": (None, [1.0]),
+    "f_divergence_type": ("reverse_kl",),
+    "f_alpha_divergence_coef": (0.5,),
+    "label_smoothing": (0.0,),
+    "label_smoothing_factor": (0.0,),
+    "ld_alpha": (None,),
+    "use_weighting": (False,),
+    "discopop_tau": (0.05,),
+    "precompute_ref_log_probs": (False,),  # log-probabilities of the labels alone give no KL
+    "precompute_ref_batch_size": (None,),
+    "padding_free": (False,),  # TRL 1.16 ignores it
+}
 
 
 class TDPOTrainer(DPOTrainer):
     """TRL's DPOTrainer, its loss replaced by TDPO's.
 
     Args:
-        alpha, variant: as in `tdpo_ext.tdpo_loss`.
+        model, ref_model: loaded, or the name of a folder or of a hub's model.
+        alpha, variant: as in `tdpo_ext.tdpo_loss`; the variant "dpo" is `tdpo_ext.dpo_loss`.
         others: DPOTrainer's.
 
     Raises:
-        ValueError: a DPOConfig option that has no meaning for TDPO, a bad `alpha` or `variant`, or a model whose head
-            can't be fused.
+        ValueError: a DPOConfig option that has no meaning for TDPO, a bad `alpha` or `variant`, `compute_metrics` (no
+            logits are formed), or a model whose head can't be fused.
+        TypeError: a processor of images: only text is supported.
     """
 
-    def __init__(self, *positional: Any, alpha: float = 0.5, variant: str = "tdpo2", **others: Any) -> None:
-        super().__init__(*positional, **others)
-        check_tdpo_options(self.beta, alpha, variant)
-        if self.loss_types != ["sigmoid"]:
-            raise ValueError(f"loss_type is {self.loss_types}; it must be 'sigmoid', which TDPO replaces")
-        for name in _UNSUPPORTED_OPTIONS:
-            if getattr(self.args, name, None):
-                raise ValueError(f"{name} is {getattr(self.args, name)}; it has no meaning for TDPO: leave it unset")
+    data_collator: Any
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        *positional: Any,
+        alpha: float = 0.5,
+        variant: str = "tdpo2",
+        **others: Any,
+    ) -> None:
+        if args is not None:
+            _check_options(args)
+            check_tdpo_options(args.beta, alpha, "tdpo2" if variant == "dpo" else variant)
+        if others.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics is given, but no logits are formed that it could work on: leave it out")
+        if isinstance(others.get("processing_class"), ProcessorMixin):
+            raise TypeError("processing_class is a processor of images; only text is supported: give its tokenizer")
+        if isinstance(ref_model, str):
+            ref_model = _load_reference(ref_model, model, args)
+        super().__init__(model, ref_model, args, *positional, **others)
+        if self._is_vlm:
+            raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
         policy = reference = CausalLM.of(self.model)
         if self.ref_model is not None:
             reference = CausalLM.of(self.accelerator.unwrap_model(self.ref_model))
         self._tdpo = PreferenceLoss(
             policy,
             reference,
-            functools.partial(tdpo_loss, beta=self.beta, alpha=alpha, variant=variant),
+            _objective(self.beta, alpha, variant),
             without_adapters=self.model.disable_adapter if self.ref_model is None else contextlib.nullcontext,
         )
         if self._tdpo.fallback_reason is not None:
             raise ValueError(f"the fused loss can't be used: {self._tdpo.fallback_reason}")
         patch_forward(self.model, self._tdpo)
+        self.data_collator = _WithResponseRows(self.data_collator)
+        self._means = {mode: MetricMeans(self.accelerator) for mode in ("train", "eval")}
+        self._new_tokens = 0
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        mode = "train" if self.model.training else "eval"
-        output = model(preference=_preference_batch(inputs))
-        means = MetricMeans(self.accelerator)
-        means.add(preference_metrics(output, self.beta))
-        for name, mean in means.take().items():
-            self._metrics[mode][name].append(mean)
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        output = model(preference=inputs)
+        self._means[self._mode].add(preference_metrics(output, self.beta))
+        if self.model.training:
+            self._new_tokens += inputs["num_tokens"]
         return (output.loss, {}) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log, which TRL then logs as its own."""
+        means = self._means[self._mode].take()
+        if means:
+            new, self._new_tokens = self._new_tokens, 0
+            counted = self.accelerator.reduce(torch.tensor(new, device=self.accelerator.device), "sum")
+            self._total_train_tokens += int(counted) // self._tp_size
+            means["num_tokens"] = self._total_train_tokens
+        self._metrics[self._mode].update({name: [mean] for name, mean in means.items()})
+        super().log(logs, start_time)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -78,13 +132,42 @@ class TDPOTrainer(DPOTrainer):
         return loss.detach(), None, None
 
 
-def _preference_batch(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """TRL's padded batch in the form of `PreferenceCollator`'s."""
-    input_ids = inputs["input_ids"]
-    sequences, length = input_ids.shape
-    starts = torch.arange(sequences, device=input_ids.device) * length
-    return {
-        "input_ids": input_ids,
-        "attention_mask": inputs["attention_mask"],
-        **predicted_responses(input_ids, inputs["completion_mask"].bool(), starts),
-    }
+def _check_options(args: DPOConfig) -> None:
+    for name, unused in REFUSED.items():
+        value = getattr(args, name)
+        if value not in unused:
+            raise ValueError(f"{name} is {value!r}; it has no meaning for TDPO: leave it at {unused[0]!r}")
+
+
+def _objective(beta: float, alpha: float, variant: str) -> Objective:
+    if variant == "dpo":
+        return functools.partial(dpo_loss, beta=beta)
+    return functools.partial(tdpo_loss, beta=beta, alpha=alpha, variant=variant)
+
+
+def _load_reference(name: str, policy: Any, args: DPOConfig | None) -> nn.Module:
+    """The reference `name`, loaded as TRL loads the one it makes itself: like the policy."""
+    given = None if args is None else args.model_init_kwargs
+    options: dict[str, Any] = dict(given) if isinstance(given, dict) else {}
+    options.setdefault("trust_remote_code", bool(args and args.trust_remote_code))
+    if not isinstance(policy, str):
+        options.setdefault("dtype", policy.dtype)
+        options.setdefault("attn_implementation", policy.config._attn_implementation)
+    return create_model_from_path(name, **options)
+
+
+@dataclass
+class _WithResponseRows:
+    """TRL's padded batches, and beside them what `PreferenceCollator` says of response tokens, found on the host."""
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(examples)
+        input_ids = batch["input_ids"]
+        sequences, length = input_ids.shape
+        responses = predicted_responses(
+            input_ids, batch["completion_mask"].bool(), torch.arange(sequences, device=input_ids.device) * length
+        )
+        lengths = {"row_lengths": responses["cu_seqlens"].diff().tolist()}
+        return {**batch, **responses, **lengths, "num_tokens": int(batch["attention_mask"].sum())}

@@ -44,7 +44,9 @@ def test_train_then_evaluate(home, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--output_dir", str(out), "--beta", "0.2", "--save_steps", "2"]
     assert main(["train", str(home / "config.yaml"), *options]) == 0
-    assert "TDPO2, beta 0.2" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "variant: tdpo2\nbeta: 0.2\n" in card
+    assert f"on `{home / 'data.jsonl'}` (24 pairs)" in card
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     second = (out / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns

@@ -25,7 +25,7 @@ def test_evaluation_by_hand(batch, tmp_path):
         rejected.append(torch.stack(output.rejected)[:, 0])
     logps, ref_logps, kl, entropy, correct, tokens = torch.stack(chosen, 1).double()
     other_logps, other_ref_logps, other_kl, other_entropy, _, other_tokens = torch.stack(rejected, 1).double()
-    rewards, other_rewards = 0.3 * (logps - ref_logps + kl), 0.3 * (other_logps - other_ref_logps + other_kl)
+    rewards, other_rewards = 0.3 * (logps - ref_logps), 0.3 * (other_logps - other_ref_logps)
     margins = logps - ref_logps - other_logps + other_ref_logps - 0.7 * (other_kl - kl)
     expected = {
         "eval_loss": torch.log1p(torch.exp(-0.3 * margins)).mean(),
@@ -33,6 +33,8 @@ def test_evaluation_by_hand(batch, tmp_path):
         "eval_rewards/rejected": other_rewards.mean(),
         "eval_rewards/margins": (rewards - other_rewards).mean(),
         "eval_rewards/accuracies": (rewards > other_rewards).double().mean(),
+        "eval_rewards_with_kl/chosen": (rewards + 0.3 * kl).mean(),
+        "eval_rewards_with_kl/margins": (rewards + 0.3 * kl - other_rewards - 0.3 * other_kl).mean(),
         "eval_kl/rejected": other_kl.mean(),
         "eval_entropy": (entropy + other_entropy).sum() / (tokens + other_tokens).sum(),
         "eval_mean_token_accuracy": correct.sum() / tokens.sum(),
@@ -103,4 +105,4 @@ def test_samples(adapters, tmp_path, capsys):
             "reference": continuation(frozen, prompt, tokenizer),
         }
         assert sample["policy"] != sample["reference"]
-    assert "policy:" in capsys.readouterr().out
+    assert "policy:" in capsys.readouterr().err

@@ -20,7 +20,8 @@ def sequences(**values):
     return TokenDivergence(**{name: torch.tensor(values.get(name, [0.0] * size)) for name in TokenDivergence._fields})
 
 
-# Rewards with beta 0.5: chosen 0.5 (2 + 1) = 1.5, 0.5 (-1 + 1) = 0; rejected 0.5 (1 + 3) = 2, 0.5 (-3 + 3) = 0, a tie.
+# Rewards with beta 0.5: chosen 0.5 * 2 = 1, 0.5 * -1 = -0.5; rejected 0.5 * 1 = 0.5, 0.5 * -3 = -1.5. With the KL:
+# chosen 0.5 (2 + 1) = 1.5, 0.5 (-1 + 1) = 0; rejected 0.5 (1 + 3) = 2, 0.5 (-3 + 3) = 0, a tie.
 FIRST = PreferenceOutput(
     torch.tensor(0.0),
     sequences(
@@ -40,17 +41,21 @@ FIRST = PreferenceOutput(
         tokens=[5.0, 9.0],
     ),
 )
-# Rewards: chosen 0.5 (3 + 0) = 1.5, rejected 0.5 (0 + 1) = 0.5.
+# Rewards: chosen 0.5 * 3 = 1.5, rejected 0; with the KL: chosen 0.5 (3 + 0) = 1.5, rejected 0.5 (0 + 1) = 0.5.
 SECOND = PreferenceOutput(
     torch.tensor(0.0),
     sequences(logps=[-1.0], ref_logps=[-4.0], kl=[0.0], entropy=[8.0], correct=[6.0], tokens=[6.0]),
     sequences(logps=[-2.0], ref_logps=[-2.0], kl=[1.0], entropy=[4.0], correct=[0.0], tokens=[2.0]),
 )
 OF_FIRST = {
-    "rewards/chosen": 0.75,
-    "rewards/rejected": 1.0,
-    "rewards/accuracies": 0.0,  # one is lower, one is a tie
-    "rewards/margins": -0.25,
+    "rewards/chosen": 0.25,
+    "rewards/rejected": -0.5,
+    "rewards/accuracies": 1.0,
+    "rewards/margins": 0.75,
+    "rewards_with_kl/chosen": 0.75,
+    "rewards_with_kl/rejected": 1.0,
+    "rewards_with_kl/accuracies": 0.0,  # one is lower, one is a tie
+    "rewards_with_kl/margins": -0.25,
     "kl/chosen": 1.0,
     "kl/rejected": 3.0,
     "kl/margin": 2.0,
@@ -60,10 +65,14 @@ OF_FIRST = {
     "mean_token_accuracy": 1 / 6,  # over chosen tokens
 }
 OF_BOTH = {
-    "rewards/chosen": 1.0,
-    "rewards/rejected": 2.5 / 3,
-    "rewards/accuracies": 1 / 3,
-    "rewards/margins": 0.5 / 3,
+    "rewards/chosen": 2 / 3,
+    "rewards/rejected": -1 / 3,
+    "rewards/accuracies": 1.0,
+    "rewards/margins": 1.0,
+    "rewards_with_kl/chosen": 1.0,
+    "rewards_with_kl/rejected": 2.5 / 3,
+    "rewards_with_kl/accuracies": 1 / 3,
+    "rewards_with_kl/margins": 0.5 / 3,
     "kl/chosen": 2 / 3,
     "kl/rejected": 7 / 3,
     "kl/margin": 5 / 3,

@@ -149,18 +149,36 @@ def test_the_budget_reaches_the_fused_loss(tmp_path, monkeypatch):
 
 
 def test_model_cards(tmp_path):
-    said = {
-        "tdpo2": "TDPO2, beta 0.2, alpha 0.7; learning rate 0.001, adamw_torch_fused.",
-        "tdpo1": "TDPO1, beta 0.2; learning rate 0.001, adamw_torch_fused.",
-        "dpo": "DPO, beta 0.2; learning rate 0.001, adamw_torch_fused.",
-    }
-    for variant, loss_text in said.items():
-        trainer = make_trainer(tmp_path, variant=variant, beta=0.2, alpha=0.7)
+    for variant, alpha in {"tdpo2": "alpha: 0.7\n", "tdpo1": "", "dpo": ""}.items():
+        trainer = make_trainer(tmp_path, variant=variant, beta=0.2, alpha=0.7, warmup_steps=3)
         trainer.save_model()
         card = (tmp_path / "README.md").read_text()
-        assert loss_text in card
+        options = (
+            f"variant: {variant}\nbeta: 0.2\n{alpha}learning_rate: 0.001\nwarmup_steps: 3\noptim: adamw_torch_fused\n"
+        )
+        assert options in card
+        assert "weight_decay" not in card  # at its default
         assert "2404.11999" in card
         assert "base_model" not in card
-    trainer.model.config._name_or_path = "some/base"
+        assert "given in memory` on `preference pairs given in memory` (24 pairs)" in card
+    trainer.model.config._name_or_path, trainer.data_name = "some/base", "some/data"
     trainer.save_model()
-    assert "base_model: some/base" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: some/base" in card
+    assert "from `some/base` on `some/data`" in card
+
+
+def test_model_cards_show_results(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, **options)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    names = ["loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected"]
+    assert card.count(f"| step | {' | '.join(names)} |") == 2
+    for step in (2, 4):
+        entry = next(e for e in trainer.state.log_history if e["step"] == step and "eval_loss" in e)
+        assert f"| {step} | " + " | ".join(f"{entry['eval_' + name]:.4g}" for name in names) in card
+    assert "library_name: peft" in card
+    assert "adapters: LoraConfig\nrank: 4" in card

@@ -1,17 +1,19 @@
 """TRL's DPOTrainer with the TDPO loss, where the pinned TRL is installed."""
 
 import functools
+from dataclasses import fields
 
 import pytest
 import torch
 from model_families import make_model, make_tokenizer
 from peft import LoraConfig
 from trainer_cases import make_preferences
+from transformers import ProcessorMixin, TrainingArguments
 
 from tdpo_ext import eager, tdpo_loss
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
-from tdpo.trl import TDPOTrainer, _preference_batch  # noqa: E402
+from tdpo.trl import REFUSED, TDPOTrainer, _WithResponseRows  # noqa: E402
 
 SETTINGS = {
     "max_steps": 3,
@@ -27,17 +29,27 @@ SETTINGS = {
 }
 
 
-def make(tmp_path, *, model=None, ref_model=None, peft_config=None, options=None, **config):
+def make(
+    tmp_path,
+    *,
+    model=None,
+    ref_model=None,
+    peft_config=None,
+    options=None,
+    trainer_class=TDPOTrainer,
+    processing_class=None,
+    **config,
+):
     """TRL's trainer with `options` of the TDPO loss; `config` is that of DPOConfig."""
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    return TDPOTrainer(
+    return trainer_class(
         model or make_model("llama", 0),
         ref_model,
         args=trl.DPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **config}),
         train_dataset=make_preferences(),
         eval_dataset=make_preferences(8),
-        processing_class=tokenizer,
+        processing_class=processing_class or tokenizer,
         peft_config=peft_config,
         **(options or {}),
     )
@@ -76,9 +88,6 @@ def test_trains_and_logs(adapters, tmp_path):
     [
         ({"variant": "ipo"}, {}, "variant"),
         ({"alpha": -1.0}, {}, "alpha"),
-        ({}, {"loss_type": "ipo"}, "loss_type"),
-        ({}, {"use_weighting": True}, "use_weighting"),
-        ({}, {"ld_alpha": 0.5}, "ld_alpha"),
     ],
 )
 def test_bad_options(options, config, message, tmp_path):
@@ -93,7 +102,104 @@ def test_a_completion_may_begin_a_sequence():
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
         "completion_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]),
     }
-    batch = _preference_batch(inputs)
+    batch = _WithResponseRows(lambda examples: inputs)([])
     assert batch["rows"].tolist() == [1, 2, 4, 5]
     assert batch["targets"].tolist() == [7, 9, 3, 9]
     assert batch["cu_seqlens"].tolist() == [0, 2, 4]
+    assert batch["row_lengths"] == [2, 2]
+    assert batch["num_tokens"] == 7
+
+
+# What TRL or its parent does with an option that this trainer leaves to them.
+OBEYED = {
+    "loading models": {"model_init_kwargs", "trust_remote_code"},
+    "data": {"dataset_num_proc", "max_length", "truncation_mode", "pad_to_multiple_of", "pad_token"},
+    "models": {"disable_dropout", "activation_offloading", "router_aux_loss_coef"},
+    "the reference": {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"},
+    "the loss": {"beta"},
+}
+OTHER_VALUES = {
+    "loss_type": "ipo",
+    "loss_weights": [0.5],
+    "f_divergence_type": "js_divergence",
+    "f_alpha_divergence_coef": 0.7,
+    "label_smoothing": 0.1,
+    "label_smoothing_factor": 0.1,
+    "ld_alpha": 0.5,
+    "use_weighting": True,
+    "discopop_tau": 0.1,
+    "precompute_ref_log_probs": True,
+    "precompute_ref_batch_size": 2,
+    "padding_free": True,
+}
+
+
+def test_every_option_of_trl_is_obeyed_or_refused():
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = {field.name for field in fields(trl.DPOConfig)} - inherited
+    obeyed = set().union(*OBEYED.values())
+    assert own | {"label_smoothing_factor"} == obeyed | set(REFUSED)
+    assert not obeyed & set(REFUSED)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_options_are_named(name, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        make(tmp_path, ref_model=make_model("llama", 1), **{name: OTHER_VALUES[name]})
+
+
+def test_unused_values_are_accepted(tmp_path):
+    make(tmp_path, ref_model=make_model("llama", 1), loss_weights=[1.0], loss_type="sigmoid")
+
+
+def test_the_reference_follows_the_policy_where_asked(tmp_path):
+    frozen = make_model("llama", 1)
+    sync = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
+    trainer = make(tmp_path, ref_model=frozen, max_steps=3, learning_rate=1e-2, **sync)
+    policies, loss = [], trainer._tdpo
+
+    def recorded(batch):
+        policies.append(loss.policy.weight.detach().clone())
+        return loss(batch)
+
+    trainer.model._preference_loss = recorded
+    trainer.train()
+    assert torch.equal(frozen.lm_head.weight, policies[2])  # of the policy after two steps
+
+
+def test_dpo_equals_trls(tmp_path):
+    """Same loss, gradients and logs as the class that this one replaces."""
+    results = []
+    for trainer_class in (TDPOTrainer, trl.DPOTrainer):
+        options = {"variant": "dpo"} if trainer_class is TDPOTrainer else {}
+        frozen, policy = make_model("llama", 1), make_model("llama", 0)
+        trainer = make(tmp_path, ref_model=frozen, model=policy, options=options, trainer_class=trainer_class)
+        trainer.train()
+        results.append((trainer.state.log_history, dict(trainer.model.named_parameters())))
+    (ours, our_weights), (theirs, weights) = results
+    for mine, other in zip(ours[:3], theirs[:3]):
+        same = set(other) - {"logits/chosen", "logits/rejected"}
+        assert same <= set(mine)
+        for name in same:
+            assert mine[name] == pytest.approx(other[name], rel=2e-4, abs=1e-5), name
+    for name, value in weights.items():
+        torch.testing.assert_close(our_weights[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_names_of_references(tmp_path):
+    make_model("llama", 3).to(torch.bfloat16).save_pretrained(tmp_path / "frozen")
+    trainer = make(tmp_path, ref_model=str(tmp_path / "frozen"))
+    stored = make_model("llama", 3).lm_head.weight.to(torch.bfloat16)
+    assert torch.equal(trainer._tdpo.reference.weight, stored.float())  # in the precision of the policy
+
+
+class Processor(ProcessorMixin):
+    def __init__(self):
+        pass
+
+
+def test_what_needs_images_or_logits_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="processing_class is a processor of images; only text"):
+        make(tmp_path, processing_class=Processor())
+    with pytest.raises(ValueError, match="compute_metrics is given"):
+        make(tmp_path, options={"compute_metrics": dict})

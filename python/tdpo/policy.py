@@ -1,0 +1,48 @@
+"""The policy before it is trained: adapters, dropout, the learning rate that goes with them; and its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
+
+from .config import TDPOConfig
+
+_LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
+
+
+def check_processing_class(processing_class: Any) -> None:
+    """Refuses what is no tokenizer.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: it is of images too, or of something else.
+    """
+    if processing_class is None:
+        raise ValueError("processing_class is None; the policy's tokenizer is required")
+    if isinstance(processing_class, ProcessorMixin):
+        raise TypeError(
+            f"processing_class is {type(processing_class).__name__}, of a vision or audio model; only text is "
+            "supported, so give its tokenizer"
+        )
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class is {processing_class!r}; a tokenizer is needed")
+
+
+def prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.Module:
+    """The policy with its adapters and without dropout, as `args` say; sets their learning rate where it is None."""
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        set_seed(args.seed)  # of their initialisation
+        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    if args.learning_rate is None:
+        args.learning_rate = _LEARNING_RATE_OF_ADAPTERS if hasattr(model, "disable_adapter") else _LEARNING_RATE
+    if hasattr(model, "disable_adapter") and args.gradient_checkpointing:
+        model.enable_input_require_grads()  # type: ignore[operator]
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return model

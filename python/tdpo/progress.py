@@ -1,0 +1,54 @@
+"""One progress bar, and one readable line for every log, both on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+_SHORT = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "kl/chosen": "KL chosen",
+    "kl/rejected": "rejected",
+    "aux_loss": "router",
+    "grad_norm": "gradient",
+    "learning_rate": "learning rate",
+}
+
+
+def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
+    """The main metrics of a log entry in one line; the rest is in the log history and where `report_to` sends it."""
+    if "train_runtime" in logs:
+        return f"trained {step} steps in {logs['train_runtime']:.1f} s, mean loss {logs.get('train_loss', 0):.4g}"
+    prefix = next((name[: -len("loss")] for name in logs if name.endswith("_loss") and name != "aux_loss"), "")
+    what = f"{prefix.rstrip('_')} at step {step}" if prefix else f"step {step}/{max_steps}"
+    shown = [f"{label} {logs[prefix + name]:.4g}" for name, label in _SHORT.items() if prefix + name in logs]
+    return f"{what}: {', '.join(shown)}"
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar, with readable lines above it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
+        if state.is_world_process_zero and logs:
+            tqdm.write(readable(logs, state.global_step, state.max_steps), file=sys.stderr)
+
+
+class Lines(PrinterCallback):
+    """Readable lines without a bar, with `disable_tqdm`."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
+        if state.is_world_process_zero and logs:
+            print(readable(logs, state.global_step, state.max_steps), file=sys.stderr, flush=True)
+
+
+def show_readable_logs(trainer: Trainer) -> None:
+    """Puts these in the place of transformers' own; other callbacks stay."""
+    for theirs, ours in {ProgressCallback: Progress, PrinterCallback: Lines}.items():
+        if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
+            trainer.remove_callback(theirs)
+            trainer.add_callback(ours)

@@ -1,0 +1,51 @@
+"""The options that TDPO adds to transformers' TrainingArguments. Free of torch, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .fields import option
+
+
+@dataclass
+class TDPOOptions:
+    """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
+
+    beta: float = option(0.1, "Strength of the KL constraint, > 0.")
+    alpha: float = option(0.5, "Weight of the sequence-KL difference in tdpo2, >= 0.")
+    variant: str = option("tdpo2", "Loss: tdpo2, tdpo1 or dpo.")
+    learning_rate: float | None = option(
+        None, "Initial learning rate (default: 1e-6, or 1e-5 where adapters are trained)."
+    )
+    kl_warning: float = option(
+        20.0, "Warn once when the mean KL of chosen responses, in nats, exceeds this while training; 0 never warns."
+    )
+    logits_budget: int | None = option(None, "Bytes that logits and other temporaries of the loss may take.")
+    disable_dropout: bool = option(True, "Disable the policy's dropout, which the reference doesn't have either.")
+
+    max_length: int = option(1024, "Maximum number of tokens of prompt and response together.")
+    max_prompt_length: int = option(512, "Maximum number of tokens of the prompt; its end is kept.")
+    overlong: str = option("truncate", "What to do with rows over these lengths: truncate or drop.")
+    dataset_num_proc: int | None = option(None, "Number of processes that tokenize the data (default: this one).")
+    padding_free: bool = option(
+        False, "Pack the sequences of a batch into one row without padding; needs a model that isolates them."
+    )
+
+    precompute_reference: bool = option(
+        False, "Run the reference once, cache its hidden states on disk and keep only its head in memory."
+    )
+    reference_cache: str | None = option(
+        None, "Folder of the reference's hidden states (default: reference-cache in output_dir)."
+    )
+    reference_dtype: str = option("bfloat16", "Precision of the cached hidden states: bfloat16, float16 or float32.")
+
+    eval_samples: int = option(
+        0, "Number of evaluation prompts that policy and reference continue, side by side, at every evaluation."
+    )
+    eval_sample_tokens: int = option(64, "Maximum number of tokens of such a continuation.")
+
+    logging_steps: float = option(10, "Log every so many steps; below 1, a share of all steps.")
+    resume_anyway: bool = option(
+        False, "Resume from a checkpoint although options or data differ from those that it was trained with."
+    )
+    remove_unused_columns: bool = option(False, "Leave False: the collator reads columns that no model takes.")
