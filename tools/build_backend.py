@@ -6,6 +6,7 @@ isolation, whether torch is installed. If so, it appends that interpreter's path
 requests torch from the build front end like any other build requirement.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -62,11 +63,33 @@ def _requirements() -> list[str]:
     return requirements
 
 
+def _missing() -> list[str]:
+    """What a build needs and this interpreter lacks, as requirements."""
+    return [requirement for requirement in _requirements() if not _has(*requirement.split(">="))]
+
+
+def _has(name: str, least: str = "0") -> bool:
+    if name in ("cmake", "ninja"):  # from a package, or any program of that name
+        return importlib.util.find_spec(name) is not None or _runs(name)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    numbers = [int(part) for part in version.split(".")[:2] if part.isdigit()]
+    return numbers >= [int(part) for part in least.split(".")]
+
+
 def _setuptools():
     if not _find_torch():
         raise RuntimeError(
             "tdpo_ext: this build cannot find an installed torch. Install torch first and, with uv, activate "
             "the environment or pass --no-build-isolation."
+        )
+    if missing := _missing():  # without isolation: otherwise the front end has installed what it was asked for
+        packages = " ".join(f"'{requirement}'" for requirement in missing)
+        raise RuntimeError(
+            f"tdpo_ext: a build without isolation needs what is missing here: run `pip install {packages}` first, or "
+            "leave out --no-build-isolation."
         )
     from setuptools import build_meta
 

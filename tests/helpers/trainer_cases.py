@@ -36,14 +36,16 @@ def make_preferences(rows=24):
     )
 
 
-def make_trainer(path, model=None, ref_model=None, *, eval_dataset=None, peft_config=None, **options):
+def make_trainer(
+    path, model=None, ref_model=None, *, train_dataset=None, eval_dataset=None, peft_config=None, **options
+):
     """A trainer of `model` (a GPT-2 by default) on `make_preferences()`; `options` are those of TDPOConfig."""
     preferences = make_preferences()
     return TDPOTrainer(
         model or make_model("gpt2"),
         ref_model,
         TDPOConfig(output_dir=str(path), **{**SETTINGS, **options}),
-        train_dataset=preferences,
+        train_dataset=train_dataset or preferences,
         eval_dataset=preferences.select(range(8)) if eval_dataset is None else eval_dataset,
         processing_class=make_tokenizer(),
         peft_config=peft_config,

@@ -1,5 +1,7 @@
 """The build: the C++ tests, the errors of a broken installation, and the wheel in a fresh environment."""
 
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import build_backend
 import pytest
 import torch
 
@@ -59,6 +62,29 @@ def test_import_with_another_torch(tmp_path):
     assert "built for torch 2.3.1+cu121" in message
     assert torch.__version__ in message
     assert "pip install" in message
+
+
+@pytest.mark.parametrize("missing", [[], ["pybind11"], ["pybind11", "ninja"], ["setuptools"]])
+def test_a_build_without_isolation_names_what_is_missing(missing, monkeypatch):
+    find_spec, version = importlib.util.find_spec, importlib.metadata.version
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
+    monkeypatch.setattr(build_backend, "_runs", lambda program: program not in missing)
+
+    def version_of(name):
+        if name == "setuptools":
+            return "69.5.1" if name in missing else "80.9.0"
+        if name in missing:
+            raise importlib.metadata.PackageNotFoundError
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version_of)
+    requirements = {"setuptools": "'setuptools>=77'", "pybind11": "'pybind11>=2.12'", "ninja": "'ninja'"}
+    if not missing:
+        build_backend._setuptools()
+        return
+    with pytest.raises(RuntimeError, match="a build without isolation needs what is missing here") as refused:
+        build_backend._setuptools()
+    assert f"pip install {' '.join(requirements[name] for name in missing)}` first" in str(refused.value)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """The commands train, evaluate and cache-reference, as a user types them."""
 
 import json
+import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,11 @@ from datasets import Dataset, DatasetDict
 from model_families import make_model, make_tokenizer
 from tdpo import commands
 from tdpo.cli import main
-from tdpo.options import ModelOptions, parse_options
-from trainer_cases import make_preferences
+from tdpo.config import TDPOConfig
+from tdpo.help import COMMON
+from tdpo.options import DataOptions, ModelOptions, parse_options
+from tdpo.tdpo_options import TDPOOptions
+from trainer_cases import make_preferences, run_python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -208,10 +213,102 @@ def test_examples_parse(name, tmp_path):
     assert args.learning_rate == example["learning_rate"]
 
 
-def test_help_documents_the_options(capsys):
+HELP = "import sys; from tdpo.cli import main\ntry: main({})\nfinally: sys.stderr.write(' '.join(sys.modules))"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "cache-reference"])
+def test_help_is_quick_and_names_each_option_once(command, tmp_path):
+    done = run_python("-c", HELP.format([command, "--help"]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "transformers", "datasets"} & set(done.stderr.split())  # which take seconds to load
+    flags = [word for word in done.stdout.split() if word.startswith("--")]
+    for option in ("beta", "padding_free", "reference_cache", "learning_rate", "lora_r", "output_dir", "dataset"):
+        assert flags.count(f"--{option}") == 1
+    positions = [done.stdout.index(title) for title in ("\nModels:", "\nData:", "\nTDPO and the run:", "\nOften set")]
+    assert positions == sorted(positions)
+    assert "--adam_beta2" not in flags
+
+
+def test_help_all_lists_every_option_once(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    for option in ("--beta", "--padding_free", "--reference_cache", "--learning_rate", "--lora_r"):
-        assert option in shown
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    names = {
+        field.name for options in (TDPOConfig, ModelOptions, DataOptions) for field in fields(options) if field.init
+    }
+    assert sorted(listed) == sorted(f"--{name}" for name in names)
+
+
+def test_help_tells_the_true_defaults():
+    defaults = {field.name: field.default for field in fields(TDPOConfig)}
+    assert set(COMMON) <= set(defaults)
+    assert not set(COMMON) & {field.name for field in fields(TDPOOptions)}
+    for name, (shown, _) in COMMON.items():
+        default = getattr(defaults[name], "value", defaults[name])
+        assert (shown or None) == (default or None), name  # transformers says None for some switches that are off
+
+
+def test_a_run_called_again_changes_nothing(home, tmp_path, capsys):
+    for saves in ("steps", "no"):
+        out = tmp_path / saves
+        command = ["train", str(home / "config.yaml"), "--output_dir", str(out), "--save_strategy", saves]
+        assert main(command) == 0
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        capsys.readouterr()
+        assert main(command) == 0
+        assert capsys.readouterr().out == f"{out} holds a finished run of 4 steps: nothing was trained or changed\n"
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+        assert main([*command, "--beta", "0.7"]) == 2
+        assert "beta was 0.1 and is 0.7" in capsys.readouterr().err
+    assert main([*command, "--max_steps", "6"]) == 2
+    assert "a run of 4 steps without checkpoints, so it can't be continued to 6" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_that_ended_before_its_model_was_saved(home, tmp_path):
+    command = ["train", str(home / "config.yaml"), "--output_dir", str(tmp_path)]
+    assert main(command) == 0
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "trainer_state.json"):
+        (tmp_path / name).unlink()
+    assert main(command) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
+def test_evaluation_prints_json_alone(home, tmp_path, capsys):
+    models = ["--model", str(home / "model"), "--ref_model", str(home / "model"), "--output_dir", str(tmp_path)]
+    assert main(["evaluate", str(home / "config.yaml"), *models, "--eval_samples", "1"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert "eval at step 0: loss 0.6931" in shown.err
+
+
+def test_logs_are_readable(home, tmp_path, capsys):
+    options = ["--output_dir", str(tmp_path), "--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    assert main(["train", str(home / "config.yaml"), *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"saved {tmp_path}\n"
+    lines = [line for line in re.split(r"\r|\n|\x1b\[A", shown.err) if "loss 0" in line]
+    starts = ["step 1/2: loss 0.6931, accuracy ", "step 2/2: loss 0", "eval at step 2: loss 0", "trained 2 steps in "]
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+    assert "{" not in "".join(lines)
+
+
+def test_merging_needs_adapters(home, tmp_path, capsys):
+    assert main(["train", str(home / "config.yaml"), "--output_dir", str(tmp_path), "--merge_adapters"]) == 2
+    assert "merge_adapters is True, but there are no adapters" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # before training
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./none", "the model ./none does not exist"),
+        ("no/such", "the model no/such could not be loaded: there is no such"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--model", "--ref_model"])
+def test_models_that_do_not_exist(option, name, said, home, tmp_path, capsys):
+    assert main(["train", str(home / "config.yaml"), "--output_dir", str(tmp_path), option, name]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"tdpo: {said}")

@@ -1,0 +1,192 @@
+"""Runs that are called again: finished ones, other ones, and ones that a signal ended."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+from model_families import make_model
+from peft import LoraConfig
+from tdpo.checkpoints import checkpoints_of
+from tdpo.stopping import Terminated
+from trainer_cases import losses, make_preferences, make_trainer
+
+SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = make_trainer(folder, **SAVES)
+    trainer.train()
+    return folder
+
+
+def test_a_finished_run_is_loaded_and_left_as_it_is(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    trainer = make_trainer(finished, **SAVES)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.was_finished
+    assert trainer.state.global_step == 4
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    other = make_trainer(finished, **SAVES)
+    other.train(resume_from_checkpoint=str(finished / "checkpoint-2"))
+    assert not other.was_finished
+    assert f"Resuming from {finished / 'checkpoint-2'}, at step 2 of 4." in capsys.readouterr().err
+    for name, value in other.model.state_dict().items():  # what was loaded is what was trained
+        assert value.equal(trainer.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"beta": 0.3}, "beta was 0.1 and is 0.3"),
+        ({"learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001"),
+        (
+            {"per_device_train_batch_size": 2, "seed": 3},
+            "per_device_train_batch_size was 4 and is 2; seed was 42 and is 3",
+        ),
+        ({"optim": "sgd"}, "optim was 'adamw_torch_fused' and is 'sgd'"),
+        (
+            {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["c_attn"])},
+            "adapters' r was None and is 2",
+        ),
+    ],
+)
+def test_another_run_is_refused_by_name(changes, said, finished):
+    trainer = make_trainer(finished, **{**SAVES, **changes})
+    with pytest.raises(ValueError, match=r"checkpoint-4 is of another run: .*--resume_anyway") as refused:
+        trainer.train(resume_from_checkpoint=True)
+    assert said in str(refused.value)
+
+
+def test_other_data_are_refused_unless_it_is_wanted(finished, caplog):
+    other = make_preferences().select(range(20))
+    with pytest.raises(ValueError, match="the training data, as tokens, are others"):
+        make_trainer(finished, train_dataset=other, **SAVES).train(resume_from_checkpoint=True)
+    trainer = make_trainer(finished, train_dataset=other, resume_anyway=True, **SAVES)
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.was_finished
+    assert "the training data, as tokens, are others; resuming all the same" in caplog.text
+
+
+def test_longer_runs_and_other_places_of_logs_are_the_same_run(finished, tmp_path):
+    more = {"max_steps": 5, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "output_dir": str(tmp_path)}
+    trainer = make_trainer(tmp_path, **{**SAVES, **{name: more[name] for name in more if name != "output_dir"}})
+    trainer.train(resume_from_checkpoint=str(finished / "checkpoint-4"))
+    assert trainer.state.global_step == 5
+
+
+def signal_at(trainer, step, kind):
+    """Sends this process a signal in the middle of a step."""
+    training_step = trainer.training_step
+
+    def interrupted(*arguments):
+        loss = training_step(*arguments)
+        if trainer.state.global_step == step - 1:
+            os.kill(os.getpid(), kind)
+        return loss
+
+    trainer.training_step = interrupted
+
+
+@pytest.fixture
+def interruptible():
+    """A job in the background starts with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("kind", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_signals_write_a_checkpoint(kind, raised, tmp_path, capsys, interruptible):
+    unbroken = make_trainer(tmp_path / "unbroken", max_steps=4)
+    unbroken.train()
+    options = {"save_strategy": "steps", "save_steps": 500, "max_steps": 4}
+    trainer = make_trainer(tmp_path / "out", **options)
+    signal_at(trainer, 1, kind)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(raised):
+        trainer.train()
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [path.name for path in checkpoints_of(tmp_path / "out")] == ["checkpoint-1"]
+    assert "Stopping after this step with a checkpoint" in capsys.readouterr().err
+    again = make_trainer(tmp_path / "out", **options)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(unbroken)
+
+
+def test_signals_without_checkpoints(tmp_path, capsys, interruptible):
+    trainer = make_trainer(tmp_path, max_steps=4)  # save_strategy "no"
+    signal_at(trainer, 2, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert checkpoints_of(tmp_path) == []
+    assert "Stopping after this step; once more" in capsys.readouterr().err
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.state.global_step == 1
+
+
+def test_tokens_are_counted_through_resumption(finished, tmp_path):
+    unbroken = make_trainer(tmp_path, **{**SAVES, "logging_steps": 4})
+    unbroken.train()
+    counted = [entry["num_tokens"] for entry in unbroken.state.log_history if "loss" in entry]
+    trainer = make_trainer(tmp_path, **SAVES)
+    trainer.train(resume_from_checkpoint=str(finished / "checkpoint-2"))
+    entries = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 4
+    assert sorted(set(entries)) == entries
+    assert entries[-1] == counted[-1]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["num_input_tokens_seen"] == entries[-1]
+    sizes = [row["length"] for row in trainer.train_dataset]
+    assert entries[0] > 4 * min(sizes)
+
+
+def test_the_seed_covers_new_adapters(tmp_path):
+    weights = []
+    for seed in (1, 1, 2):
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        trainer = make_trainer(tmp_path, model=make_model("llama", len(weights)), peft_config=config, seed=seed)
+        weights.append(next(p for name, p in trainer.model.named_parameters() if "lora_A" in name))
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_default_learning_rates(adapters, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if adapters else None
+    trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, learning_rate=None)
+    trainer.create_optimizer()
+    assert trainer.args.learning_rate == (1e-5 if adapters else 1e-6)
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.args.learning_rate
+
+
+@pytest.mark.parametrize(("limit", "warnings"), [(1.0, 1), (0, 0), (1e6, 0)])
+def test_a_kl_that_explodes_is_warned_of_once(limit, warnings, tmp_path, caplog):
+    trainer = make_trainer(tmp_path, learning_rate=0.3, max_steps=5, kl_warning=limit)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    kl = [entry["kl/chosen"] for entry in trainer.state.log_history if "kl/chosen" in entry]
+    assert sum(value > 1.0 for value in kl) > 1
+    assert caplog.text.count("the policy leaves its reference fast; a lower learning_rate (0.3 now)") == warnings
+
+
+def test_rows_are_grouped_by_length(tmp_path):
+    spreads = []
+    for strategy in ("random", "group_by_length"):
+        options = {"train_sampling_strategy": strategy, "per_device_train_batch_size": 6}
+        trainer = make_trainer(tmp_path, train_dataset=make_preferences(144), **options)
+        order = list(trainer._get_train_sampler())
+        batches = [trainer.train_dataset[order[first : first + 6]]["length"] for first in range(0, len(order), 6)]
+        spreads.append(sum(max(lengths) - min(lengths) for lengths in batches))
+    assert 2 * spreads[1] < spreads[0]
