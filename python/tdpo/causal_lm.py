@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .branches import branch_masks, takes_any_mask
+from .collator import PreferenceCollator
+
+_LONGEST_PROBED_WINDOW = 64  # tokens: a probe beyond the windows of large models would take longer than it tells
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -44,11 +49,18 @@ class CausalLM:
 
     def hidden(self, **batch: Tensor) -> Tensor:
         """Last hidden states, (B, T, D), after the final norm."""
-        return self.model.base_model(**_model_inputs(batch)).last_hidden_state
+        return self.model.base_model(**self._inputs(batch)).last_hidden_state
 
     def logits(self, **batch: Tensor) -> Tensor:
         """The model's own logits, (B, T, V)."""
-        return self.model(**_model_inputs(batch)).logits
+        return self.model(**self._inputs(batch)).logits
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+        if "segments" in batch:
+            places = {"positions": batch["position_ids"], "segments": batch["segments"]}
+            inputs["attention_mask"] = branch_masks(self.model.config, self.weight.dtype, **places)
+        return {**inputs, "use_cache": False}
 
     @property
     def vocab_size(self) -> int:
@@ -70,7 +82,37 @@ class CausalLM:
         positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=device)
         packed = self.hidden(input_ids=tokens, position_ids=positions)
         alone = self.hidden(input_ids=tokens[:, 3:], position_ids=positions[:, 3:])
-        return torch.allclose(packed[:, 3:], alone, rtol=0.02, atol=0.02 * alone.std().item())
+        return _equal_to_rounding(packed[:, 3:], alone)
+
+    @torch.no_grad()
+    def keeps_branches_apart(self) -> bool:
+        """Whether responses that share a prompt, and pairs behind each other, have the hidden states of each alone.
+
+        Attention must take a mask of any form, and every layer must attend within the window that the config tells.
+        """
+        config = self.model.config
+        if not takes_any_mask(config):
+            return False
+        window = min(getattr(config.get_text_config(), "sliding_window", None) or 0, _LONGEST_PROBED_WINDOW)
+        draw = torch.arange(window + 11) % (self.vocab_size - 1) + 1
+        first = {"prompt_ids": draw[: window + 3].tolist(), "chosen_ids": draw[-8:-4].tolist()}
+        second = {**first, "prompt_ids": [2, 1], "rejected_ids": [1, 2, 3]}
+        pairs = [{**first, "rejected_ids": draw[-4:].tolist()}, second]
+        states = []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for shared in (True, False):
+                batch = PreferenceCollator(0, padding_free=shared, shared_prompts=shared)(pairs)
+                tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+                batch = {name: value.to(self.weight.device) for name, value in tensors.items()}
+                states.append(self.hidden(**batch).flatten(0, 1)[batch["rows"]])
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
+        finally:
+            self.model.train(was_training)
+        together, apart = states
+        return _equal_to_rounding(together, apart)
 
     @torch.no_grad()
     def _reproduces_logits(self) -> bool:
@@ -117,10 +159,12 @@ class CachedReferenceHead:
         return len(self.weight)
 
 
+def _equal_to_rounding(some: Tensor, others: Tensor) -> bool:
+    """Whether hidden states differ by no more than the order of summation explains."""
+    tolerance = 1e-3 if others.dtype in (torch.float32, torch.float64) else 0.02
+    return torch.allclose(some, others, rtol=tolerance, atol=tolerance * others.std().item())
+
+
 def _full_tensor(tensor: Tensor) -> Tensor:
     """A tensor gathered from all ranks where it is a DTensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor | bool]:
-    return {**{name: batch[name] for name in _MODEL_INPUTS if name in batch}, "use_cache": False}

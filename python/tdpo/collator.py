@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,13 +44,24 @@ def predicted_responses(
 
 
 class _Sequence(NamedTuple):
-    ids: Tensor  # (T,)
-    is_response: Tensor  # (T,), bool
+    """A prompt and one response, and where its tokens stand in the batch's flattened input."""
 
-    @classmethod
-    def of(cls, prompt: list[int], response: list[int]) -> _Sequence:
-        ids = torch.tensor(prompt + response)
-        return cls(ids, torch.arange(len(ids)) >= len(prompt))
+    ids: list[int]
+    prompt: int  # tokens
+    places: Tensor  # (T,)
+
+    @property
+    def first(self) -> int:
+        """The first response token that has a predictor."""
+        return max(self.prompt, 1)
+
+
+class _Line(NamedTuple):
+    """Tokens that stand in one row of the input, in order, with their positions and segments (see `branch_mask`)."""
+
+    ids: Tensor  # (T,)
+    positions: Tensor
+    segments: Tensor
 
 
 @dataclass
@@ -60,47 +72,85 @@ class PreferenceCollator:
     `position_ids`; `index`, (B,), the rows of the dataset; and of the response tokens, in order: `rows`, (R,), the flat
     positions of the hidden states that predict them; `targets`, (R,), the tokens; `cu_seqlens`, (2B + 1,), the offsets
     of the sequences among them, and `row_lengths`, their 2B lengths as integers; `num_tokens`, how many tokens the 2B
-    sequences have. With a `reference_cache` it also holds
-    `ref_hidden`, (R, D_ref), the reference's hidden states at these positions.
+    sequences have. With `shared_prompts` a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
+    [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) instead of an `attention_mask`.
+    With a `reference_cache` a batch also holds `ref_hidden`, (R, D_ref), the reference's hidden states at these
+    positions.
     """
 
     pad_token_id: int
     padding_free: bool = False
     reference_cache: ReferenceCache | None = None
+    shared_prompts: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        sequences = [_Sequence.of(row["prompt_ids"], row[f"{side}_ids"]) for side in RESPONSES for row in examples]
+        lines = _shared_lines(examples) if self.shared_prompts else _lines(examples)
         # `index` comes first: transformers takes the length of a batch's first tensor for the batch size.
         batch: dict[str, Any] = {"index": torch.tensor([row.get("index", -1) for row in examples])}
-        batch |= _packed(sequences) if self.padding_free else _padded(sequences, self.pad_token_id)
-        # Known here without waiting for a device, and so never asked of it.
-        batch["row_lengths"] = batch["cu_seqlens"].diff().tolist()
+        batch |= self._inputs(lines)
+        sequences = self._sequences(examples, [len(line.ids) for line in lines])
+        lengths = [len(sequence.ids) - sequence.first for sequence in sequences]
+        batch["rows"] = torch.cat([sequence.places[sequence.first - 1 : -1] for sequence in sequences])
+        batch["targets"] = torch.tensor([token for sequence in sequences for token in sequence.ids[sequence.first :]])
+        batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)])
+        batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
         batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)
         if self.reference_cache is not None:
             states = [self.reference_cache.hidden(row["position"], side) for side in RESPONSES for row in examples]
             batch["ref_hidden"] = torch.cat(states)
         return batch
 
+    def _inputs(self, lines: list[_Line]) -> dict[str, Tensor]:
+        """What the model reads: the lines below each other, padded, or behind each other."""
+        ids, positions, segments = zip(*lines)
+        if self.padding_free:
+            inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions)[None]}
+            return inputs | ({"segments": torch.cat(segments)[None]} if self.shared_prompts else {})
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        if not self.shared_prompts:
+            mask = pad_sequence([torch.ones_like(line) for line in ids], batch_first=True)
+            return {"input_ids": input_ids, "attention_mask": mask}
+        return {
+            "input_ids": input_ids,
+            "position_ids": pad_sequence(positions, batch_first=True),
+            "segments": pad_sequence(segments, batch_first=True, padding_value=-1),
+        }
 
-def _padded(sequences: list[_Sequence], pad_token_id: int) -> dict[str, Tensor]:
-    input_ids = pad_sequence([sequence.ids for sequence in sequences], batch_first=True, padding_value=pad_token_id)
-    is_response = pad_sequence([sequence.is_response for sequence in sequences], batch_first=True)
-    attention_mask = pad_sequence([torch.ones_like(sequence.ids) for sequence in sequences], batch_first=True)
-    starts = torch.arange(len(sequences)) * input_ids.shape[1]
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        **predicted_responses(input_ids, is_response, starts),
-    }
+    def _sequences(self, examples: list[dict[str, Any]], lengths: list[int]) -> list[_Sequence]:
+        """The chosen sequences, then the rejected ones; `lengths` are those of the lines."""
+        pitch = max(lengths)
+        starts = [0, *accumulate(lengths)] if self.padding_free else [pitch * line for line in range(len(lengths))]
+        sequences = []
+        for number, side in enumerate(RESPONSES):
+            for pair, row in enumerate(examples):
+                prompt, response = row["prompt_ids"], row[f"{side}_ids"]
+                if self.shared_prompts:
+                    start, gap = starts[pair], number * len(row["chosen_ids"])
+                else:
+                    start, gap = starts[number * len(examples) + pair], 0
+                places = start + torch.arange(len(prompt) + len(response))
+                places[len(prompt) :] += gap
+                sequences.append(_Sequence([*prompt, *response], len(prompt), places))
+        return sequences
 
 
-def _packed(sequences: list[_Sequence]) -> dict[str, Tensor]:
-    input_ids = torch.cat([sequence.ids for sequence in sequences])[None]
-    is_response = torch.cat([sequence.is_response for sequence in sequences])[None]
-    position_ids = torch.cat([torch.arange(len(sequence.ids)) for sequence in sequences])[None]
-    starts = (position_ids[0] == 0).nonzero()[:, 0]
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        **predicted_responses(input_ids, is_response, starts),
-    }
+def _lines(examples: list[dict[str, Any]]) -> list[_Line]:
+    """Every sequence on a line of its own."""
+    lines = []
+    for side in RESPONSES:
+        for row in examples:
+            ids = torch.tensor(row["prompt_ids"] + row[f"{side}_ids"])
+            lines.append(_Line(ids, torch.arange(len(ids)), torch.zeros_like(ids)))
+    return lines
+
+
+def _shared_lines(examples: list[dict[str, Any]]) -> list[_Line]:
+    """Every pair on a line: prompt, chosen and rejected response, both responses in positions behind the prompt's."""
+    lines = []
+    for pair, row in enumerate(examples):
+        parts = [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]
+        prompt, chosen, rejected = map(len, parts)
+        positions = [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
+        segments = 3 * pair + torch.repeat_interleave(torch.tensor([prompt, chosen, rejected]))
+        lines.append(_Line(torch.tensor([token for part in parts for token in part]), torch.cat(positions), segments))
+    return lines

@@ -17,6 +17,7 @@ from .tdpo_options import TDPOOptions
 _CHOICES = {
     "variant": ("tdpo2", "tdpo1", "dpo"),
     "overlong": ("truncate", "drop"),
+    "shared_prompts": ("auto", "always", "never"),
     "reference_dtype": ("bfloat16", "float16", "float32"),
 }
 _SWITCHES = ("disable_dropout", "padding_free", "precompute_reference", "resume_anyway", "remove_unused_columns")

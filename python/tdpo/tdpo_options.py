@@ -31,6 +31,11 @@ class TDPOOptions:
         False, "Pack the sequences of a batch into one row without padding; needs a model that isolates them."
     )
 
+    shared_prompts: str = option(
+        "auto",
+        "Run a pair's prompt through the models once: auto (where a check shows that they allow it), always or never.",
+    )
+
     precompute_reference: bool = option(
         False, "Run the reference once, cache its hidden states on disk and keep only its head in memory."
     )

@@ -128,12 +128,13 @@ class TDPOTrainer(Trainer):
 
     def _set_up_loss(self, ref_model: nn.Module | None) -> PreferenceLoss:
         args, policy = self.args, CausalLM.of(self.model)
-        if args.padding_free and not policy.isolates_packed_sequences():
+        reference = self._set_up_reference(policy, ref_model)
+        shared = self._shares_prompts(policy, reference)
+        if args.padding_free and not shared and not policy.isolates_packed_sequences():
             raise ValueError(
                 "padding_free is True, but this model lets packed sequences attend to each other (with attention "
                 f"{self.model.config._attn_implementation!r}); choose another attn_implementation, or padding"
             )
-        reference = self._set_up_reference(policy, ref_model)
         if policy.vocab_size != reference.vocab_size:
             raise ValueError(f"ref_model has a vocabulary of {reference.vocab_size} but model has {policy.vocab_size}")
         loss = PreferenceLoss(
@@ -152,6 +153,22 @@ class TDPOTrainer(Trainer):
                 f"the fused loss can't be used, logits are materialised instead: {loss.fallback_reason}", stacklevel=3
             )
         return loss
+
+    def _shares_prompts(self, policy: CausalLM, reference: CausalLM | CachedReferenceHead) -> bool:
+        """Whether a pair's prompt goes through the models once, which the collator is then told."""
+        if self.args.shared_prompts == "never" or not isinstance(self.data_collator, PreferenceCollator):
+            return False
+        models = {"model": policy, "ref_model": reference}
+        reasons = [
+            f"{name} mixes responses to one prompt (with attention {model.model.config._attn_implementation!r})"
+            for name, model in models.items()
+            if isinstance(model, CausalLM) and not model.keeps_branches_apart()
+        ]
+        if not reasons:
+            self.data_collator = replace(self.data_collator, shared_prompts=True)
+        elif self.args.shared_prompts == "always":
+            raise ValueError(f"shared_prompts is 'always', but {reasons[0]}")
+        return not reasons
 
     def _set_up_reference(self, policy: CausalLM, ref_model: nn.Module | None) -> CausalLM | CachedReferenceHead:
         """The reference: a cache and a head, the policy itself (to be run without its adapters), or a second model."""

@@ -20,7 +20,7 @@ def make_tokenizer(eos="<|end|>"):
     return t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
 
 
-_SMALL = {
+SMALL = {
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -37,12 +37,12 @@ FAMILIES = {
     "gpt2": lambda: t.GPT2Config(
         vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     ),
-    "llama": lambda: t.LlamaConfig(**_SMALL),
-    "qwen2": lambda: t.Qwen2Config(**_SMALL, tie_word_embeddings=True),
-    "qwen3": lambda: t.Qwen3Config(**_SMALL, head_dim=8),
-    "gemma2": lambda: t.Gemma2Config(**_SMALL, head_dim=8, final_logit_softcapping=5.0),
-    "phi": lambda: t.PhiConfig(**{**_SMALL, "num_key_value_heads": 4}),
-    "mistral": lambda: t.MistralConfig(**_SMALL),
+    "llama": lambda: t.LlamaConfig(**SMALL),
+    "qwen2": lambda: t.Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen3": lambda: t.Qwen3Config(**SMALL, head_dim=8),
+    "gemma2": lambda: t.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=5.0),
+    "phi": lambda: t.PhiConfig(**{**SMALL, "num_key_value_heads": 4}),
+    "mistral": lambda: t.MistralConfig(**SMALL),
 }
 
 

@@ -35,7 +35,8 @@ def test_fused_loss_equals_the_logits_path(family, tmp_path):
 
 
 def test_logits_path_equals_the_oracle(tmp_path):
-    trainer = make_trainer(tmp_path, model=make_model("gpt2", 0), ref_model=make_model("gpt2", 1))
+    models = {"model": make_model("gpt2", 0), "ref_model": make_model("gpt2", 1)}
+    trainer = make_trainer(tmp_path, **models, shared_prompts="never")
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.model(preference=batch).loss
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

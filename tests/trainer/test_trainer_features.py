@@ -13,7 +13,7 @@ from tdpo_ext import linear_preference_loss
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_adapters_off_are_the_reference(family, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    trainer = make_trainer(tmp_path, model=make_model(family), peft_config=config)
+    trainer = make_trainer(tmp_path, model=make_model(family), peft_config=config, shared_prompts="never")
     assert trainer.loss.fallback_reason is None
     assert trainer.ref_model is None
     batch = next(iter(trainer.get_train_dataloader()))
@@ -46,7 +46,7 @@ def test_padding_free_equals_padded(family, tmp_path):
     results = []
     for padding_free in (False, True):
         models = {"model": make_model(family, 0), "ref_model": make_model(family, 1)}
-        trainer = make_trainer(tmp_path, **models, padding_free=padding_free)
+        trainer = make_trainer(tmp_path, **models, padding_free=padding_free, shared_prompts="never")
         batch = next(iter(trainer.get_train_dataloader()))
         output = trainer.model(preference=batch)
         output.loss.backward()
@@ -126,7 +126,7 @@ def test_other_softcaps_need_the_logits(ref_softcap, tmp_path):
     policy, frozen = make_model("gemma2", 0), make_model("gemma2", 1)
     frozen.config.final_logit_softcapping = ref_softcap
     with pytest.warns(UserWarning, match="cap their logits differently"):
-        trainer = make_trainer(tmp_path, model=policy, ref_model=frozen)
+        trainer = make_trainer(tmp_path, model=policy, ref_model=frozen, shared_prompts="never")
     batch = next(iter(trainer.get_train_dataloader()))
     output = trainer.model(preference=batch)
     logits = frozen(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)

@@ -1,0 +1,138 @@
+"""A pair's prompt in the input once: the same states, losses and gradients as of two sequences, and where it is off."""
+
+import pytest
+import torch
+import transformers
+from model_families import SMALL, make_model
+from peft import LoraConfig
+from tdpo import CausalLM, PreferenceCollator
+from tdpo.branches import branch_mask
+from trainer_cases import make_trainer
+
+ROWS = [
+    {"prompt_ids": [1, 2], "chosen_ids": [3, 9], "rejected_ids": [4, 5, 9]},
+    {"prompt_ids": [], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
+]
+
+
+def test_layouts():
+    plain = PreferenceCollator(0)(ROWS)
+    padded = PreferenceCollator(0, shared_prompts=True)(ROWS)
+    assert padded["input_ids"].tolist() == [[1, 2, 3, 9, 4, 5, 9], [7, 9, 8, 9, 0, 0, 0]]
+    assert padded["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 0, 1, 0, 0, 0]]
+    assert padded["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2], [4, 4, 5, 5, -1, -1, -1]]
+    assert padded["rows"].tolist() == [1, 2, 7, 1, 4, 5, 9]
+    packed = PreferenceCollator(0, padding_free=True, shared_prompts=True)(ROWS)
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 9, 4, 5, 9, 7, 9, 8, 9]]
+    assert packed["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2, 4, 4, 5, 5]]
+    assert packed["rows"].tolist() == [1, 2, 7, 1, 4, 5, 9]
+    for batch in (padded, packed):
+        assert "attention_mask" not in batch
+        for name in ("targets", "cu_seqlens", "row_lengths", "num_tokens"):
+            assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(plain[name])), name
+
+
+def test_the_mask_of_branches():
+    mask = branch_mask(torch.tensor([[0, 1, 2, 3, 5, -1, -1]]))[0, 0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def windowed(family, seed):
+    """A model whose sliding window is shorter than the sequences."""
+    torch.manual_seed(seed)
+    if family == "gemma3":  # layers with the window and layers without
+        types = ["sliding_attention", "full_attention"]
+        config = transformers.Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=5, layer_types=types)
+    else:
+        config = transformers.MistralConfig(**SMALL, sliding_window=5)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+MODELS = {
+    **{family: lambda seed, family=family: make_model(family, seed) for family in ("gpt2", "llama", "phi", "qwen3")},
+    **{
+        f"{family} with a window": lambda seed, family=family: windowed(family, seed)
+        for family in ("mistral", "gemma3")
+    },
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_separate_sequences(name, packed, attention, tmp_path):
+    results = []
+    for shared in ("never", "always"):
+        models = {"model": MODELS[name](0), "ref_model": MODELS[name](1)}
+        with torch.no_grad():  # attention that tells tokens apart
+            for model in models.values():
+                model.set_attn_implementation(attention)
+                for parameter_name, parameter in model.named_parameters():
+                    if "attn" in parameter_name and parameter.dim() == 2:
+                        parameter.mul_(15)
+        trainer = make_trainer(tmp_path, **models, padding_free=packed and shared == "always", shared_prompts=shared)
+        batch = next(iter(trainer.get_train_dataloader()))
+        output = trainer.model(preference=batch)
+        output.loss.backward()
+        results.append((output, {name: p.grad for name, p in trainer.model.named_parameters()}, batch))
+    (apart, grads, batch), (together, shared_grads, shared_batch) = results
+    assert shared_batch["input_ids"].numel() < batch["input_ids"].numel()
+    torch.testing.assert_close(together.loss, apart.loss, rtol=1e-5, atol=1e-6)
+    for mine, other in zip((*together.chosen, *together.rejected), (*apart.chosen, *apart.rejected)):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(shared_grads[name], grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("options", [{"precompute_reference": True, "reference_dtype": "float32"}, {"peft": True}])
+def test_with_a_cache_and_with_adapters(options, tmp_path):
+    results = []
+    for shared in ("never", "auto"):
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        arguments = {"model": make_model("llama", 0), "shared_prompts": shared, "padding_free": shared == "auto"}
+        if "peft" in options:
+            arguments["peft_config"] = config
+        else:
+            arguments |= {"ref_model": make_model("llama", 1), **options}
+        trainer = make_trainer(tmp_path, **arguments)
+        assert trainer.data_collator.shared_prompts == (shared == "auto")
+        batch = next(iter(trainer.get_train_dataloader()))
+        results.append(trainer.model(preference=batch))
+    assert results[0].chosen.kl.min() > 1e-4
+    for mine, other in zip((*results[0].chosen, *results[0].rejected), (*results[1].chosen, *results[1].rejected)):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def without_masks(model):
+    """A model that takes no notice of masks, and so mixes branches."""
+    backbone = model.model.forward
+    model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("mixes", ["model", "ref_model"])
+def test_models_that_mix_branches_get_separate_sequences(mixes, tmp_path):
+    models = {"model": make_model("llama"), "ref_model": make_model("llama", 1)}
+    without_masks(models[mixes])
+    trainer = make_trainer(tmp_path, **models)
+    assert not trainer.data_collator.shared_prompts
+    with pytest.raises(ValueError, match=f"shared_prompts is 'always', but {mixes} mixes responses to one prompt"):
+        make_trainer(tmp_path, **models, shared_prompts="always")
+
+
+def test_what_takes_no_mask_is_not_tried():
+    model = make_model("llama")
+    assert CausalLM.of(model).keeps_branches_apart()
+    for attribute, value in {"_attn_implementation": "flash_attention_2", "layer_types": ["linear_attention"]}.items():
+        before = getattr(model.config, attribute, None)
+        setattr(model.config, attribute, value)
+        assert not CausalLM(model, None, None).keeps_branches_apart()
+        setattr(model.config, attribute, before)
