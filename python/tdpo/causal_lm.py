@@ -49,11 +49,19 @@ class CausalLM:
 
     def hidden(self, **batch: Tensor) -> Tensor:
         """Last hidden states, (B, T, D), after the final norm."""
-        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+        return self.backbone(batch).last_hidden_state
+
+    def backbone(self, batch: dict[str, Tensor], **options: bool) -> Any:
+        """The output of the model without its head."""
+        return self.model.base_model(**self._inputs(batch), **options)
 
     def logits(self, **batch: Tensor) -> Tensor:
         """The model's own logits, (B, T, V)."""
-        return self.model(**self._inputs(batch)).logits
+        return self.whole(batch).logits
+
+    def whole(self, batch: dict[str, Tensor], **options: bool) -> Any:
+        """The output of the model with its head."""
+        return self.model(**self._inputs(batch), **options)
 
     def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         inputs: dict[str, Any] = {name: batch[name] for name in _MODEL_INPUTS if name in batch}

@@ -11,23 +11,65 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from tdpo_ext import TokenDivergence, linear_preference_loss, token_divergence
 from tdpo_ext.losses import Objective
 
 from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
+from .routers import router_loss
+
+if TYPE_CHECKING:
+    from .trainer import TDPOTrainer
 
 
 class PreferenceOutput(NamedTuple):
-    """The mean loss of a batch and, detached, the sums over each sequence's response tokens, (B,)."""
+    """The mean loss of a batch and, detached, the sums over each sequence's response tokens, (B,), and what was added.
+
+    `router_loss` is the load-balancing loss of a mixture of experts, before its coefficient; None where it has none.
+    """
 
     loss: Tensor
     chosen: TokenDivergence
     rejected: TokenDivergence
+    router_loss: Tensor | None = None
+
+
+class _KeptCast(torch.autograd.Function):
+    """A tensor in another precision, of which the cast was kept from an earlier call."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient.to(ctx.dtype), None
+
+
+class _HeadCasts:
+    """Heads in the precision of autocast, cast once as long as they don't change, not once a batch."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[tuple[int, int, torch.dtype], Tensor]] = {}
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """`tensor`, which is known as `name`, as `dtype`."""
+        if tensor.dtype == dtype:
+            return tensor
+        state = (tensor.data_ptr(), tensor._version, dtype)
+        if name not in self._kept or self._kept[name][0] != state:
+            self._kept[name] = state, tensor.detach().to(dtype)
+        cast = self._kept[name][1]
+        return _KeptCast.apply(tensor, cast) if tensor.requires_grad else cast
+
+    def forget(self, name: str) -> None:
+        self._kept.pop(name, None)
 
 
 class PreferenceLoss:
@@ -38,6 +80,10 @@ class PreferenceLoss:
         objective: the pairwise loss.
         logits_budget: as in `tdpo_ext.linear_preference_loss`.
         without_adapters: a context in which the policy's model is the reference.
+        router_coefficient: weight of the load-balancing loss that is added for a mixture of experts.
+        keep_casts: keep a head that autocast needs in another precision. `forget_casts` must then be called when the
+            policy was updated, which torch's version counters need not show; not where an engine gathers weights into
+            memory of its own.
 
     Attributes:
         fallback_reason: why the fused loss can't be used and logits are materialised instead; None if it can.
@@ -50,22 +96,39 @@ class PreferenceLoss:
         objective: Objective,
         logits_budget: int | None = None,
         without_adapters: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        router_coefficient: float = 0.0,
+        keep_casts: bool = False,
     ):
         self.policy, self.reference, self.objective = policy, reference, objective
         self.logits_budget, self.without_adapters = logits_budget, without_adapters
+        self.router_coefficient, self.keep_casts, self._casts = router_coefficient, keep_casts, _HeadCasts()
         self.fallback_reason = policy.fallback_reason or reference.fallback_reason
         if self.fallback_reason is None and policy.softcap != reference.softcap:
             self.fallback_reason = "policy and reference cap their logits differently"
 
     def __call__(self, batch: dict[str, Tensor]) -> PreferenceOutput:
-        rows, ref_rows = self._response_rows(self.policy, batch), self._reference_rows(batch)
+        routed = self.router_coefficient > 0
+        outputs = self._outputs(self.policy, batch, **({"output_router_logits": True} if routed else {}))
+        rows, ref_rows = self._response_rows(outputs, batch), self._reference_rows(batch)
         if self.fallback_reason is not None:
-            return self._from_logits(rows, ref_rows.to(rows.dtype), batch)
-        return self._from_hidden(rows, ref_rows, batch)
+            output = self._from_logits(rows, ref_rows.to(rows.dtype), batch)
+        else:
+            output = self._from_hidden(rows, ref_rows, batch)
+        if not routed:
+            return output
+        balance = router_loss(self.policy.model, outputs.router_logits, _token_mask(batch)).to(output.loss.device)
+        return output._replace(loss=output.loss + self.router_coefficient * balance, router_loss=balance.detach())
 
-    def _response_rows(self, model: CausalLM, batch: dict[str, Tensor]) -> Tensor:
+    def forget_casts(self) -> None:
+        """Casts the policy's head anew in the next call."""
+        self._casts.forget("policy")
+
+    def _outputs(self, model: CausalLM, batch: dict[str, Tensor], **options: bool) -> Any:
+        return (model.backbone if self.fallback_reason is None else model.whole)(batch, **options)
+
+    def _response_rows(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """The input of the loss at the batch's response positions: hidden states (R, D), or logits (R, V)."""
-        values = model.hidden(**batch) if self.fallback_reason is None else model.logits(**batch)
+        values = outputs.last_hidden_state if self.fallback_reason is None else outputs.logits
         return values.flatten(0, 1)[batch["rows"]]
 
     @torch.no_grad()
@@ -73,7 +136,10 @@ class PreferenceLoss:
         if isinstance(self.reference, CachedReferenceHead):
             return batch["ref_hidden"]
         with self.without_adapters():
-            return self._response_rows(self.reference, batch)
+            return self._response_rows(self._outputs(self.reference, batch), batch)
+
+    def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._casts.cast(name, tensor, dtype) if self.keep_casts else tensor.to(dtype)
 
     def _from_hidden(self, hidden: Tensor, ref_hidden: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
         policy, ref_weight, ref_bias = self.policy, self.reference.weight.detach(), self.reference.bias
@@ -83,9 +149,9 @@ class PreferenceLoss:
         loss, chosen, rejected = linear_preference_loss(
             self.objective,
             hidden=hidden.to(dtype),
-            weight=policy.weight.to(dtype),
+            weight=self._cast("policy", policy.weight, dtype),
             ref_hidden=ref_hidden.to(dtype),
-            ref_weight=ref_weight.to(dtype),
+            ref_weight=self._cast("reference", ref_weight, dtype),
             labels=batch["targets"],
             cu_seqlens=batch["cu_seqlens"],
             row_lengths=batch.get("row_lengths"),
@@ -104,6 +170,23 @@ class PreferenceLoss:
         )
         chosen, rejected = sequences.chunk(2)
         return PreferenceOutput(self.objective(chosen, rejected).mean(), chosen.detach(), rejected.detach())
+
+
+def _token_mask(batch: dict[str, Tensor]) -> Tensor | None:
+    """1 at tokens and 0 at padding, (B, T); None where nothing is padded."""
+    if "segments" in batch:
+        return (batch["segments"] >= 0).long()
+    return batch.get("attention_mask")
+
+
+class ForgetCasts(TrainerCallback):
+    """Forgets the cast of the policy's head at every optimizer step."""
+
+    def __init__(self, trainer: TDPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._trainer.loss.forget_casts()
 
 
 def patch_forward(model: nn.Module, loss: PreferenceLoss) -> None:

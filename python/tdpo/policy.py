@@ -9,10 +9,28 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
 
+_NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
 _LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
 
 
-def check_processing_class(processing_class: Any) -> None:
+def check_arguments(model: Any, ref_model: Any, args: Any, processing_class: Any, others: dict[str, Any]) -> None:
+    """The types of the arguments of `TDPOTrainer`.
+
+    Raises:
+        TypeError, ValueError: one is of the wrong type, missing, or of no meaning; the message names it.
+    """
+    for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
+        if not isinstance(given, nn.Module):
+            raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
+    if not isinstance(args, TDPOConfig):
+        raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
+    _check_processing_class(processing_class)
+    for name in _NEED_LOGITS:
+        if others.get(name) is not None:
+            raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
+
+
+def _check_processing_class(processing_class: Any) -> None:
     """Refuses what is no tokenizer.
 
     Raises:

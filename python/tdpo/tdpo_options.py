@@ -20,6 +20,9 @@ class TDPOOptions:
     kl_warning: float = option(
         20.0, "Warn once when the mean KL of chosen responses, in nats, exceeds this while training; 0 never warns."
     )
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of the load-balancing loss of a mixture of experts (default: the model's own; 0: none)."
+    )
     logits_budget: int | None = option(None, "Bytes that logits and other temporaries of the loss may take.")
     disable_dropout: bool = option(True, "Disable the policy's dropout, which the reference doesn't have either.")
 

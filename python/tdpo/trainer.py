@@ -26,18 +26,18 @@ from .causal_lm import CachedReferenceHead, CausalLM
 from .collator import PreferenceCollator
 from .config import TDPOConfig
 from .data import padding_token, tokenize_preferences
-from .loss import PreferenceLoss, patch_forward
+from .loss import ForgetCasts, PreferenceLoss, patch_forward
 from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .model_card import model_card
-from .policy import check_processing_class, prepare_policy
+from .policy import check_arguments, prepare_policy
 from .progress import show_readable_logs
 from .reference_cache import ReferenceCache, cache_reference
+from .routers import router_coefficient
 from .run_record import check_same_run, record_of, write_record
 from .samples import show_samples
 from .stopping import StopAfterStep
 
 logger = logging.getLogger(__name__)
-_NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init")
 
 
 class TDPOTrainer(Trainer):
@@ -78,15 +78,7 @@ class TDPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else args
-        for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
-            if not isinstance(given, nn.Module):
-                raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
-        if not isinstance(args, TDPOConfig):
-            raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
-        check_processing_class(processing_class)
-        for name in _NEED_LOGITS:
-            if others.get(name) is not None:
-                raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
+        check_arguments(model, ref_model, args, processing_class, others)
         tokenize = functools.partial(
             tokenize_preferences,
             tokenizer=processing_class,
@@ -115,7 +107,8 @@ class TDPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         show_readable_logs(self)
         self._stop = StopAfterStep(self)
-        self.add_callback(self._stop)
+        for callback in (self._stop, ForgetCasts(self)):
+            self.add_callback(callback)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
         self._splits = _splits_by_name(self.train_dataset, self.eval_dataset)
@@ -143,6 +136,8 @@ class TDPOTrainer(Trainer):
             args.objective(),
             logits_budget=args.logits_budget,
             without_adapters=self.model.disable_adapter if reference is policy else contextlib.nullcontext,
+            router_coefficient=router_coefficient(policy.model, args.router_aux_loss_coef),
+            keep_casts=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
         )
         if loss.fallback_reason is not None:
             if args.precompute_reference:
@@ -164,6 +159,8 @@ class TDPOTrainer(Trainer):
             for name, model in models.items()
             if isinstance(model, CausalLM) and not model.keeps_branches_apart()
         ]
+        if router_coefficient(policy.model, self.args.router_aux_loss_coef) and self.args.shared_prompts == "auto":
+            return False  # a prompt's routing counts once for each response, as it does in TRL
         if not reasons:
             self.data_collator = replace(self.data_collator, shared_prompts=True)
         elif self.args.shared_prompts == "always":
@@ -237,6 +234,8 @@ class TDPOTrainer(Trainer):
             self._new_tokens += inputs["num_tokens"]
         else:
             losses = self.loss.objective(output.chosen, output.rejected)  # of every pair; `loss` is their mean
+            if output.router_loss is not None:
+                losses = losses + self.loss.router_coefficient * output.router_loss
             metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
             self._evaluation_means.add(inputs["index"], metrics)
         return (output.loss, {}) if return_outputs else output.loss
@@ -333,8 +332,9 @@ class TDPOTrainer(Trainer):
             if state.global_step >= steps:
                 return self._finished(resume_from_checkpoint, state)
             if self.args.should_save:
-                where = f"Resuming from {resume_from_checkpoint}, at step {state.global_step} of {steps}."
-                print(where, file=sys.stderr, flush=True)
+                print(
+                    f"Resuming from {resume_from_checkpoint}, at step {state.global_step} of {steps}.", file=sys.stderr
+                )
         with self._stop.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

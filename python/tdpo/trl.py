@@ -29,6 +29,7 @@ from .causal_lm import CausalLM
 from .collator import predicted_responses
 from .loss import PreferenceLoss, patch_forward
 from .metrics import MetricMeans, preference_metrics
+from .routers import router_coefficient
 
 # Options that have no meaning for these losses, and the values that leave them unused.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -93,6 +94,7 @@ class TDPOTrainer(DPOTrainer):
             reference,
             _objective(self.beta, alpha, variant),
             without_adapters=self.model.disable_adapter if self.ref_model is None else contextlib.nullcontext,
+            router_coefficient=router_coefficient(policy.model, self.args.router_aux_loss_coef),
         )
         if self._tdpo.fallback_reason is not None:
             raise ValueError(f"the fused loss can't be used: {self._tdpo.fallback_reason}")

@@ -1,0 +1,127 @@
+"""What the trainer's loss adds to the library's: heads that are cast once, and the routers' load-balancing loss."""
+
+from collections import Counter
+
+import pytest
+import torch
+import transformers
+import trl
+from model_families import SMALL, make_model, make_tokenizer
+from tdpo.trl import TDPOTrainer as TRLTrainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from trainer_cases import losses, make_preferences, make_trainer
+
+
+class CastCounter(TorchDispatchMode):
+    """Counts the casts of tensors of some shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.casts = shape, Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten._to_copy.default and arguments[0].shape == self.shape:
+            self.casts[options["dtype"]] += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_heads_are_cast_once_as_long_as_they_stay(tmp_path):
+    logs, counts = [], []
+    for keeps in (True, False):
+        options = {"bf16": True, "max_steps": 3, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
+        models = {"model": make_model("llama", 0), "ref_model": make_model("llama", 1)}
+        trainer = make_trainer(tmp_path, **models, **options)
+        trainer.loss.keep_casts = trainer.loss.keep_casts and keeps
+        with CastCounter(trainer.model.lm_head.weight.shape) as counter:
+            trainer.train()
+        logs.append(losses(trainer))
+        counts.append(counter.casts)
+    assert logs[0] == logs[1]
+    assert counts[0][torch.bfloat16] == 3 + 1  # the policy's at every step, the reference's once
+    assert counts[1][torch.bfloat16] == 2 * 3 * 4
+
+
+def test_casts_follow_changes_of_the_weights(tmp_path):
+    models = {"model": make_model("llama", 0), "ref_model": make_model("llama", 1)}
+    trainer = make_trainer(tmp_path, **models, bf16=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    values = []
+    for change in (None, trainer.model, trainer.ref_model):
+        if change is not None:
+            with torch.no_grad():
+                change.lm_head.weight.mul_(1.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            values.append(trainer.model(preference=batch))
+            trainer.loss.keep_casts = False
+            expected = trainer.model(preference=batch)
+            trainer.loss.keep_casts = True
+        assert torch.equal(values[-1].loss, expected.loss)
+    assert len({value.loss.item() for value in values}) == 3
+
+
+def mixtral(seed, coefficient=0.5, **changes):
+    torch.manual_seed(seed)
+    config = transformers.MixtralConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=coefficient, **changes
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def trl_run(trainer_class, path, coefficient, **options):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    config = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 2, "logging_steps": 1, "beta": 0.2}
+    config |= {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    trainer = trainer_class(
+        mixtral(0),
+        mixtral(1),
+        args=trl.DPOConfig(output_dir=str(path), router_aux_loss_coef=coefficient, **config),
+        train_dataset=make_preferences(),
+        processing_class=tokenizer,
+        **options,
+    )
+    trainer.train()
+    return trainer.state.log_history[:2]
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.1, 0.0])
+def test_the_load_balancing_loss_is_trls(coefficient, tmp_path):
+    ours = trl_run(TRLTrainer, tmp_path, coefficient, variant="dpo")
+    theirs = trl_run(trl.DPOTrainer, tmp_path, coefficient)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert ("aux_loss" in mine) == ("aux_loss" in other) == (coefficient != 0)
+        for name in {"loss", "aux_loss", "grad_norm"} & set(other):
+            assert mine[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_our_trainer_adds_the_models_own_load_balancing_loss(packed, tmp_path):
+    models = {"model": mixtral(0), "ref_model": mixtral(1)}
+    trainer = make_trainer(tmp_path, **models, padding_free=packed)
+    assert not trainer.data_collator.shared_prompts  # where prompts would count once
+    batch = next(iter(trainer.get_train_dataloader()))
+    output = trainer.model(preference=batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    expected = trainer.model(**inputs, output_router_logits=True).aux_loss
+    torch.testing.assert_close(output.router_loss, expected)
+    assert not output.router_loss.requires_grad
+    evaluated = trainer.evaluate()
+    without = make_trainer(tmp_path, **models, padding_free=packed, router_aux_loss_coef=0.0)
+    plain = without.loss(batch)
+    assert plain.router_loss is None
+    torch.testing.assert_close(output.loss, plain.loss + 0.5 * expected)
+    assert evaluated["eval_aux_loss"] > 1
+    assert evaluated["eval_loss"] == pytest.approx(
+        without.evaluate()["eval_loss"] + 0.5 * evaluated["eval_aux_loss"], rel=1e-4
+    )
+
+
+def test_routers_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0.1, but LlamaForCausalLM is no mixture of experts"):
+        make_trainer(tmp_path, model=make_model("llama"), router_aux_loss_coef=0.1)
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef is -1"):
+        make_trainer(tmp_path, model=mixtral(0), router_aux_loss_coef=-1)
+    monkeypatch.delattr("transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func")
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM does not tell how .*; set router_aux_loss_coef to 0"):
+        make_trainer(tmp_path, model=mixtral(0))
+    make_trainer(tmp_path, model=mixtral(0), router_aux_loss_coef=0.0)
