@@ -32,6 +32,12 @@ def check_tdpo_options(beta: float, alpha: float, variant: str) -> None:
     checks.choice("variant", variant, VARIANTS)
 
 
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raises TypeError or ValueError unless it is a probability below 1/2."""
+    if not checks.real("label_smoothing", label_smoothing, least=0) < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
+
+
 def _check_sides(chosen: TokenDivergence, rejected: TokenDivergence) -> None:
     """Raises TypeError or ValueError unless both are sums of as many sequences."""
     for name, side in (("chosen", chosen), ("rejected", rejected)):
@@ -138,8 +144,7 @@ def dpo_loss(
 def dpo_margin_loss(*, beta: float = 0.1, label_smoothing: float = 0.0) -> MarginLoss:
     """`dpo_loss` with these options, as margin and link."""
     check_beta(beta)
-    if not checks.real("label_smoothing", label_smoothing, least=0) < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
+    check_label_smoothing(label_smoothing)
 
     def link(margins: Tensor) -> Tensor:
         scaled = beta * margins

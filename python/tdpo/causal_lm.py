@@ -27,25 +27,28 @@ class CausalLM:
     Attributes:
         model: the causal language model.
         softcap: the model caps its logits as softcap * tanh(logits / softcap); None if it doesn't.
+        logit_scale: the model multiplies its head's output by this before.
         fallback_reason: why this model's head can't be fused, so that logits must be materialised; None if it can.
     """
 
     model: nn.Module
     softcap: float | None
+    logit_scale: float
     fallback_reason: str | None
 
     @classmethod
     def of(cls, model: nn.Module) -> CausalLM:
         """Inspects a model and, on two tokens, compares its own logits with those formed from its hidden states."""
         model = unwrap_peft(model)
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        config = model.config.get_text_config()
+        softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
         fallback_reason = None
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             fallback_reason = f"its head is {type(head).__name__}, not a linear layer"
-        elif not cls(model, softcap, None)._reproduces_logits():
-            fallback_reason = "its logits are not a linear (and softcapped) function of its last hidden state"
-        return cls(model, softcap, fallback_reason)
+        elif not cls(model, softcap, scale, None)._reproduces_logits():
+            fallback_reason = "its logits are not a linear (scaled, softcapped) function of its last hidden state"
+        return cls(model, softcap, scale, fallback_reason)
 
     def hidden(self, **batch: Tensor) -> Tensor:
         """Last hidden states, (B, T, D), after the final norm."""
@@ -131,6 +134,7 @@ class CausalLM:
             batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
             bias = None if self.bias is None else _full_tensor(self.bias)
             logits = nn.functional.linear(self.hidden(**batch), _full_tensor(self.weight), bias).float()
+            logits = logits * self.logit_scale
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             actual = _full_tensor(self.logits(**batch)).float()
@@ -148,23 +152,40 @@ class CausalLM:
 class CachedReferenceHead:
     """The part of a reference that stays in memory when its hidden states are cached: its head, (V, D) and (V,).
 
-    `softcap` and `fallback_reason` are those of `CausalLM`.
+    `softcap`, `logit_scale` and `fallback_reason` are those of `CausalLM`.
     """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
+    logit_scale: float
     fallback_reason: str | None
 
     @classmethod
     def copy_of(cls, reference: CausalLM) -> CachedReferenceHead:
         """A copy, so that the model can be freed or trained."""
         bias = None if reference.bias is None else reference.bias.detach().clone()
-        return cls(reference.weight.detach().clone(), bias, reference.softcap, reference.fallback_reason)
+        return cls(
+            weight=reference.weight.detach().clone(),
+            bias=bias,
+            softcap=reference.softcap,
+            logit_scale=reference.logit_scale,
+            fallback_reason=reference.fallback_reason,
+        )
 
     @property
     def vocab_size(self) -> int:
         return len(self.weight)
+
+
+def _logit_scale(config: Any) -> float:
+    """What a model multiplies its logits by, as the configurations of its kind say it."""
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return float(scale)
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    return 1.0 if divisor is None else 1 / float(divisor)
 
 
 def _equal_to_rounding(some: Tensor, others: Tensor) -> bool:

@@ -74,14 +74,16 @@ class PreferenceCollator:
     of the sequences among them, and `row_lengths`, their 2B lengths as integers; `num_tokens`, how many tokens the 2B
     sequences have. With `shared_prompts` a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
     [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) instead of an `attention_mask`.
-    With a `reference_cache` a batch also holds `ref_hidden`, (R, D_ref), the reference's hidden states at these
-    positions.
+    `token_columns` names numbers per response token, `chosen_NAME` and `rejected_NAME` of the rows; a batch holds them,
+    each (R,), in a dict of that name. With a `reference_cache` a batch also holds `ref_hidden`, (R, D_ref), the
+    reference's hidden states at these positions.
     """
 
     pad_token_id: int
     padding_free: bool = False
     reference_cache: ReferenceCache | None = None
     shared_prompts: bool = False
+    token_columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         lines = _shared_lines(examples) if self.shared_prompts else _lines(examples)
@@ -95,6 +97,8 @@ class PreferenceCollator:
         batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)])
         batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
         batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)
+        if self.token_columns:
+            batch["token_columns"] = {name: _token_column(name, examples) for name in self.token_columns}
         if self.reference_cache is not None:
             states = [self.reference_cache.hidden(row["position"], side) for side in RESPONSES for row in examples]
             batch["ref_hidden"] = torch.cat(states)
@@ -132,6 +136,19 @@ class PreferenceCollator:
                 places[len(prompt) :] += gap
                 sequences.append(_Sequence([*prompt, *response], len(prompt), places))
         return sequences
+
+
+def _token_column(name: str, examples: list[dict[str, Any]]) -> Tensor:
+    """A column at the response tokens of all sequences that have a predictor, (R,)."""
+    return torch.tensor(
+        [
+            value
+            for side in RESPONSES
+            for row in examples
+            for value in row[f"{side}_{name}"][0 if row["prompt_ids"] else 1 :]
+        ],
+        dtype=torch.float32,
+    )
 
 
 def _lines(examples: list[dict[str, Any]]) -> list[_Line]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 from transformers import TrainingArguments
 
-from tdpo_ext import checks, dpo_loss, tdpo_loss
-from tdpo_ext.losses import Objective, check_tdpo_options
+from tdpo_ext import checks
+from tdpo_ext.divergence import KL_DIRECTIONS
+from tdpo_ext.losses import Objective
 
+from .objectives import OBJECTIVES, ObjectiveOptions, TrainedObjective
 from .tdpo_options import TDPOOptions
 
 _CHOICES = {
-    "variant": ("tdpo2", "tdpo1", "dpo"),
+    "variant": tuple(OBJECTIVES),
     "overlong": ("truncate", "drop"),
     "shared_prompts": ("auto", "always", "never"),
     "reference_dtype": ("bfloat16", "float16", "float32"),
@@ -38,7 +39,9 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             checks.choice(name, getattr(self, name), allowed)
-        check_tdpo_options(self.beta, self.alpha, "tdpo2" if self.variant == "dpo" else self.variant)
+        self.objective_options.check(self.variant)
+        if self.kl_direction is not None:
+            checks.choice("kl_direction", self.kl_direction, KL_DIRECTIONS)
         for name, least in _LEAST.items():
             checks.integer(name, getattr(self, name), least=least)
         if self.max_prompt_length >= self.max_length:
@@ -52,6 +55,9 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; True or False is needed")
+        for name in self.token_columns or ():
+            if not isinstance(name, str):
+                raise TypeError(f"token_columns holds {name!r}; names of columns are needed")
         if not isinstance(self.reference_cache, (str, PathLike, type(None))):
             raise TypeError(f"reference_cache is {self.reference_cache!r}; the path of a folder is needed")
         for name, unused in _NO_MEANING.items():
@@ -66,8 +72,18 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         """The folder of the reference's hidden states, with a subfolder for each split."""
         return Path(self.reference_cache or Path(self.output_dir or "", "reference-cache"))
 
-    def objective(self) -> Objective:
-        """The pairwise loss that these options name, as `tdpo_ext.linear_preference_loss` takes it."""
-        if self.variant == "dpo":
-            return functools.partial(dpo_loss, beta=self.beta)
-        return functools.partial(tdpo_loss, beta=self.beta, alpha=self.alpha, variant=self.variant)
+    @property
+    def objective_options(self) -> ObjectiveOptions:
+        """The numbers of the loss."""
+        return ObjectiveOptions(self.beta, self.alpha, self.label_smoothing, self.simpo_gamma)
+
+    def trained_objective(self, own: Objective | None = None) -> TrainedObjective:
+        """The loss that `variant` names, or `own` instead."""
+        columns, named = self.token_columns or [], OBJECTIVES[self.variant]
+        if own is not None:
+            return TrainedObjective(own, self.kl_direction or "forward", tuple(columns))
+        return TrainedObjective(
+            objective=named.build(self.objective_options),
+            kl_direction=self.kl_direction or named.kl_direction,
+            token_columns=tuple(dict.fromkeys([*named.columns, *columns])),
+        )

@@ -3,7 +3,8 @@
 Forms: prompt/chosen/rejected texts; chosen/rejected texts that both begin with the prompt (an implicit prompt), among
 them transcripts in the style of Anthropic's HH ("\\n\\nHuman: ...\\n\\nAssistant: ..."); the same as lists of chat
 messages, to which the tokenizer's chat template is applied, or a prompt's text beside whole conversations. With
-messages, the columns `system` (a text), `tools` (a list, or JSON) and `chat_template_kwargs` reach the template.
+messages, the columns `system` (a text), `tools` (a list, or JSON) and `chat_template_kwargs` reach the template. Or
+token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, with numbers per token beside them (docs/objectives.md).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .messages import RESPONSES, check_row, row_texts
+from .messages import RESPONSES, check_ids, check_row, check_token_column, row_texts
 
 logger = logging.getLogger(__name__)
 _ROWS_PER_DIGEST = 1000
+TOKEN_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -74,7 +76,7 @@ def _malformed_json(path: Path) -> str:
 def tokens_digest(dataset: Dataset) -> str:
     """A digest of the token ids of a tokenized dataset, which depends on nothing else."""
     hashed = hashlib.blake2b(digest_size=16)
-    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    columns = dataset.select_columns(list(TOKEN_IDS)).with_format("arrow")
     for batch in columns.iter(batch_size=_ROWS_PER_DIGEST):
         for name in columns.column_names:
             tokens = batch[name].combine_chunks()
@@ -84,9 +86,12 @@ def tokens_digest(dataset: Dataset) -> str:
 
 
 class _TokenIds(NamedTuple):
+    """A row as the models see it; `columns` are numbers per response token by name, such as `chosen_weight`."""
+
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    columns: dict[str, list[float]] = {}  # noqa: RUF012
 
 
 _NO_TOKENS = _TokenIds([], [], [])
@@ -110,6 +115,7 @@ class _Encoder:
     max_length: int
     max_prompt_length: int
     overlong: str
+    token_columns: tuple[str, ...] = ()  # with the side in front
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -123,21 +129,21 @@ class _Encoder:
             "index": index,
             "length": len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)),
             "dropped": dropped,
+            **{name: ids.columns.get(name, []) for name in self.token_columns},
         }
 
     def encode(self, row: dict[str, Any]) -> tuple[_TokenIds, str]:
         """The token ids of a row and the reason why it can't be used, "" if it can."""
-        check_row(row)
+        self._check(row)
         for side in RESPONSES:
-            if not row[side]:
+            if not row[f"{side}{self._suffix}"]:
                 return _NO_TOKENS, f"an empty {side!r} response"
-        texts, templated = row_texts(row, self.tokenizer), not isinstance(row["chosen"], str)
-        prompt = self._encode_prompt(texts["prompt"], templated)
-        if len(prompt) > self.max_prompt_length and self.overlong == "drop":
+        ids = self._whole(row)
+        if len(ids.prompt) > self.max_prompt_length and self.overlong == "drop":
             return _NO_TOKENS, f"a prompt over {self.max_prompt_length} tokens"
-        prompt = prompt[-self.max_prompt_length :]
+        prompt = ids.prompt[-self.max_prompt_length :]
         available = self.max_length - len(prompt)
-        responses = {side: self._encode_response(texts[side], templated) for side in RESPONSES}
+        responses = {"chosen": ids.chosen, "rejected": ids.rejected}
         if responses["chosen"] == responses["rejected"]:
             return _NO_TOKENS, "equal responses"
         for side, response in responses.items():
@@ -148,7 +154,22 @@ class _Encoder:
             responses[side] = self._cut(response, available)
         if responses["chosen"] == responses["rejected"]:
             return _NO_TOKENS, f"responses that are equal once cut to max_length, {self.max_length} tokens"
-        return _TokenIds(prompt, responses["chosen"], responses["rejected"]), ""
+        columns = {name: values[:available] for name, values in ids.columns.items()}
+        return _TokenIds(prompt, responses["chosen"], responses["rejected"], columns), ""
+
+    _suffix = ""  # of the columns of a row, after the side
+
+    def _check(self, row: dict[str, Any]) -> None:
+        check_row(row)
+
+    def _whole(self, row: dict[str, Any]) -> _TokenIds:
+        """The tokens of a row, of any length."""
+        texts, templated = row_texts(row, self.tokenizer), not isinstance(row["chosen"], str)
+        return _TokenIds(
+            prompt=self._encode_prompt(texts["prompt"], templated),
+            chosen=self._encode_response(texts["chosen"], templated),
+            rejected=self._encode_response(texts["rejected"], templated),
+        )
 
     def _encode_prompt(self, text: str, templated: bool) -> list[int]:
         if templated:  # the template has added the special tokens
@@ -174,6 +195,29 @@ class _Encoder:
         return ids if ids[-1:] == [end] else [*ids, end]
 
 
+class _IdEncoder(_Encoder):
+    """The same for rows that hold token ids."""
+
+    _suffix = "_ids"
+
+    def _check(self, row: dict[str, Any]) -> None:
+        for name in TOKEN_IDS:
+            check_ids(name, row[name], len(self.tokenizer))
+        for name in self.token_columns:
+            check_token_column(name, row[name], len(row[f"{name.partition('_')[0]}_ids"]))
+
+    def _whole(self, row: dict[str, Any]) -> _TokenIds:
+        return _TokenIds(
+            prompt=row["prompt_ids"],
+            chosen=row["chosen_ids"],
+            rejected=row["rejected_ids"],
+            columns={name: row[name] for name in self.token_columns},
+        )
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        return ids[:length]
+
+
 def tokenize_preferences(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -181,8 +225,9 @@ def tokenize_preferences(
     max_prompt_length: int,
     overlong: str = "truncate",
     num_proc: int | None = None,
+    token_columns: tuple[str, ...] = (),
 ) -> Dataset:
-    """Tokenizes preference rows.
+    """Tokenizes preference rows, or checks and cuts rows of token ids.
 
     The columns of the result are `prompt_ids`, `chosen_ids` and `rejected_ids`; `index`, the row of `dataset`;
     `length`, the tokens of the prompt and the longer response; and `position`, the row of the result. A response ends
@@ -190,7 +235,9 @@ def tokenize_preferences(
     with it, with or without white space behind. A prompt longer than `max_prompt_length` tokens keeps its end; a
     response that doesn't fit `max_length` keeps its beginning and the end token; or, with `overlong="drop"`, such rows
     are dropped. Rows with an empty response or with responses that are equal, or become so by this, are always dropped.
-    A warning says how many rows were dropped, and why. `num_proc` processes share the work.
+    A warning says how many rows were dropped, and why. `num_proc` processes share the work. `token_columns` are numbers
+    per response token, which rows of token ids must have as `chosen_NAME` and `rejected_NAME`; the result has them too.
+    Such rows get no end token and lose none but by cutting.
 
     Raises:
         ValueError: a column is missing, a row is malformed (the message names it), no row is left, or the tokenizer has
@@ -198,21 +245,30 @@ def tokenize_preferences(
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"the dataset is {type(dataset).__name__}; a datasets.Dataset is needed")
-    missing = [column for column in RESPONSES if column not in dataset.column_names]
+    columns = tuple(f"{side}_{name}" for name in token_columns for side in RESPONSES)
+    are_ids = "chosen_ids" in dataset.column_names
+    if columns and not are_ids:
+        raise ValueError(
+            f"the loss reads {', '.join(columns)}, numbers per token, which only rows of token ids have (chosen_ids, "
+            f"...); the dataset has {', '.join(dataset.column_names)}"
+        )
+    needed = (*TOKEN_IDS, *columns) if are_ids else RESPONSES
+    missing = [column for column in needed if column not in dataset.column_names]
     if missing:
         raise ValueError(f"the dataset lacks {', '.join(missing)}; it has {', '.join(dataset.column_names)}")
     if len(dataset) == 0:
         raise ValueError("the dataset is empty")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, with which responses must end")
-    if isinstance(dataset[0]["chosen"], list) and tokenizer.chat_template is None:
+    if not are_ids and isinstance(dataset[0]["chosen"], list) and tokenizer.chat_template is None:
         raise ValueError("the dataset holds chat messages but the tokenizer has no chat template")
-    encoder = _Encoder(tokenizer, max_length, max_prompt_length, overlong)
+    encoder = (_IdEncoder if are_ids else _Encoder)(tokenizer, max_length, max_prompt_length, overlong, columns)
     encoded = dataset.map(
         encoder,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=_COLUMNS,  # not inferred: the first rows may all be dropped
+        # Not inferred: the first rows may all be dropped.
+        features=Features({**_COLUMNS, **{name: List(Value("float32")) for name in columns}}),
         num_proc=None if num_proc is None else min(num_proc, len(dataset)),
         desc="Tokenizing preferences",
     )

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from tdpo_ext import TokenDivergence, linear_preference_loss, token_divergence
 from tdpo_ext.losses import Objective
+from tdpo_ext.objectives import sees_tokens
 
 from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
 from .routers import router_loss
@@ -78,6 +79,7 @@ class PreferenceLoss:
     Args:
         policy, reference: the two models; the same twice where `without_adapters` makes the difference.
         objective: the pairwise loss.
+        kl_direction: of the KL that it sees.
         logits_budget: as in `tdpo_ext.linear_preference_loss`.
         without_adapters: a context in which the policy's model is the reference.
         router_coefficient: weight of the load-balancing loss that is added for a mixture of experts.
@@ -94,17 +96,20 @@ class PreferenceLoss:
         policy: CausalLM,
         reference: CausalLM | CachedReferenceHead,
         objective: Objective,
+        kl_direction: str = "forward",
         logits_budget: int | None = None,
         without_adapters: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         router_coefficient: float = 0.0,
         keep_casts: bool = False,
     ):
-        self.policy, self.reference, self.objective = policy, reference, objective
+        self.policy, self.reference, self.objective, self.kl_direction = policy, reference, objective, kl_direction
         self.logits_budget, self.without_adapters = logits_budget, without_adapters
         self.router_coefficient, self.keep_casts, self._casts = router_coefficient, keep_casts, _HeadCasts()
         self.fallback_reason = policy.fallback_reason or reference.fallback_reason
         if self.fallback_reason is None and policy.softcap != reference.softcap:
             self.fallback_reason = "policy and reference cap their logits differently"
+        if self.fallback_reason is not None and sees_tokens(objective):
+            raise ValueError(f"a loss on tokens needs the fused loss, which can't be used: {self.fallback_reason}")
 
     def __call__(self, batch: dict[str, Tensor]) -> PreferenceOutput:
         routed = self.router_coefficient > 0
@@ -157,13 +162,17 @@ class PreferenceLoss:
             row_lengths=batch.get("row_lengths"),
             bias=None if policy.bias is None else policy.bias.to(dtype),
             ref_bias=None if ref_bias is None else ref_bias.detach().to(dtype),
+            token_columns=batch.get("token_columns"),
             softcap=policy.softcap,
+            logit_scale=policy.logit_scale,
+            ref_logit_scale=self.reference.logit_scale,
+            kl_direction=self.kl_direction,
             logits_budget=self.logits_budget,
         )
         return PreferenceOutput(loss, chosen, rejected)
 
     def _from_logits(self, logits: Tensor, ref_logits: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
-        tokens = token_divergence(logits, ref_logits, batch["targets"])
+        tokens = token_divergence(logits, ref_logits, batch["targets"], kl_direction=self.kl_direction)
         lengths = batch["cu_seqlens"].diff()
         sequences = TokenDivergence._make(
             torch.segment_reduce(values, "sum", lengths=lengths, initial=0) for values in tokens

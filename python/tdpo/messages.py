@@ -1,8 +1,12 @@
-"""The forms of a preference row: texts or chat messages, with a prompt of its own or at the start of both responses."""
+"""The forms of a preference row: texts or chat messages, with a prompt of its own or at the start of both responses.
+
+Or token ids, with numbers per token beside them.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +35,24 @@ def check_row(row: dict[str, Any]) -> None:
         raise ValueError("'chosen' and 'rejected' must both be texts or both lists of chat messages")
     if isinstance(chosen, str) and isinstance(row.get("prompt"), list):
         raise ValueError("'prompt' is a list of chat messages, so 'chosen' and 'rejected' must be such lists too")
+
+
+def check_ids(name: str, ids: Any, vocab_size: int) -> None:
+    """Refuses what is no list of token ids, with the name of the column."""
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError(f"{name!r} is {checks.describe(ids)}; it must be a list of token ids")
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name!r} holds {token}; token ids are 0 to {vocab_size - 1}")
+
+
+def check_token_column(name: str, values: Any, length: int) -> None:
+    """Refuses what is no list of `length` finite numbers, with the name of the column."""
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    if not numbers or not all(map(math.isfinite, values)):
+        raise ValueError(f"{name!r} is {checks.describe(values)}; it must be a list of finite numbers")
+    if len(values) != length:
+        raise ValueError(f"{name!r} has {len(values)} numbers for {length} tokens")
 
 
 def _check_message(name: str, message: dict[str, Any]) -> None:

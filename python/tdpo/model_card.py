@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .config import TDPOConfig
+from .objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from .trainer import TDPOTrainer
@@ -21,7 +22,8 @@ CITATION = """@inproceedings{zeng2024tdpo,
 }"""
 # Options that say how a model came to be; the others say where, or how fast.
 _OPTIONS = (
-    *("variant", "beta", "alpha", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
+    *("variant", "beta", "alpha", "label_smoothing", "simpo_gamma", "kl_direction"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_length", "max_prompt_length", "overlong", "bf16", "fp16", "seed"),
 )
@@ -60,7 +62,7 @@ def _options(args: TDPOConfig) -> Iterator[tuple[str, Any]]:
     defaults = {field.name: field.default for field in fields(TDPOConfig)}
     for name in _OPTIONS:
         value, default = (getattr(of, "value", of) for of in (getattr(args, name), defaults[name]))
-        if name == "alpha" and args.variant != "tdpo2":
+        if name == "alpha" and "alpha" not in OBJECTIVES[args.variant].options:
             continue
         if name in _ALWAYS or value != default:
             yield name, value

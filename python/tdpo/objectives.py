@@ -7,15 +7,15 @@ margin that is linear in the tokens' values, it is a `MarginLoss`: pairs of any 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpo_ext import MarginLoss, TokenDivergence, TokenRows, per_token
-from tdpo_ext.losses import Objective, dpo_margin_loss, tdpo_margin_loss
+from tdpo_ext import MarginLoss, TokenDivergence, TokenRows, checks, per_token
+from tdpo_ext.losses import Objective, check_label_smoothing, check_tdpo_options, dpo_margin_loss, tdpo_margin_loss
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,16 @@ class ObjectiveOptions:
     alpha: float = 0.5
     label_smoothing: float = 0.0
     simpo_gamma: float = 0.5
+
+    def check(self, name: str) -> None:
+        """Raises TypeError or ValueError where an option is out of range, or not one of the objective `name`."""
+        check_tdpo_options(self.beta, self.alpha, "tdpo2")
+        check_label_smoothing(self.label_smoothing)
+        checks.real("simpo_gamma", self.simpo_gamma, least=0)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in OBJECTIVES[name].options and value != option.default:
+                raise ValueError(f"{option.name} is {value}, but the loss {name} does not use it: leave it unset")
 
 
 class NamedObjective(NamedTuple):
@@ -46,6 +56,15 @@ class NamedObjective(NamedTuple):
     source: str
     columns: tuple[str, ...] = ()
     kl_direction: str = "forward"
+
+
+@dataclass(frozen=True)
+class TrainedObjective:
+    """What a run trains on: the loss, the direction of its KL, and the numbers per token that it reads."""
+
+    objective: Objective
+    kl_direction: str
+    token_columns: tuple[str, ...]
 
 
 def logratio_margin(chosen: TokenDivergence, rejected: TokenDivergence) -> Tensor:

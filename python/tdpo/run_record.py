@@ -18,7 +18,8 @@ FILE = "run.json"
 # Options that shape what is trained. The length of a run (max_steps, num_train_epochs) may change, so that it goes on
 # or ends earlier, and so may what is logged, saved and evaluated.
 _OPTIONS = (
-    *("beta", "alpha", "variant", "disable_dropout", "max_length", "max_prompt_length", "overlong"),
+    *("beta", "alpha", "variant", "label_smoothing", "simpo_gamma", "kl_direction", "token_columns"),
+    *("disable_dropout", "max_length", "max_prompt_length", "overlong"),
     *("precompute_reference", "reference_dtype", "learning_rate", "optim", "optim_args", "optim_target_modules"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "router_aux_loss_coef"),

@@ -12,8 +12,16 @@ class TDPOOptions:
     """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
 
     beta: float = option(0.1, "Strength of the KL constraint, > 0.")
-    alpha: float = option(0.5, "Weight of the sequence-KL difference in tdpo2, >= 0.")
-    variant: str = option("tdpo2", "Loss: tdpo2, tdpo1 or dpo.")
+    alpha: float = option(0.5, "Weight of the KL difference in tdpo2 and tis_dpo, >= 0.")
+    variant: str = option("tdpo2", "Loss: tdpo2, tdpo1, dpo, ipo, simpo or tis_dpo.")
+    label_smoothing: float = option(0.0, "Probability that a preference is flipped, in [0, 0.5); of dpo.")
+    simpo_gamma: float = option(0.5, "Target margin of simpo, >= 0.")
+    kl_direction: str | None = option(
+        None, "KL that the loss sees: forward, of the reference from the policy, or reverse (default: the loss's own)."
+    )
+    token_columns: list[str] | None = option(  # noqa: RUF009
+        None, "Numbers per token in tokenized data that your own objective reads: chosen_NAME and rejected_NAME."
+    )
     learning_rate: float | None = option(
         None, "Initial learning rate (default: 1e-6, or 1e-5 where adapters are trained)."
     )

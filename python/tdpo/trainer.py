@@ -21,6 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from tdpo_ext import checks
+from tdpo_ext.losses import Objective
+from tdpo_ext.objectives import sees_tokens
+
 from . import checkpoints
 from .causal_lm import CachedReferenceHead, CausalLM
 from .collator import PreferenceCollator
@@ -29,6 +33,7 @@ from .data import padding_token, tokenize_preferences
 from .loss import ForgetCasts, PreferenceLoss, patch_forward
 from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .model_card import model_card
+from .objectives import TrainedObjective
 from .policy import check_arguments, prepare_policy
 from .progress import show_readable_logs
 from .reference_cache import ReferenceCache, cache_reference
@@ -51,6 +56,8 @@ class TDPOTrainer(Trainer):
         train_dataset, eval_dataset: preference rows (see `tdpo.data`); eval_dataset may be a dict of splits.
         processing_class: the tokenizer.
         peft_config: adapters to train instead of the whole policy, such as `peft.LoraConfig`.
+        objective: a loss of your own, as `tdpo_ext.linear_preference_loss` takes it (docs/objectives.md), instead of
+            the `variant` of `args`, whose `beta` then scales `rewards/*` alone.
         others: as in `transformers.Trainer`.
 
     Raises:
@@ -75,10 +82,13 @@ class TDPOTrainer(Trainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
+        objective: Objective | None = None,
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else args
         check_arguments(model, ref_model, args, processing_class, others)
+        trained = args.trained_objective(objective)
+        checks.function("objective", trained.objective)
         tokenize = functools.partial(
             tokenize_preferences,
             tokenizer=processing_class,
@@ -86,6 +96,7 @@ class TDPOTrainer(Trainer):
             max_prompt_length=args.max_prompt_length,
             overlong=args.overlong,
             num_proc=args.dataset_num_proc,
+            token_columns=trained.token_columns,
         )
         if train_dataset is not None:
             train_dataset = tokenize(train_dataset)
@@ -93,11 +104,13 @@ class TDPOTrainer(Trainer):
             eval_dataset = {name: tokenize(split) for name, split in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = tokenize(eval_dataset)
-        pad_token_id = padding_token(processing_class)
+        collator = PreferenceCollator(
+            padding_token(processing_class), padding_free=args.padding_free, token_columns=trained.token_columns
+        )
         super().__init__(
             model=prepare_policy(model, args, peft_config),
             args=args,
-            data_collator=others.pop("data_collator", PreferenceCollator(pad_token_id, args.padding_free)),
+            data_collator=others.pop("data_collator", collator),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -114,12 +127,12 @@ class TDPOTrainer(Trainer):
         self._splits = _splits_by_name(self.train_dataset, self.eval_dataset)
         self._caches: dict[str, ReferenceCache] = {}
         self.ref_model: nn.Module | None = None
-        self.loss = self._set_up_loss(ref_model)
+        self.loss = self._set_up_loss(ref_model, trained)
         patch_forward(self.model, self.loss)
 
     # ---- the loss and its reference ----
 
-    def _set_up_loss(self, ref_model: nn.Module | None) -> PreferenceLoss:
+    def _set_up_loss(self, ref_model: nn.Module | None, trained: TrainedObjective) -> PreferenceLoss:
         args, policy = self.args, CausalLM.of(self.model)
         reference = self._set_up_reference(policy, ref_model)
         shared = self._shares_prompts(policy, reference)
@@ -133,7 +146,8 @@ class TDPOTrainer(Trainer):
         loss = PreferenceLoss(
             policy,
             reference,
-            args.objective(),
+            trained.objective,
+            kl_direction=trained.kl_direction,
             logits_budget=args.logits_budget,
             without_adapters=self.model.disable_adapter if reference is policy else contextlib.nullcontext,
             router_coefficient=router_coefficient(policy.model, args.router_aux_loss_coef),
@@ -233,7 +247,9 @@ class TDPOTrainer(Trainer):
             self._training_means.add(metrics)
             self._new_tokens += inputs["num_tokens"]
         else:
-            losses = self.loss.objective(output.chosen, output.rejected)  # of every pair; `loss` is their mean
+            losses = output.loss.expand(len(inputs["index"]))
+            if not sees_tokens(self.loss.objective):  # otherwise sums do not tell the loss of each pair
+                losses = self.loss.objective(output.chosen, output.rejected)
             if output.router_loss is not None:
                 losses = losses + self.loss.router_coefficient * output.router_loss
             metrics["loss"] = PairMetric(losses, torch.ones_like(losses))

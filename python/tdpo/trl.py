@@ -11,7 +11,6 @@ Every option of DPOConfig does what TRL says, or is refused by name (`REFUSED`).
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,26 +21,20 @@ from transformers import ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import create_model_from_path
 
-from tdpo_ext import dpo_loss, tdpo_loss
-from tdpo_ext.losses import Objective, check_tdpo_options
-
 from .causal_lm import CausalLM
 from .collator import predicted_responses
 from .loss import PreferenceLoss, patch_forward
 from .metrics import MetricMeans, preference_metrics
 from .routers import router_coefficient
+from .trl_losses import trl_objective
 
 # Options that have no meaning for these losses, and the values that leave them unused.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "loss_type": (["sigmoid"],),  # which TDPO replaces
-    "loss_weights": (None, [1.0]),
     "f_divergence_type": ("reverse_kl",),
     "f_alpha_divergence_coef": (0.5,),
-    "label_smoothing": (0.0,),
     "label_smoothing_factor": (0.0,),
     "ld_alpha": (None,),
     "use_weighting": (False,),
-    "discopop_tau": (0.05,),
     "precompute_ref_log_probs": (False,),  # log-probabilities of the labels alone give no KL
     "precompute_ref_batch_size": (None,),
     "padding_free": (False,),  # TRL 1.16 ignores it
@@ -49,16 +42,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 class TDPOTrainer(DPOTrainer):
-    """TRL's DPOTrainer, its loss replaced by TDPO's.
+    """TRL's DPOTrainer, the loss "sigmoid" of its `loss_type` replaced by TDPO's.
 
     Args:
         model, ref_model: loaded, or the name of a folder or of a hub's model.
-        alpha, variant: as in `tdpo_ext.tdpo_loss`; the variant "dpo" is `tdpo_ext.dpo_loss`.
+        alpha, variant: as in `tdpo_ext.tdpo_loss`; the variant "dpo" is `tdpo_ext.dpo_loss`, and so TRL's own.
         others: DPOTrainer's.
 
     Raises:
-        ValueError: a DPOConfig option that has no meaning for TDPO, a bad `alpha` or `variant`, `compute_metrics` (no
-            logits are formed), or a model whose head can't be fused.
+        ValueError: a DPOConfig option that has no meaning for TDPO, a loss that couples pairs, a bad `alpha` or
+            `variant`, `compute_metrics` (no logits are formed), or a model whose head can't be fused.
         TypeError: a processor of images: only text is supported.
     """
 
@@ -76,7 +69,7 @@ class TDPOTrainer(DPOTrainer):
     ) -> None:
         if args is not None:
             _check_options(args)
-            check_tdpo_options(args.beta, alpha, "tdpo2" if variant == "dpo" else variant)
+            trl_objective(args, alpha=alpha, variant=variant)  # refuses what it can't be, before models are loaded
         if others.get("compute_metrics") is not None:
             raise ValueError("compute_metrics is given, but no logits are formed that it could work on: leave it out")
         if isinstance(others.get("processing_class"), ProcessorMixin):
@@ -92,7 +85,7 @@ class TDPOTrainer(DPOTrainer):
         self._tdpo = PreferenceLoss(
             policy,
             reference,
-            _objective(self.beta, alpha, variant),
+            trl_objective(self.args, alpha=alpha, variant=variant),
             without_adapters=self.model.disable_adapter if self.ref_model is None else contextlib.nullcontext,
             router_coefficient=router_coefficient(policy.model, self.args.router_aux_loss_coef),
         )
@@ -139,12 +132,6 @@ def _check_options(args: DPOConfig) -> None:
         value = getattr(args, name)
         if value not in unused:
             raise ValueError(f"{name} is {value!r}; it has no meaning for TDPO: leave it at {unused[0]!r}")
-
-
-def _objective(beta: float, alpha: float, variant: str) -> Objective:
-    if variant == "dpo":
-        return functools.partial(dpo_loss, beta=beta)
-    return functools.partial(tdpo_loss, beta=beta, alpha=alpha, variant=variant)
 
 
 def _load_reference(name: str, policy: Any, args: DPOConfig | None) -> nn.Module:

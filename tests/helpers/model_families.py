@@ -43,6 +43,8 @@ FAMILIES = {
     "gemma2": lambda: t.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=5.0),
     "phi": lambda: t.PhiConfig(**{**SMALL, "num_key_value_heads": 4}),
     "mistral": lambda: t.MistralConfig(**SMALL),
+    "cohere": lambda: t.CohereConfig(**SMALL, logit_scale=0.25),
+    "granite": lambda: t.GraniteConfig(**SMALL, logits_scaling=4.0),
 }
 
 

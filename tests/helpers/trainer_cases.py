@@ -37,7 +37,15 @@ def make_preferences(rows=24):
 
 
 def make_trainer(
-    path, model=None, ref_model=None, *, train_dataset=None, eval_dataset=None, peft_config=None, **options
+    path,
+    model=None,
+    ref_model=None,
+    *,
+    train_dataset=None,
+    eval_dataset=None,
+    peft_config=None,
+    objective=None,
+    **options,
 ):
     """A trainer of `model` (a GPT-2 by default) on `make_preferences()`; `options` are those of TDPOConfig."""
     preferences = make_preferences()
@@ -49,6 +57,7 @@ def make_trainer(
         eval_dataset=preferences.select(range(8)) if eval_dataset is None else eval_dataset,
         processing_class=make_tokenizer(),
         peft_config=peft_config,
+        objective=objective,
     )
 
 

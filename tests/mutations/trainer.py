@@ -3,6 +3,7 @@
 CACHE, CHECKPOINTS, CLI = "trainer/test_reference_cache.py", "trainer/test_checkpoints.py", "trainer/test_cli.py"
 CONFIG, DATA, EVALUATION = "trainer/test_config.py", "trainer/test_data.py", "trainer/test_evaluation.py"
 FEATURES, METRICS, TRL = "trainer/test_trainer_features.py", "trainer/test_metrics.py", "trainer/test_trl.py"
+NAMED, TOKENS = "trainer/test_objectives_by_name.py", "trainer/test_token_data.py"
 MESSAGES, TRAINER = "trainer/test_messages.py", "trainer/test_trainer.py"
 FAST_CACHE = [f"{CACHE}::test_{name}" for name in (
     "flipped_bits_are_detected_or_harmless",
@@ -25,10 +26,15 @@ def _of(file, *mutations):
 MUTATIONS = [
     *_of(
         "config.py",
-        ("variant=self.variant)", 'variant="tdpo2")', [CONFIG]),
-        ("beta=self.beta, alpha=self.alpha,", "beta=self.beta,", [CONFIG]),
-        ("dpo_loss, beta=self.beta)", "dpo_loss)", [CONFIG]),
-        ("least=1)\n        for name in _SWITCHES", "least=0)\n        for name in _SWITCHES", [CONFIG]),
+        ("OBJECTIVES[self.variant]", 'OBJECTIVES["tdpo2"]', [CONFIG]),
+        (
+            "ObjectiveOptions(self.beta, self.alpha, self.label_smoothing, self.simpo_gamma)",
+            "ObjectiveOptions(self.beta)",
+            [CONFIG],
+        ),
+        ("self.kl_direction or named.kl_direction", 'self.kl_direction or "forward"', [TOKENS]),
+        ('own, self.kl_direction or "forward"', 'own, "forward"', [TOKENS]),
+        ("checks.integer(name, getattr(self, name), least=1)", "checks.integer(name, getattr(self, name))", [CONFIG]),
         ("if self.max_prompt_length >= self.max_length", "if self.max_prompt_length > self.max_length", [CONFIG]),
         ('"max_length": 2, "max_prompt_length": 1,', '"max_length": 2, "max_prompt_length": 0,', [CONFIG]),
         ("if not isinstance(getattr(self, name), bool):", "if getattr(self, name) is None:", [CONFIG]),
@@ -53,10 +59,12 @@ MUTATIONS = [
         ("if templated and text.rstrip().endswith", "if templated and text.endswith", [DATA]),
         ("return ids[:length] if last_end < length else", "return", [DATA]),
         ("except (ValueError, TemplateError) as error:", "except ValueError as error:", [DATA]),
-        ("prompt = prompt[-self.max_prompt_length :]", "prompt = prompt[: self.max_prompt_length]", [DATA]),
+        ("ids.prompt[-self.max_prompt_length :]", "ids.prompt[: self.max_prompt_length]", [DATA]),
+        ("{name: values[:available] for name, values in ids.columns.items()}", "ids.columns", [TOKENS]),
+        ("check_ids(name, row[name], len(self.tokenizer))", "pass", [TOKENS]),
         (
-            'select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])',
-            'select_columns(["prompt_ids", "chosen_ids"])',
+            "dataset.select_columns(list(TOKEN_IDS))",
+            "dataset.select_columns(list(TOKEN_IDS[:2]))",
             FAST_CACHE,
         ),
         (
@@ -95,6 +103,7 @@ MUTATIONS = [
     ),
     *_of(
         "collator.py",
+        ('[0 if row["prompt_ids"] else 1 :]', "", [TOKENS]),
         ('reference_cache.hidden(row["position"], side)', 'reference_cache.hidden(row["index"], side)', FAST_CACHE),
         ("predicted[starts] = False", "predicted[0] = False", [DATA, TRL]),
     ),
@@ -188,7 +197,7 @@ MUTATIONS = [
             "PairMetric(chosen.correct / chosen.tokens, torch.ones_like(chosen.tokens))",
             [METRICS],
         ),
-        ("(reward_chosen > reward_rejected)", "(reward_chosen >= reward_rejected)", [METRICS]),
+        ("(chosen > rejected)", "(chosen >= rejected)", [METRICS]),
         ("sums, self._sums = self._sums, {}", "sums = self._sums", [METRICS]),
         ("self._sums.get(name, 0) + entries.sum(0)", "self._sums.get(name, 0) + entries.mean(0)", [METRICS]),
         ("first = {row: position for", "first = {position: position for", [METRICS]),
@@ -228,11 +237,24 @@ MUTATIONS = [
         ("            with context():\n", "            with contextlib.nullcontext():\n", [EVALUATION]),
         ("generated[0, tokens.shape[1] :]", "generated[0]", [EVALUATION]),
     ),
-    *_of("model_card.py", ('if args.variant == "tdpo2":', "if True:", [FEATURES])),
+    *_of(
+        "model_card.py",
+        ('if name == "alpha" and "alpha" not in OBJECTIVES[args.variant].options:', "if True:", [FEATURES]),
+    ),
+    *_of(
+        "trl_losses.py",
+        ("check_label_smoothing(args.label_smoothing)", "pass", [TRL]),
+        ("list(zip(weights, objectives))", "list(zip([1.0] * 9, objectives))", [TRL]),
+    ),
+    *_of(
+        "objectives.py",
+        ("if option.name not in OBJECTIVES[name].options", "if False", [CONFIG]),
+        ("len({id(loss.margin) for loss in losses}) == 1", "True", [NAMED]),
+    ),
     *_of(
         "trl.py",
-        ('"use_weighting", "ld_alpha")', '"use_weighting")', [TRL]),
-        ("alpha=alpha, variant=variant),", "variant=variant),", [TRL]),
-        ('inputs["completion_mask"].bool()', 'inputs["attention_mask"].bool()', [TRL]),
+        ('    "ld_alpha": (None,),\n', "", [TRL]),
+        ("trl_objective(self.args, alpha=alpha,", "trl_objective(self.args, alpha=0.5,", [TRL]),
+        ('batch["completion_mask"].bool()', 'batch["attention_mask"].bool()', [TRL]),
     ),
 ]

@@ -20,9 +20,10 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("variant", OBJECTIVES)
 def test_options_name_a_loss(variant, tmp_path):
-    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, variant=variant, beta=0.3, alpha=0.7)
+    alpha = {"alpha": 0.7} if variant == "tdpo2" else {}
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, variant=variant, beta=0.3, **alpha)
     chosen, rejected = (TokenDivergence.unstack(3 * torch.rand(6, 5)) for _ in range(2))
-    losses = args.objective()(chosen, rejected)
+    losses = args.trained_objective().objective(chosen, rejected)
     assert torch.equal(losses, OBJECTIVES[variant](chosen, rejected))
     for other in OBJECTIVES.keys() - {variant}:
         assert not torch.allclose(losses, OBJECTIVES[other](chosen, rejected))
@@ -38,6 +39,8 @@ NOT_SWITCHES = ["yes", 1, None, 0.0]
 WRONG_TYPES = {
     "beta": NOT_NUMBERS,
     "alpha": NOT_NUMBERS,
+    "label_smoothing": NOT_NUMBERS,
+    "simpo_gamma": NOT_NUMBERS,
     "max_length": NOT_COUNTS,
     "max_prompt_length": NOT_COUNTS,
     "eval_samples": NOT_COUNTS,
@@ -52,7 +55,10 @@ WRONG_TYPES = {
 OUT_OF_RANGE = {
     "beta": [0.0, -1.0, float("inf"), float("nan")],
     "alpha": [-1.0, float("inf"), float("nan")],
-    "variant": ["ipo", 3, None],
+    "label_smoothing": [0.5, -0.1],
+    "simpo_gamma": [-1.0],
+    "kl_direction": ["backward", 1],
+    "variant": ["cpo", 3, None],
     "overlong": ["cut", None],
     "reference_dtype": ["int8", torch.float32, None],
     "max_length": [0, 1, -5],
@@ -72,6 +78,15 @@ def test_bad_options_are_named(name, value, error, tmp_path):
     options = {"max_length": 40, "max_prompt_length": 8, **{name: value}}
     with pytest.raises(error, match=rf"^{name} is "):
         TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "value"),
+    [("dpo", "alpha", 0.3), ("tdpo1", "alpha", 0.0), ("ipo", "label_smoothing", 0.1), ("tdpo2", "simpo_gamma", 1.0)],
+)
+def test_options_without_use_are_refused(variant, name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"^{name} is {value}, but the loss {variant} does not use it"):
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, variant=variant, **{name: value})
 
 
 def test_beta_is_checked_for_every_variant(tmp_path):

@@ -134,5 +134,5 @@ def test_what_takes_no_mask_is_not_tried():
     for attribute, value in {"_attn_implementation": "flash_attention_2", "layer_types": ["linear_attention"]}.items():
         before = getattr(model.config, attribute, None)
         setattr(model.config, attribute, value)
-        assert not CausalLM(model, None, None).keeps_branches_apart()
+        assert not CausalLM(model, None, 1.0, None).keeps_branches_apart()
         setattr(model.config, attribute, before)

@@ -45,7 +45,7 @@ def test_logits_path_equals_the_oracle(tmp_path):
     divergence = eager.token_divergence(
         trainer.model(**inputs).logits.double(), trainer.ref_model(**inputs).logits.double(), labels
     )
-    expected = trainer.args.objective()(*divergence.per_sequence().chunk(2)).mean()
+    expected = trainer.loss.objective(*divergence.per_sequence().chunk(2)).mean()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -150,7 +150,8 @@ def test_the_budget_reaches_the_fused_loss(tmp_path, monkeypatch):
 
 def test_model_cards(tmp_path):
     for variant, alpha in {"tdpo2": "alpha: 0.7\n", "tdpo1": "", "dpo": ""}.items():
-        trainer = make_trainer(tmp_path, variant=variant, beta=0.2, alpha=0.7, warmup_steps=3)
+        own = {"alpha": 0.7} if alpha else {}
+        trainer = make_trainer(tmp_path, variant=variant, beta=0.2, warmup_steps=3, **own)
         trainer.save_model()
         card = (tmp_path / "README.md").read_text()
         options = (

@@ -88,6 +88,15 @@ def test_trains_and_logs(adapters, tmp_path):
     [
         ({"variant": "ipo"}, {}, "variant"),
         ({"alpha": -1.0}, {}, "alpha"),
+        ({"variant": "dpo", "alpha": 0.3}, {}, "alpha"),
+        ({}, {"loss_type": "aot"}, "'aot' couples pairs"),
+        ({}, {"loss_type": ["sigmoid", "sft"]}, "'sft' couples pairs"),
+        ({}, {"loss_type": "sigmoid", "loss_weights": [1.0, 2.0]}, "loss_weights"),
+        ({}, {"loss_weights": [float("nan")]}, "loss_weights"),
+        ({}, {"label_smoothing": 0.1}, "label_smoothing is 0.1, but only robust"),
+        ({}, {"label_smoothing": 0.7, "loss_type": "robust"}, "label_smoothing"),
+        ({}, {"label_smoothing": 0.0, "loss_type": "exo_pair"}, "label_smoothing"),
+        ({}, {"discopop_tau": 0.1}, "discopop_tau"),
     ],
 )
 def test_bad_options(options, config, message, tmp_path):
@@ -116,18 +125,14 @@ OBEYED = {
     "data": {"dataset_num_proc", "max_length", "truncation_mode", "pad_to_multiple_of", "pad_token"},
     "models": {"disable_dropout", "activation_offloading", "router_aux_loss_coef"},
     "the reference": {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"},
-    "the loss": {"beta"},
+    "the loss": {"beta", "loss_type", "loss_weights", "label_smoothing", "discopop_tau"},
 }
 OTHER_VALUES = {
-    "loss_type": "ipo",
-    "loss_weights": [0.5],
     "f_divergence_type": "js_divergence",
     "f_alpha_divergence_coef": 0.7,
-    "label_smoothing": 0.1,
     "label_smoothing_factor": 0.1,
     "ld_alpha": 0.5,
     "use_weighting": True,
-    "discopop_tau": 0.1,
     "precompute_ref_log_probs": True,
     "precompute_ref_batch_size": 2,
     "padding_free": True,
@@ -165,6 +170,40 @@ def test_the_reference_follows_the_policy_where_asked(tmp_path):
     trainer.model._preference_loss = recorded
     trainer.train()
     assert torch.equal(frozen.lm_head.weight, policies[2])  # of the policy after two steps
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options"),
+    [
+        *((name, {}) for name in ("hinge", "ipo", "sigmoid_norm", "nca_pair", "bco_pair", "sppo_hard")),
+        *((name, {}) for name in ("apo_zero", "apo_down", "sigmoid")),
+        ("discopop", {"discopop_tau": 0.3}),
+        ("robust", {"label_smoothing": 0.1}),
+        ("exo_pair", {"label_smoothing": 0.2}),
+        (["sigmoid", "bco_pair", "ipo"], {"loss_weights": [0.8, 0.2, -0.01]}),
+        (["sigmoid", "hinge"], {}),
+    ],
+)
+def test_losses_equal_trls(loss_type, options, tmp_path):
+    results = []
+    for trainer_class in (TDPOTrainer, trl.DPOTrainer):
+        variant = {"variant": "dpo"} if trainer_class is TDPOTrainer else {}
+        trainer = make(
+            tmp_path,
+            model=make_model("llama", 0),
+            ref_model=make_model("llama", 1),
+            options=variant,
+            trainer_class=trainer_class,
+            loss_type=loss_type,
+            **options,
+        )
+        torch.manual_seed(0)
+        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        loss.backward()
+        results.append((loss.item(), trainer.model.lm_head.weight.grad))
+    (loss, grad), (true_loss, true_grad) = results
+    assert loss == pytest.approx(true_loss, rel=1e-4, abs=1e-6)
+    assert (grad - true_grad).norm() < 1e-3 * true_grad.norm()
 
 
 def test_dpo_equals_trls(tmp_path):

@@ -122,7 +122,7 @@ class Experiment:
             output_dir=str(home / "checkpoints"),
             variant=variant,
             beta=settings.beta,
-            alpha=alpha,
+            alpha=alpha if variant == "tdpo2" else TDPOConfig.alpha,
             learning_rate=settings.learning_rate,
             per_device_train_batch_size=settings.batch_pairs,
             max_steps=settings.steps,

@@ -1,0 +1,166 @@
+"""Rows of token ids with numbers per token, and objectives that read them."""
+
+import pytest
+import torch
+from datasets import Dataset
+from model_families import make_model, make_tokenizer
+from tdpo.data import tokenize_preferences
+from tdpo.objectives import tis_dpo
+from trainer_cases import losses, make_trainer
+
+from tdpo_ext import eager, per_token
+
+LIMITS = {"tokenizer": make_tokenizer(), "max_length": 12, "max_prompt_length": 4}
+ROW = {
+    "prompt_ids": [5, 6, 7],
+    "chosen_ids": [8, 9, 10, 0],
+    "rejected_ids": [11, 0],
+    "chosen_weight": [1.0, 0.5, 2.0, 0.25],
+    "rejected_weight": [0.75, 1.5],
+}
+
+
+def make_rows(rows=24):
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(length):
+        return torch.randint(1, 290, (length,), generator=generator).tolist()
+
+    def weights(length):
+        return (torch.rand(length, generator=generator) + 0.5).tolist()
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": draw(i % 4),  # some have no prompt, so that nothing predicts their first token
+                "chosen_ids": draw(3 + i % 3),
+                "rejected_ids": draw(2 + i % 5),
+                "chosen_weight": weights(3 + i % 3),
+                "rejected_weight": weights(2 + i % 5),
+            }
+            for i in range(rows)
+        ]
+    )
+
+
+def tokenized(*rows, columns=("weight",), **limits):
+    return tokenize_preferences(Dataset.from_list(list(rows)), **{**LIMITS, **limits}, token_columns=columns)
+
+
+def test_rows_are_kept_as_they_are():
+    row = tokenized(ROW)[0]
+    assert {name: row[name] for name in ROW} == ROW
+    assert (row["index"], row["length"], row["position"]) == (0, 7, 0)
+    assert "chosen_weight" not in tokenized(ROW, columns=()).column_names
+
+
+def test_long_rows_are_cut_with_their_columns():
+    row = tokenized(ROW, max_length=4, max_prompt_length=2)[0]
+    assert row["prompt_ids"] == [6, 7]
+    assert row["chosen_ids"] == [8, 9]
+    assert row["chosen_weight"] == [1.0, 0.5]
+    with pytest.raises(ValueError, match="a prompt over 2 tokens"):
+        tokenized(ROW, max_prompt_length=2, overlong="drop")
+    with pytest.raises(ValueError, match="prompt and 'chosen' response over 6 tokens"):
+        tokenized(ROW, max_length=6, overlong="drop")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen_ids": [8, 9, 10, 1000]}, r"row 1 .*'chosen_ids' holds 1000; token ids are 0 to 289"),
+        ({"rejected_ids": [-1, 0]}, "'rejected_ids' holds -1"),
+        ({"prompt_ids": None}, "'prompt_ids' is None"),
+        ({"chosen_weight": [1.0]}, "'chosen_weight' has 1 numbers for 4 tokens"),
+        ({"rejected_weight": [float("nan"), 1.0]}, "'rejected_weight' .* finite"),
+        ({"rejected_weight": None}, "'rejected_weight' is None"),
+    ],
+)
+def test_bad_rows_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        tokenized(ROW, {**ROW, **change})
+
+
+def test_missing_columns_are_named():
+    plain = {name: value for name, value in ROW.items() if not name.endswith("weight")}
+    with pytest.raises(ValueError, match="lacks chosen_weight, rejected_weight"):
+        tokenized(plain)
+    with pytest.raises(ValueError, match="numbers per token, which only rows of token ids have"):
+        tokenized({"prompt": "a", "chosen": "b", "rejected": "c"})
+
+
+def test_equal_responses_are_dropped():
+    equal = {**ROW, "rejected_ids": ROW["chosen_ids"], "rejected_weight": ROW["chosen_weight"]}
+    assert tokenized(equal, ROW)["index"] == [1]
+    with pytest.raises(ValueError, match="1 with equal responses"):
+        tokenized(equal)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"shared_prompts": "never"}])
+def test_tis_dpo_of_a_batch(options, tmp_path):
+    """The trainer's loss is the formula on the models' own logits, every weight at its token."""
+    policy, frozen = make_model("llama", 0), make_model("llama", 1)
+    rows = make_rows(8)
+    trainer = make_trainer(
+        tmp_path, policy, frozen, train_dataset=rows, eval_dataset=rows, variant="tis_dpo", alpha=0.3, **options
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.model(preference=batch).loss
+
+    def side(row, name):
+        ids = torch.tensor([row["prompt_ids"] + row[f"{name}_ids"]])
+        first = max(len(row["prompt_ids"]), 1)
+        with torch.no_grad():
+            logits, ref_logits = (model(input_ids=ids).logits[0, first - 1 : -1].double() for model in (policy, frozen))
+        values = eager.token_divergence(logits, ref_logits, ids[0, first:], kl_direction="reverse")
+        weight = torch.tensor(row[f"{name}_weight"])[-len(values.kl) :]
+        return (weight * values.logratio).sum(), (weight * values.kl).sum()
+
+    expected = []
+    for index in batch["index"].tolist():
+        (u_w, k_w), (u_l, k_l) = (side(rows[index], name) for name in ("chosen", "rejected"))
+        expected.append(-torch.nn.functional.logsigmoid(0.1 * (u_w - u_l - 0.3 * (k_w - k_l))))
+    torch.testing.assert_close(loss.detach().double(), torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_tis_dpo_trains_and_evaluates(tmp_path):
+    rows = make_rows()
+    trainer = make_trainer(
+        tmp_path, train_dataset=rows, eval_dataset=rows.select(range(6)), variant="tis_dpo", max_steps=8
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert 0 < trainer.evaluate()["eval_loss"] < 0.6932
+
+
+def test_an_objective_of_your_own(tmp_path):
+    """On columns of any name, and on sums; it takes the place of the configuration's."""
+
+    @per_token
+    def masked(chosen, rejected):
+        margins = chosen.sum(chosen.columns["weight"] * chosen.kl) - rejected.sum(rejected.logratio)
+        return torch.nn.functional.softplus(margins)
+
+    rows, frozen = make_rows(8), make_model("llama", 1)
+    found = [
+        make_trainer(
+            tmp_path,
+            make_model("llama", 0),
+            frozen,
+            train_dataset=rows,
+            eval_dataset=rows,
+            objective=objective,
+            token_columns=["weight"],
+            kl_direction=direction,
+        )
+        for objective, direction in ((masked, None), (masked, "reverse"), (tis_dpo(0.1, 0.5), "reverse"))
+    ]
+    batch = next(iter(found[0].get_train_dataloader()))
+    values = [trainer.model(preference=batch).loss.item() for trainer in found]
+    assert len(set(values)) == 3
+    named = make_trainer(
+        tmp_path, make_model("llama", 0), frozen, train_dataset=rows, eval_dataset=rows, variant="tis_dpo"
+    )
+    assert named.model(preference=batch).loss.item() == values[2]
+    with pytest.raises(TypeError, match="objective is 'tdpo2'; a function is needed"):
+        make_trainer(tmp_path, objective="tdpo2")
