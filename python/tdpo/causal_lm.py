@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .branches import branch_masks, takes_any_mask
 from .collator import PreferenceCollator
+from .engines import full_tensor, is_sharded, stand_in
 
 _LONGEST_PROBED_WINDOW = 64  # tokens: a probe beyond the windows of large models would take longer than it tells
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -29,26 +30,35 @@ class CausalLM:
         softcap: the model caps its logits as softcap * tanh(logits / softcap); None if it doesn't.
         logit_scale: the model multiplies its head's output by this before.
         fallback_reason: why this model's head can't be fused, so that logits must be materialised; None if it can.
+        probed: the model that is run to find out what it can do, where `model` can't be run outside an engine.
     """
 
     model: nn.Module
     softcap: float | None
     logit_scale: float
     fallback_reason: str | None
+    probed: nn.Module | None = None
+
+    @property
+    def _probe(self) -> CausalLM:
+        return (
+            self if self.probed is None else CausalLM(self.probed, self.softcap, self.logit_scale, self.fallback_reason)
+        )
 
     @classmethod
     def of(cls, model: nn.Module) -> CausalLM:
         """Inspects a model and, on two tokens, compares its own logits with those formed from its hidden states."""
         model = unwrap_peft(model)
+        probed = stand_in(model) if is_sharded(model) else model
         config = model.config.get_text_config()
         softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
         fallback_reason = None
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             fallback_reason = f"its head is {type(head).__name__}, not a linear layer"
-        elif not cls(model, softcap, scale, None)._reproduces_logits():
+        elif not cls(probed, softcap, scale, None)._reproduces_logits():
             fallback_reason = "its logits are not a linear (scaled, softcapped) function of its last hidden state"
-        return cls(model, softcap, scale, fallback_reason)
+        return cls(model, softcap, scale, fallback_reason, probed)
 
     def hidden(self, **batch: Tensor) -> Tensor:
         """Last hidden states, (B, T, D), after the final norm."""
@@ -88,11 +98,12 @@ class CausalLM:
     @torch.no_grad()
     def isolates_packed_sequences(self) -> bool:
         """Whether sequences packed into one row and separated by position_ids alone do not attend to each other."""
-        device = self.weight.device
-        tokens = (torch.arange(1, 9, device=device) % self.vocab_size)[None]
+        probe = self._probe
+        device = probe.weight.device
+        tokens = (torch.arange(1, 9, device=device) % probe.vocab_size)[None]
         positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=device)
-        packed = self.hidden(input_ids=tokens, position_ids=positions)
-        alone = self.hidden(input_ids=tokens[:, 3:], position_ids=positions[:, 3:])
+        packed = probe.hidden(input_ids=tokens, position_ids=positions)
+        alone = probe.hidden(input_ids=tokens[:, 3:], position_ids=positions[:, 3:])
         return _equal_to_rounding(packed[:, 3:], alone)
 
     @torch.no_grad()
@@ -101,27 +112,27 @@ class CausalLM:
 
         Attention must take a mask of any form, and every layer must attend within the window that the config tells.
         """
-        config = self.model.config
+        probe, config = self._probe, self.model.config
         if not takes_any_mask(config):
             return False
         window = min(getattr(config.get_text_config(), "sliding_window", None) or 0, _LONGEST_PROBED_WINDOW)
-        draw = torch.arange(window + 11) % (self.vocab_size - 1) + 1
+        draw = torch.arange(window + 11) % (probe.vocab_size - 1) + 1
         first = {"prompt_ids": draw[: window + 3].tolist(), "chosen_ids": draw[-8:-4].tolist()}
         second = {**first, "prompt_ids": [2, 1], "rejected_ids": [1, 2, 3]}
         pairs = [{**first, "rejected_ids": draw[-4:].tolist()}, second]
         states = []
-        was_training = self.model.training
-        self.model.eval()
+        was_training = probe.model.training
+        probe.model.eval()
         try:
             for shared in (True, False):
                 batch = PreferenceCollator(0, padding_free=shared, shared_prompts=shared)(pairs)
                 tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-                batch = {name: value.to(self.weight.device) for name, value in tensors.items()}
-                states.append(self.hidden(**batch).flatten(0, 1)[batch["rows"]])
+                batch = {name: value.to(probe.weight.device) for name, value in tensors.items()}
+                states.append(probe.hidden(**batch).flatten(0, 1)[batch["rows"]])
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return False
         finally:
-            self.model.train(was_training)
+            probe.model.train(was_training)
         together, apart = states
         return _equal_to_rounding(together, apart)
 
@@ -132,12 +143,12 @@ class CausalLM:
         try:
             tokens = torch.tensor([[1, 2]], device=self.weight.device) % self.vocab_size
             batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            bias = None if self.bias is None else _full_tensor(self.bias)
-            logits = nn.functional.linear(self.hidden(**batch), _full_tensor(self.weight), bias).float()
+            bias = None if self.bias is None else full_tensor(self.bias)
+            logits = nn.functional.linear(self.hidden(**batch), full_tensor(self.weight), bias).float()
             logits = logits * self.logit_scale
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            actual = _full_tensor(self.logits(**batch)).float()
+            actual = full_tensor(self.logits(**batch)).float()
         except (AttributeError, TypeError, RuntimeError):
             return False
         finally:
@@ -192,8 +203,3 @@ def _equal_to_rounding(some: Tensor, others: Tensor) -> bool:
     """Whether hidden states differ by no more than the order of summation explains."""
     tolerance = 1e-3 if others.dtype in (torch.float32, torch.float64) else 0.02
     return torch.allclose(some, others, rtol=tolerance, atol=tolerance * others.std().item())
-
-
-def _full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all ranks where it is a DTensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

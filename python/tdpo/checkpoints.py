@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from .engines import local_values
 from .files import file_digest, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def check_finite(trainer: Trainer) -> None:
 
 def _first_not_finite(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
-        values = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # a DTensor's shard
+        values = local_values(parameter)
         if values.is_floating_point() and not torch.isfinite(values).all():
             return name
     return None

@@ -18,6 +18,7 @@ from .trainer import TDPOTrainer
 
 def _trainer(options: Options, *, train_dataset: Dataset | None, eval_dataset: Dataset | None) -> TDPOTrainer:
     models = options.models
+    _ = options.training.device  # sets up the processes, among which DeepSpeed may partition what is loaded
     return TDPOTrainer(
         models.load(require(models, "model")),
         None if models.ref_model is None else models.load(models.ref_model),

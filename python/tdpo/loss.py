@@ -22,6 +22,7 @@ from tdpo_ext.losses import Objective
 from tdpo_ext.objectives import sees_tokens
 
 from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
+from .engines import full_tensor, gathered
 from .routers import router_loss
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class PreferenceLoss:
         keep_casts: keep a head that autocast needs in another precision. `forget_casts` must then be called when the
             policy was updated, which torch's version counters need not show; not where an engine gathers weights into
             memory of its own.
+        reference_wrapper: of the engine that shards the reference, through which it must be called.
 
     Attributes:
         fallback_reason: why the fused loss can't be used and logits are materialised instead; None if it can.
@@ -101,10 +103,14 @@ class PreferenceLoss:
         without_adapters: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         router_coefficient: float = 0.0,
         keep_casts: bool = False,
+        reference_wrapper: nn.Module | None = None,
     ):
         self.policy, self.reference, self.objective, self.kl_direction = policy, reference, objective, kl_direction
         self.logits_budget, self.without_adapters = logits_budget, without_adapters
         self.router_coefficient, self.keep_casts, self._casts = router_coefficient, keep_casts, _HeadCasts()
+        self.reference_wrapper = reference_wrapper
+        if reference_wrapper is not None and isinstance(reference, CausalLM):
+            patch_forward(reference.model, lambda batch: self._response_rows(self._outputs(reference, batch), batch))
         self.fallback_reason = policy.fallback_reason or reference.fallback_reason
         if self.fallback_reason is None and policy.softcap != reference.softcap:
             self.fallback_reason = "policy and reference cap their logits differently"
@@ -140,6 +146,8 @@ class PreferenceLoss:
     def _reference_rows(self, batch: dict[str, Tensor]) -> Tensor:
         if isinstance(self.reference, CachedReferenceHead):
             return batch["ref_hidden"]
+        if self.reference_wrapper is not None:
+            return self.reference_wrapper(preference=batch)
         with self.without_adapters():
             return self._response_rows(self._outputs(self.reference, batch), batch)
 
@@ -147,28 +155,32 @@ class PreferenceLoss:
         return self._casts.cast(name, tensor, dtype) if self.keep_casts else tensor.to(dtype)
 
     def _from_hidden(self, hidden: Tensor, ref_hidden: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
-        policy, ref_weight, ref_bias = self.policy, self.reference.weight.detach(), self.reference.bias
-        device_type = hidden.device.type
+        policy, device_type = self.policy, hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-        loss, chosen, rejected = linear_preference_loss(
-            self.objective,
-            hidden=hidden.to(dtype),
-            weight=self._cast("policy", policy.weight, dtype),
-            ref_hidden=ref_hidden.to(dtype),
-            ref_weight=self._cast("reference", ref_weight, dtype),
-            labels=batch["targets"],
-            cu_seqlens=batch["cu_seqlens"],
-            row_lengths=batch.get("row_lengths"),
-            bias=None if policy.bias is None else policy.bias.to(dtype),
-            ref_bias=None if ref_bias is None else ref_bias.detach().to(dtype),
-            token_columns=batch.get("token_columns"),
-            softcap=policy.softcap,
-            logit_scale=policy.logit_scale,
-            ref_logit_scale=self.reference.logit_scale,
-            kl_direction=self.kl_direction,
-            logits_budget=self.logits_budget,
-        )
+        weight, bias = self.reference.weight, self.reference.bias
+        sharded = self.reference_wrapper is not None  # over data-parallel ranks, each of which needs the whole
+        with gathered(weight, bias) if sharded else contextlib.nullcontext():
+            if sharded:
+                weight, bias = full_tensor(weight), None if bias is None else full_tensor(bias)
+            loss, chosen, rejected = linear_preference_loss(
+                self.objective,
+                hidden=hidden.to(dtype),
+                weight=self._cast("policy", policy.weight, dtype),
+                ref_hidden=ref_hidden.to(dtype),
+                ref_weight=self._cast("reference", weight.detach(), dtype),
+                labels=batch["targets"],
+                cu_seqlens=batch["cu_seqlens"],
+                row_lengths=batch.get("row_lengths"),
+                bias=None if policy.bias is None else policy.bias.to(dtype),
+                ref_bias=None if bias is None else bias.detach().to(dtype),
+                token_columns=batch.get("token_columns"),
+                softcap=policy.softcap,
+                logit_scale=policy.logit_scale,
+                ref_logit_scale=self.reference.logit_scale,
+                kl_direction=self.kl_direction,
+                logits_budget=self.logits_budget,
+            )
         return PreferenceOutput(loss, chosen, rejected)
 
     def _from_logits(self, logits: Tensor, ref_logits: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
@@ -198,7 +210,7 @@ class ForgetCasts(TrainerCallback):
         self._trainer.loss.forget_casts()
 
 
-def patch_forward(model: nn.Module, loss: PreferenceLoss) -> None:
+def patch_forward(model: nn.Module, loss: Callable[[dict[str, Tensor]], Any]) -> None:
     """Makes `model(preference=batch)` return `loss(batch)`, whatever wraps the model later."""
     causal_lm = unwrap_peft(model)
     causal_lm._plain_forward, causal_lm._preference_loss = causal_lm.forward, loss  # type: ignore[assignment]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,18 +24,16 @@ from tdpo_ext.losses import Objective
 from tdpo_ext.objectives import sees_tokens
 
 from . import checkpoints
-from .causal_lm import CachedReferenceHead, CausalLM
 from .collator import PreferenceCollator
 from .config import TDPOConfig
 from .data import padding_token, tokenize_preferences
-from .loss import ForgetCasts, PreferenceLoss, patch_forward
+from .loss import ForgetCasts, patch_forward
 from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .model_card import model_card
-from .objectives import TrainedObjective
 from .policy import check_arguments, prepare_policy
 from .progress import show_readable_logs
-from .reference_cache import ReferenceCache, cache_reference
-from .routers import router_coefficient
+from .reference import set_up_loss
+from .reference_cache import ReferenceCache
 from .run_record import check_same_run, record_of, write_record
 from .samples import show_samples
 from .stopping import StopAfterStep
@@ -124,89 +120,11 @@ class TDPOTrainer(Trainer):
             self.add_callback(callback)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
-        self._splits = _splits_by_name(self.train_dataset, self.eval_dataset)
-        self._caches: dict[str, ReferenceCache] = {}
+        self.splits = _splits_by_name(self.train_dataset, self.eval_dataset)
+        self.caches: dict[str, ReferenceCache] = {}
         self.ref_model: nn.Module | None = None
-        self.loss = self._set_up_loss(ref_model, trained)
+        self.loss = set_up_loss(self, ref_model, trained)
         patch_forward(self.model, self.loss)
-
-    # ---- the loss and its reference ----
-
-    def _set_up_loss(self, ref_model: nn.Module | None, trained: TrainedObjective) -> PreferenceLoss:
-        args, policy = self.args, CausalLM.of(self.model)
-        reference = self._set_up_reference(policy, ref_model)
-        shared = self._shares_prompts(policy, reference)
-        if args.padding_free and not shared and not policy.isolates_packed_sequences():
-            raise ValueError(
-                "padding_free is True, but this model lets packed sequences attend to each other (with attention "
-                f"{self.model.config._attn_implementation!r}); choose another attn_implementation, or padding"
-            )
-        if policy.vocab_size != reference.vocab_size:
-            raise ValueError(f"ref_model has a vocabulary of {reference.vocab_size} but model has {policy.vocab_size}")
-        loss = PreferenceLoss(
-            policy,
-            reference,
-            trained.objective,
-            kl_direction=trained.kl_direction,
-            logits_budget=args.logits_budget,
-            without_adapters=self.model.disable_adapter if reference is policy else contextlib.nullcontext,
-            router_coefficient=router_coefficient(policy.model, args.router_aux_loss_coef),
-            keep_casts=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
-        )
-        if loss.fallback_reason is not None:
-            if args.precompute_reference:
-                raise ValueError(
-                    f"precompute_reference needs the fused loss, which can't be used: {loss.fallback_reason}"
-                )
-            warnings.warn(
-                f"the fused loss can't be used, logits are materialised instead: {loss.fallback_reason}", stacklevel=3
-            )
-        return loss
-
-    def _shares_prompts(self, policy: CausalLM, reference: CausalLM | CachedReferenceHead) -> bool:
-        """Whether a pair's prompt goes through the models once, which the collator is then told."""
-        if self.args.shared_prompts == "never" or not isinstance(self.data_collator, PreferenceCollator):
-            return False
-        models = {"model": policy, "ref_model": reference}
-        reasons = [
-            f"{name} mixes responses to one prompt (with attention {model.model.config._attn_implementation!r})"
-            for name, model in models.items()
-            if isinstance(model, CausalLM) and not model.keeps_branches_apart()
-        ]
-        if router_coefficient(policy.model, self.args.router_aux_loss_coef) and self.args.shared_prompts == "auto":
-            return False  # a prompt's routing counts once for each response, as it does in TRL
-        if not reasons:
-            self.data_collator = replace(self.data_collator, shared_prompts=True)
-        elif self.args.shared_prompts == "always":
-            raise ValueError(f"shared_prompts is 'always', but {reasons[0]}")
-        return not reasons
-
-    def _set_up_reference(self, policy: CausalLM, ref_model: nn.Module | None) -> CausalLM | CachedReferenceHead:
-        """The reference: a cache and a head, the policy itself (to be run without its adapters), or a second model."""
-        if self.args.precompute_reference:
-            return self._cache_splits(self.model if ref_model is None else ref_model)
-        if ref_model is None and hasattr(self.model, "disable_adapter"):
-            return policy
-        ref_model = copy.deepcopy(self.model) if ref_model is None else ref_model
-        self.ref_model = ref_model.to(self.args.device).eval().requires_grad_(False)
-        return CausalLM.of(self.ref_model)
-
-    def _cache_splits(self, model: nn.Module) -> CachedReferenceHead:
-        """Fills or opens the cache of every split; of the reference only the head is kept."""
-        if isinstance(self.eval_dataset, dict) and "train" in self.eval_dataset:
-            raise ValueError("eval_dataset has a split 'train', the name of the training data's cache; rename it")
-        without_adapters = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-        with without_adapters, self.args.main_process_first(local=False, desc="caching the reference"):
-            model = model.to(self.args.device)
-            for name, split in self._splits.items():
-                self._caches[name] = cache_reference(
-                    self.args.reference_folder / name,
-                    model,
-                    split,
-                    padding_token(self.processing_class),
-                    self.args.reference_dtype,
-                )
-        return CachedReferenceHead.copy_of(CausalLM.of(model))
 
     # ---- data ----
 
@@ -216,11 +134,11 @@ class TDPOTrainer(Trainer):
         if not self.args.precompute_reference:
             yield
             return
-        name = next((name for name, split in self._splits.items() if split is dataset), None)
+        name = next((name for name, split in self.splits.items() if split is dataset), None)
         if name is None:
             raise ValueError("precompute_reference: this dataset was not given to the trainer, so it has no cache")
         collator = self.data_collator
-        self.data_collator = replace(collator, reference_cache=self._caches[name])
+        self.data_collator = replace(collator, reference_cache=self.caches[name])
         try:
             yield
         finally:

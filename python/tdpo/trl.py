@@ -23,6 +23,7 @@ from trl.trainer.utils import create_model_from_path
 
 from .causal_lm import CausalLM
 from .collator import predicted_responses
+from .engines import is_sharded
 from .loss import PreferenceLoss, patch_forward
 from .metrics import MetricMeans, preference_metrics
 from .routers import router_coefficient
@@ -80,14 +81,17 @@ class TDPOTrainer(DPOTrainer):
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
         policy = reference = CausalLM.of(self.model)
+        wrapper = None
         if self.ref_model is not None:
             reference = CausalLM.of(self.accelerator.unwrap_model(self.ref_model))
+            wrapper = self.ref_model if is_sharded(reference.model) else None
         self._tdpo = PreferenceLoss(
             policy,
             reference,
             trl_objective(self.args, alpha=alpha, variant=variant),
             without_adapters=self.model.disable_adapter if self.ref_model is None else contextlib.nullcontext,
             router_coefficient=router_coefficient(policy.model, self.args.router_aux_loss_coef),
+            reference_wrapper=wrapper,
         )
         if self._tdpo.fallback_reason is not None:
             raise ValueError(f"the fused loss can't be used: {self._tdpo.fallback_reason}")

@@ -1,0 +1,92 @@
+"""What DeepSpeed and FSDP do to models: partitioned weights, how to read them, and how to shard a frozen reference."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_PROBED_LAYERS, _PROBED_VOCABULARY = 2, 64
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 keeps a parameter in parts, of which this process holds one."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether an engine has spread a model over data-parallel processes, so that only its wrapper can run it."""
+    return isinstance(model, FSDPModule) or any(map(is_partitioned, model.parameters()))
+
+
+def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+    """A context, of all processes, in which parameters that ZeRO-3 partitions are whole; they must not be changed."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
+
+
+def local_values(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    if is_partitioned(parameter):
+        return parameter.ds_tensor  # type: ignore[attr-defined]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all ranks where it is a DTensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def stand_in(model: Any) -> nn.Module:
+    """A small model of the same class and options, with random weights, to probe where the weights are partitioned."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = min(text.num_hidden_layers, _PROBED_LAYERS)
+    if getattr(text, "layer_types", None):  # of each kind one, if there is room
+        text.layer_types = (list(dict.fromkeys(text.layer_types)) * _PROBED_LAYERS)[: text.num_hidden_layers]
+    text.vocab_size = _PROBED_VOCABULARY
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    return type(model)(config).to(device=next(iter(model.parameters())).device, dtype=model.dtype).eval()
+
+
+def prepare_reference(trainer: Trainer, model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """The reference, frozen, and sharded if the policy will be; and the wrapper to call it through, or None."""
+    model = model.eval().requires_grad_(False)
+    accelerator = trainer.accelerator
+    if trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+        return model, _deepspeed_engine(model, copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config))
+    if trainer.is_fsdp_enabled and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
+        from accelerate.utils import fsdp2_prepare_model
+
+        model = fsdp2_prepare_model(accelerator, model)
+        return model, model
+    return model, None
+
+
+def _deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """The model in an engine that trains nothing."""
+    import deepspeed
+
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    for name, value in config.items():  # what the trainer fills in later
+        if value == "auto":
+            config[name] = 1
+    zero = config["zero_optimization"]
+    config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
