@@ -41,9 +41,7 @@ class CausalLM:
 
     @property
     def _probe(self) -> CausalLM:
-        return (
-            self if self.probed is None else CausalLM(self.probed, self.softcap, self.logit_scale, self.fallback_reason)
-        )
+        return self if self.probed is None else replace(self, model=self.probed, probed=None)
 
     @classmethod
     def of(cls, model: nn.Module) -> CausalLM:
