@@ -2,8 +2,9 @@
 
     python tests/soak/fuzz.py [--cases 50000] [--seed 0]
 
-The oracle is numpy, written from the definitions: it shares no line with `tdpo_ext.eager`. A case draws shapes, dtypes,
-magnitudes, perturbations, masks, ignored rows, strides, options, budgets and objectives. Prints a JSON line with the
+The oracle is numpy, written from the definitions: it shares no line with `tdpo_ext.eager`. A case draws shapes, dtypes
+of both models, magnitudes, offsets, perturbations, masks, ignored rows, strides, options, both directions of the KL,
+budgets and objectives. Prints a JSON line with the
 counts and every failing case, which `--only SEED` repeats.
 """
 
@@ -27,8 +28,8 @@ def log_softmax(x):
         return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
 
 
-def oracle(logits, ref_logits, labels, temperature, softcap):
-    """logps, ref_logps, kl, entropy in float64; rows with label -100 are 0."""
+def oracle(logits, ref_logits, labels, temperature, softcap, kl_direction):
+    """logps, ref_logps, kl, entropy in float64; rows with label -100 are 0. And log p, log q of the whole rows."""
     import numpy as np
 
     z, r = logits.astype(np.float64), ref_logits.astype(np.float64)
@@ -40,16 +41,20 @@ def oracle(logits, ref_logits, labels, temperature, softcap):
     rows, index = np.arange(len(labels)), np.where(kept, labels, 0)
     p, q = np.exp(log_p), np.exp(log_q)
     with np.errstate(invalid="ignore"):
-        kl = np.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
+        if kl_direction == "reverse":
+            kl = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+        else:
+            kl = np.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
         entropy = -np.where(p > 0, p * log_p, 0.0).sum(-1)
     values = (log_p[rows, index], log_q[rows, index], kl, entropy)
-    return [np.where(kept, value, 0.0) for value in values], p, q
+    return [np.where(kept, value, 0.0) for value in values], log_p, log_q
 
 
 def draw_options(draw):
     return {
         "temperature": draw.choice([1.0, 1.0, 0.7, 1.9]),
         "softcap": draw.choice([None, None, 4.0, 30.0]),
+        "kl_direction": draw.choice(["forward", "reverse"]),
     }
 
 
@@ -62,7 +67,10 @@ def close(name, got, expected, rtol, atol):
 
 
 def logit_case(draw):
-    """token_divergence: values, and the gradient by the closed form a [v = y] + (k - a) p - k q."""
+    """token_divergence: values, and the gradient by its closed forms.
+
+    a [v = y] + (k - a) p - k q forward, and a ([v = y] - p) + k p (log p - log q - kl) reverse.
+    """
     import numpy as np
     import torch
 
@@ -72,14 +80,17 @@ def logit_case(draw):
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16, torch.float64])
     magnitude = draw.choice([0.1, 3.0, 50.0])
     logits = (magnitude * torch.randn(rows, vocab, dtype=torch.float64)).to(dtype)
-    ref_logits = (logits.double() + draw.choice([0.0, 1e-3, 1.0, 10.0]) * torch.randn(rows, vocab)).to(dtype)
+    ref_logits = logits.double() + draw.choice([0.0, 1e-3, 1.0, 10.0]) * torch.randn(rows, vocab)
+    if dtype in (torch.float32, torch.float64):
+        ref_logits = ref_logits + draw.choice([0.0, 0.0, 20.0, -300.0])
+    ref_logits = ref_logits.to(draw.choice([dtype, dtype, torch.float32]))
     labels = torch.randint(vocab, (rows,))
     masked = torch.rand(rows, vocab) < draw.choice([0.0, 0.3])
     masked.scatter_(-1, labels[:, None], False)
     logits, ref_logits = logits.masked_fill(masked, -torch.inf), ref_logits.masked_fill(masked, -torch.inf)
     labels[torch.rand(rows) < draw.choice([0.0, 0.4])] = -100
     options = draw_options(draw)
-    values, p, q = oracle(logits.double().numpy(), ref_logits.double().numpy(), labels.numpy(), **options)
+    values, log_p, log_q = oracle(logits.double().numpy(), ref_logits.double().numpy(), labels.numpy(), **options)
     leaf = logits.clone()
     if draw.random() < 0.3:  # rows that are not dense
         leaf = torch.cat([leaf, leaf[:, :1]], 1)[:, :vocab]
@@ -92,7 +103,13 @@ def logit_case(draw):
     kept = (labels != -100).numpy()
     one_hot = np.zeros((rows, vocab))
     one_hot[np.arange(rows)[kept], labels.numpy()[kept]] = 1.0
-    grad = a[:, None].numpy() * one_hot + (k - a)[:, None].numpy() * p - k[:, None].numpy() * q
+    p, q, a, k = np.exp(log_p), np.exp(log_q), a[:, None].numpy(), k[:, None].numpy()
+    if options["kl_direction"] == "reverse":
+        with np.errstate(invalid="ignore"):
+            excess = np.where(p > 0, log_p - log_q - values[2][:, None], 0.0)
+        grad = a * (one_hot - p) + k * p * excess
+    else:
+        grad = a * one_hot + (k - a) * p - k * q
     if options["softcap"] is not None:
         grad = grad * (1 - np.tanh(np.where(kept[:, None], logits.double().numpy(), 0.0) / options["softcap"]) ** 2)
     grad = np.where(kept[:, None], grad / options["temperature"], 0.0)
@@ -113,16 +130,25 @@ def fused_case(draw):
     vocab, dtype = draw.choice([2, 33, 300]), draw.choice([torch.float32, torch.bfloat16])
     hidden = torch.randn(2 * pairs, tokens, width).to(dtype).requires_grad_()
     weight = (torch.randn(vocab, width) / width**0.5).to(dtype).requires_grad_()
-    ref_hidden = (hidden.detach().float() + 0.3 * torch.randn(2 * pairs, tokens, width)).to(dtype)
+    ref_dtype = draw.choice([dtype, torch.float32, torch.bfloat16])
+    ref_hidden = (hidden.detach().float() + 0.3 * torch.randn(2 * pairs, tokens, width)).to(ref_dtype)
+    ref_weight = weight.detach().to(ref_dtype)
     labels = torch.randint(vocab, (2 * pairs, tokens))
     labels[torch.rand(2 * pairs, tokens) < draw.choice([0.0, 0.4, 1.0])] = -100
-    options = {**draw_options(draw), "logits_budget": draw.choice([1 << 30, 60_000, 9_000, 500])}
-    z = hidden.detach().double().numpy() @ weight.detach().double().numpy().T
-    r = ref_hidden.double().numpy() @ weight.detach().double().numpy().T
+    row_options = draw_options(draw)
+    scales = draw.choice([(1.0, 1.0), (0.5, 0.5), (0.5, 0.8)])
+    z = scales[0] * (hidden.detach().double().numpy() @ weight.detach().double().numpy().T)
+    r = scales[1] * (ref_hidden.double().numpy() @ ref_weight.double().numpy().T)
     flat = (z.reshape(-1, vocab), r.reshape(-1, vocab), labels.flatten().numpy())
-    values, _, _ = oracle(*flat, options["temperature"], options["softcap"])
+    values, _, _ = oracle(*flat, **row_options)
+    options = {
+        **row_options,
+        "logit_scale": scales[0],
+        "ref_logit_scale": scales[1],
+        "logits_budget": draw.choice([1 << 30, 60_000, 9_000, 500]),
+    }
     logps, ref_logps, kl, _ = (value.reshape(2 * pairs, tokens) for value in values)
-    arguments = (hidden, weight, ref_hidden, weight.detach(), labels)
+    arguments = (hidden, weight, ref_hidden, ref_weight, labels)
     ours = tdpo_ext.linear_token_divergence(*arguments, **options)
     close("kl", ours.kl, kl, 1e-4, 1e-4)
     close("logps", ours.logps, logps, 1e-4, 1e-4)
