@@ -15,13 +15,18 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test test-nightly mutations sanitize docs lint format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo test engines test-nightly mutations sanitize docs lint format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo
 	$(BIN)/tdpo demo $(DEMO_ARGS)
 
 test: $(VENV)/dev
 	$(BIN)/pytest
+
+# DeepSpeed ZeRO-2 and ZeRO-3 with two processes on the CPU, tensor-parallel plans and QLoRA. Takes minutes.
+engines: $(VENV)/dev
+	$(BIN)/pip install --quiet ".[engines]"
+	$(BIN)/pytest tests/trainer/test_engines.py tests/trainer/test_trainer_distributed.py
 
 # Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
 test-nightly: $(VENV)/dev

@@ -97,7 +97,7 @@ def check_finite(trainer: Trainer) -> None:
         FloatingPointError: a weight is infinite or NaN; the message names the parameter.
     """
     bad = [_first_not_finite(trainer.model)]
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1:
         bad = gather_object(bad)
     for name in filter(None, bad):
         raise FloatingPointError(f"the weights of {name} are not all finite")

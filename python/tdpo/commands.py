@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import checkpoints
 from .data import load_preferences, padding_token, tokenize_preferences
 from .files import read_json
-from .options import Options, require
+from .options import ModelOptions, Options, require
 from .reference_cache import cache_reference
 from .run_record import check_same_run, write_record
 from .trainer import TDPOTrainer
@@ -39,6 +41,8 @@ def train(options: Options) -> None:
     require(models, "model")
     if models.merge_adapters and models.lora_r == 0:
         raise ValueError("merge_adapters is True, but there are no adapters to merge; set lora_r too")
+    if models.merge_adapters and is_deepspeed_zero3_enabled():
+        raise ValueError("merge_adapters is True, but ZeRO-3 partitions every model that is loaded: merge afterwards")
     preferences = load_preferences(require(data, "dataset"), data.split)
     evaluation = None if data.eval_dataset is None else load_preferences(data.eval_dataset, data.eval_split)
     trainer = _trainer(options, train_dataset=preferences, eval_dataset=evaluation)
@@ -57,10 +61,17 @@ def train(options: Options) -> None:
     if args.should_save:
         write_record(out, trainer.record)
     if models.merge_adapters and args.should_save:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(Path(args.output_dir, "merged"))
-        trainer.processing_class.save_pretrained(Path(args.output_dir, "merged"))
+        _save_merged(models, out)
+        trainer.processing_class.save_pretrained(out / "merged")
     print(f"saved {args.output_dir}")
+
+
+def _save_merged(models: ModelOptions, out: Path) -> None:
+    """Merges the saved adapters into the policy as it started, in its own precision: never into 4-bit weights."""
+    from peft import PeftModel
+
+    base = replace(models, load_in_4bit=False, tp_plan=None).load(require(models, "model"))
+    PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
 
 
 def _saved_steps(out: Path) -> int:

@@ -26,6 +26,11 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule) or any(map(is_partitioned, model.parameters()))
 
 
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether transformers has split a model's layers over the processes."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
 def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
     """A context, of all processes, in which parameters that ZeRO-3 partitions are whole; they must not be changed."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]

@@ -31,6 +31,7 @@ class ModelOptions:
     ref_model: str | None = option(None, "Reference: a folder or a hub name (default: the policy as it starts).")
     dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's), float32, bfloat16 or float16.")
     attn_implementation: str | None = option(None, "Attention of the model: eager, sdpa, flash_attention_2, ...")
+    tp_plan: str | None = option(None, "Split every layer over the processes: auto, by transformers' plan for it.")
     trust_remote_code: bool = option(False, "Allow models whose code comes with the checkpoint.")
     lora_r: int = option(0, "Rank of LoRA adapters; 0 trains the whole policy.")
     lora_alpha: int = option(16, "Scale of the adapters: their product is multiplied by lora_alpha / lora_r.")
@@ -47,8 +48,9 @@ class ModelOptions:
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
-        if self.attn_implementation is not None:
-            options["attn_implementation"] = self.attn_implementation
+        for option_name in ("attn_implementation", "tp_plan"):
+            if getattr(self, option_name) is not None:
+                options[option_name] = getattr(self, option_name)
         if self.load_in_4bit:
             from transformers import BitsAndBytesConfig
 

@@ -13,7 +13,7 @@ from torch import nn
 from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
 from .collator import PreferenceCollator
 from .data import padding_token
-from .engines import is_sharded, prepare_reference
+from .engines import is_sharded, is_tensor_parallel, prepare_reference
 from .loss import PreferenceLoss
 from .objectives import TrainedObjective
 from .reference_cache import cache_reference
@@ -100,15 +100,21 @@ def _find_reference(
 
 
 def _copy_of(model: Any) -> nn.Module:
-    if not is_sharded(model):
+    """The policy as it starts, once more: copied, or loaded again where its weights are spread over processes."""
+    tensor_parallel = is_tensor_parallel(model)
+    if not tensor_parallel and not is_sharded(model):
         return copy.deepcopy(model)
     name = getattr(model.config, "_name_or_path", "")
     if not name:
-        raise ValueError("ref_model is None, but DeepSpeed has partitioned the policy, which can't be copied: give one")
+        raise ValueError(
+            "ref_model is None, but the policy's weights are spread over processes and have no name: give one"
+        )
     from transformers import AutoModelForCausalLM
 
-    attention = model.config._attn_implementation
-    return AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype, attn_implementation=attention)
+    options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    if tensor_parallel:
+        options["tp_plan"] = "auto"
+    return AutoModelForCausalLM.from_pretrained(name, **options)
 
 
 def _cache_splits(trainer: TDPOTrainer, model: Any) -> CachedReferenceHead:

@@ -233,7 +233,8 @@ class TDPOTrainer(Trainer):
         new, self._new_tokens = self._new_tokens, 0
         counted = torch.tensor(new, device=self.args.device)
         if self.args.include_num_input_tokens_seen == "no":  # otherwise transformers counts
-            self.state.num_input_tokens_seen += int(self.accelerator.reduce(counted, "sum"))
+            # The ranks of a tensor-parallel group read the same tokens.
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(counted, "sum")) // self.get_tp_size()
         return self.state.num_input_tokens_seen
 
     def _warn_of_kl(self, kl: float) -> None:

@@ -7,10 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from damage import flip_bit
 from datasets import Dataset, DatasetDict
 from model_families import make_model, make_tokenizer
+from peft import PeftModel
 from tdpo import commands
 from tdpo.cli import main
 from tdpo.config import TDPOConfig
@@ -18,6 +20,7 @@ from tdpo.help import COMMON
 from tdpo.options import DataOptions, ModelOptions, parse_options
 from tdpo.tdpo_options import TDPOOptions
 from trainer_cases import make_preferences, run_python
+from transformers import AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -178,7 +181,11 @@ def test_adapters_and_merging(home, tmp_path):
     options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--lora_r", "4", "--merge_adapters"]
     assert main(["train", *options, "--max_steps", "2"]) == 0
     assert (tmp_path / "adapter_config.json").exists()
-    assert (tmp_path / "merged" / "model.safetensors").exists()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "model"), tmp_path)
+    assert any(value.abs().max() > 0 for name, value in adapted.named_parameters() if "lora_B" in name)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(merged(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
 
 
 @pytest.mark.parametrize(

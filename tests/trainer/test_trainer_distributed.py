@@ -39,7 +39,8 @@ def make():
 trainer = make()
 trainer.train()
 if fsdp:
-    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    for model in (trainer.model, trainer.ref_model):
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     trainer.accelerator.get_state_dict = full_state_dict  # what accelerate gathers on an accelerator
 if os.path.exists(out + "/checkpoint-3"):
     trained, trainer = trainer, make()
