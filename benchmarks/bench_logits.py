@@ -152,7 +152,8 @@ def print_table(results: list[dict]) -> None:
         for result in results
     ]
     print(text_table(rows, list(max(rows, key=len))))
-    print("of copy, reverse (KL), fwd, bwd: share of the copy's bandwidth; memory: peak extra bytes, in sizes of the gradient")
+    print("of copy, reverse (KL), fwd, bwd: share of the copy's bandwidth")
+    print("memory: peak extra bytes, in sizes of the gradient")
 
 
 if __name__ == "__main__":

@@ -91,12 +91,15 @@ def test_no_worse_than_eager_whatever_the_order(vocab, spikes, shared, cuts, per
 
 
 @pytest.mark.parametrize("offset", [10.0, -13.0, 30.0, -100.0, 1e4, -1e6])
-@pytest.mark.parametrize("perturbation", [1.0, 1e-1, 1e-2])
+@pytest.mark.parametrize("perturbation", [1.0, 1e-2])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_references_with_an_offset(offset, perturbation, direction):
+@pytest.mark.parametrize("whose", ["policy", "reference"])
+def test_logits_with_an_offset(offset, perturbation, direction, whose):
     """Softmax does not see an offset of all logits. z - r would keep only the digits that it leaves."""
     z = 3 * torch.randn(12, 50_257)
     r = z + perturbation * torch.randn(12, 50_257) + offset
+    if whose == "policy":
+        z, r = r, z
     labels = torch.zeros(12, dtype=torch.int64)
     truth = eager.token_divergence(z.double(), r.double(), labels, kl_direction=direction).kl
     ours, rounded = (

@@ -160,8 +160,14 @@ MUTATIONS = [
         ("shutil.rmtree(staging, ignore_errors=True)\n        raise", "raise", [CHECKPOINTS]),
     ),
     *_of(
+        "reference.py",
+        ("with without_adapters, args", "with args", [FEATURES]),
+        ("logits_budget=args.logits_budget,", "", [FEATURES]),
+        ("if policy.vocab_size != reference.vocab_size:", "if False:", [TRAINER]),
+    ),
+    *_of("engines.py", ("model = model.eval().requires_grad_(False)", "pass", [TRAINER])),
+    *_of(
         "trainer.py",
-        ("with without_adapters, self.args", "with self.args", [FEATURES]),
         ("preference_metrics(output, self.args.beta)", "preference_metrics(output, 0.1)", [EVALUATION]),
         ("with torch.no_grad(), self.compute_loss", "with self.compute_loss", [EVALUATION]),
         ('        if "loss" in logs:\n', "        if True:\n", [EVALUATION]),
@@ -169,9 +175,6 @@ MUTATIONS = [
         ("        checkpoints.check_finite(self)\n", "", [CHECKPOINTS]),
         ("        checkpoints.check(self.state.best_model_checkpoint)\n", "", [CHECKPOINTS]),
         ("self._checkpoint_to_resume(resume_from_checkpoint)", "resume_from_checkpoint", [CHECKPOINTS]),
-        ("logits_budget=args.logits_budget,", "", [FEATURES]),
-        ("if policy.vocab_size != reference.vocab_size:", "if False:", [TRAINER]),
-        (".eval().requires_grad_(False)", "", [TRAINER]),
     ),
     *_of(
         "loss.py",
