@@ -39,8 +39,11 @@ def make():
 trainer = make()
 trainer.train()
 if fsdp:
-    for model in (trainer.model, trainer.ref_model):
-        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    # What is outside the layers, norm and head, stays gathered after a forward without a backward.
+    of_layers = [parameter for name, parameter in trainer.ref_model.named_parameters() if ".layers." in name]
+    assert len(of_layers) > 10
+    assert all(isinstance(parameter, DTensor) for parameter in of_layers)
     trainer.accelerator.get_state_dict = full_state_dict  # what accelerate gathers on an accelerator
 if os.path.exists(out + "/checkpoint-3"):
     trained, trainer = trainer, make()
