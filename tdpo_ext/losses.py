@@ -111,7 +111,7 @@ def tdpo_margin_loss(*, beta: float = 0.1, alpha: float = 0.5, variant: str = "t
     check_tdpo_options(beta, alpha, variant)
 
     def margin(chosen: TokenDivergence, rejected: TokenDivergence) -> Tensor:
-        logratios = chosen.logratio - rejected.logratio
+        logratios = logratio_margin(chosen, rejected)
         if variant == "tdpo1":
             return logratios - (rejected.kl - chosen.kl)
         return logratios - alpha * (rejected.kl - chosen.kl.detach())
@@ -141,6 +141,11 @@ def dpo_loss(
     return loss(chosen, rejected)
 
 
+def logratio_margin(chosen: TokenDivergence, rejected: TokenDivergence) -> Tensor:
+    """The difference of the responses' log-ratios, (pairs,): the margin of DPO and of most losses after it."""
+    return chosen.logratio - rejected.logratio
+
+
 def dpo_margin_loss(*, beta: float = 0.1, label_smoothing: float = 0.0) -> MarginLoss:
     """`dpo_loss` with these options, as margin and link."""
     check_beta(beta)
@@ -150,7 +155,7 @@ def dpo_margin_loss(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Margi
         scaled = beta * margins
         return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
 
-    return MarginLoss(lambda chosen, rejected: chosen.logratio - rejected.logratio, link)
+    return MarginLoss(logratio_margin, link)
 
 
 _MARGIN_FORMS: dict[Objective, Callable[..., MarginLoss]] = {tdpo_loss: tdpo_margin_loss, dpo_loss: dpo_margin_loss}

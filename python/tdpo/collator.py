@@ -98,7 +98,7 @@ class PreferenceCollator:
         batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
         batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)
         if self.token_columns:
-            batch["token_columns"] = {name: _token_column(name, examples) for name in self.token_columns}
+            batch["token_columns"] = {name: _token_column(name, examples, sequences) for name in self.token_columns}
         if self.reference_cache is not None:
             states = [self.reference_cache.hidden(row["position"], side) for side in RESPONSES for row in examples]
             batch["ref_hidden"] = torch.cat(states)
@@ -138,17 +138,11 @@ class PreferenceCollator:
         return sequences
 
 
-def _token_column(name: str, examples: list[dict[str, Any]]) -> Tensor:
+def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[_Sequence]) -> Tensor:
     """A column at the response tokens of all sequences that have a predictor, (R,)."""
-    return torch.tensor(
-        [
-            value
-            for side in RESPONSES
-            for row in examples
-            for value in row[f"{side}_{name}"][0 if row["prompt_ids"] else 1 :]
-        ],
-        dtype=torch.float32,
-    )
+    columns = [row[f"{side}_{name}"] for side in RESPONSES for row in examples]
+    predicted = [column[sequence.first - sequence.prompt :] for column, sequence in zip(columns, sequences)]
+    return torch.tensor([value for values in predicted for value in values], dtype=torch.float32)
 
 
 def _lines(examples: list[dict[str, Any]]) -> list[_Line]:

@@ -55,9 +55,9 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; True or False is needed")
-        for name in self.token_columns or ():
-            if not isinstance(name, str):
-                raise TypeError(f"token_columns holds {name!r}; names of columns are needed")
+        columns = self.token_columns
+        if columns is not None and not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
+            raise TypeError(f"token_columns is {columns!r}; a list of names is needed")
         if not isinstance(self.reference_cache, (str, PathLike, type(None))):
             raise TypeError(f"reference_cache is {self.reference_cache!r}; the path of a folder is needed")
         for name, unused in _NO_MEANING.items():

@@ -116,6 +116,7 @@ class _Encoder:
     max_prompt_length: int
     overlong: str
     token_columns: tuple[str, ...] = ()  # with the side in front
+    _suffix = ""  # of a row's columns, after the side
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -156,8 +157,6 @@ class _Encoder:
             return _NO_TOKENS, f"responses that are equal once cut to max_length, {self.max_length} tokens"
         columns = {name: values[:available] for name, values in ids.columns.items()}
         return _TokenIds(prompt, responses["chosen"], responses["rejected"], columns), ""
-
-    _suffix = ""  # of the columns of a row, after the side
 
     def _check(self, row: dict[str, Any]) -> None:
         check_row(row)

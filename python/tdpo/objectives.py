@@ -67,11 +67,6 @@ class TrainedObjective:
     token_columns: tuple[str, ...]
 
 
-def logratio_margin(chosen: TokenDivergence, rejected: TokenDivergence) -> Tensor:
-    """u: the difference of the responses' log-ratios, (pairs,)."""
-    return chosen.logratio - rejected.logratio
-
-
 def mean_logratio_margin(chosen: TokenDivergence, rejected: TokenDivergence) -> Tensor:
     """The difference of the log-ratios' means over tokens, (pairs,)."""
     return chosen.logratio / chosen.tokens.clamp(min=1) - rejected.logratio / rejected.tokens.clamp(min=1)

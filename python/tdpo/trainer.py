@@ -165,11 +165,12 @@ class TDPOTrainer(Trainer):
             self._training_means.add(metrics)
             self._new_tokens += inputs["num_tokens"]
         else:
-            losses = output.loss.expand(len(inputs["index"]))
-            if not sees_tokens(self.loss.objective):  # otherwise sums do not tell the loss of each pair
+            if sees_tokens(self.loss.objective):  # of whose pairs the sums do not tell the losses: all get the mean
+                losses = output.loss.expand(len(inputs["index"]))
+            else:
                 losses = self.loss.objective(output.chosen, output.rejected)
-            if output.router_loss is not None:
-                losses = losses + self.loss.router_coefficient * output.router_loss
+                if output.router_loss is not None:  # which is in the mean, not in what the objective gives
+                    losses = losses + self.loss.router_coefficient * output.router_loss
             metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
             self._evaluation_means.add(inputs["index"], metrics)
         return (output.loss, {}) if return_outputs else output.loss

@@ -103,7 +103,7 @@ MUTATIONS = [
     ),
     *_of(
         "collator.py",
-        ('[0 if row["prompt_ids"] else 1 :]', "", [TOKENS]),
+        ("column[sequence.first - sequence.prompt :]", "column", [TOKENS]),
         ('reference_cache.hidden(row["position"], side)', 'reference_cache.hidden(row["index"], side)', FAST_CACHE),
         ("predicted[starts] = False", "predicted[0] = False", [DATA, TRL]),
     ),

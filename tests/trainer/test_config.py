@@ -51,6 +51,7 @@ WRONG_TYPES = {
     "precompute_reference": NOT_SWITCHES,
     "remove_unused_columns": NOT_SWITCHES,
     "reference_cache": [3, True, ["folder"]],
+    "token_columns": ["weight", 3, [3]],
 }
 OUT_OF_RANGE = {
     "beta": [0.0, -1.0, float("inf"), float("nan")],

@@ -11,6 +11,8 @@ from tdpo.trl import TDPOTrainer as TRLTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import losses, make_preferences, make_trainer
 
+import tdpo_ext
+
 
 class CastCounter(TorchDispatchMode):
     """Counts the casts of tensors of some shape."""
@@ -114,6 +116,16 @@ def test_our_trainer_adds_the_models_own_load_balancing_loss(packed, tmp_path):
     assert evaluated["eval_loss"] == pytest.approx(
         without.evaluate()["eval_loss"] + 0.5 * evaluated["eval_aux_loss"], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("objective", [None, tdpo_ext.per_token(lambda chosen, rejected: -chosen.sum(chosen.logps))])
+def test_the_evaluation_loss_holds_the_routers_loss_once(objective, tmp_path):
+    models = {"model": mixtral(0), "ref_model": mixtral(1)}
+    trainer = make_trainer(tmp_path, **models, objective=objective, per_device_eval_batch_size=1000)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    with torch.no_grad():
+        expected = trainer.model(preference=batch).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_routers_that_are_not_there(tmp_path, monkeypatch):
