@@ -4,8 +4,8 @@
 
 * speed: forward and backward of a batch of 8 pairs with responses of 8 to 256 tokens: padded, packed, and packed with
   the reference cached, alternating; seconds, and the number of positions that the models process.
-* storage: relative error of the KL and of the loss gradient when the reference's hidden states are stored in bfloat16
-  instead of float32, for a policy whose weights differ from the reference's by a relative perturbation.
+* storage: relative errors of the KL and of the loss gradient when the reference's hidden states are stored in less than
+  float32, for a policy whose weights differ from the reference's by a relative perturbation.
 * peak: resident memory of a process that trains one step with a live reference, and with a cached one (8 layers of
   width 768; the reference is a second model).
 
@@ -32,6 +32,7 @@ SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, 
 LARGE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 8}
 VOCAB = 4000
 PAIRS = 8
+STORED = ("float16", "bfloat16", "float8")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -102,9 +103,9 @@ def storage(out: Path) -> list[dict]:
 
 
 def storage_errors(out: Path, perturbation: float) -> dict:
-    """Errors of a bfloat16 cache against a float32 one."""
+    """Errors of 16-bit and float8 caches against a float32 one."""
     kls, gradients = {}, {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", *STORED):
         cache = {"precompute_reference": True, "reference_dtype": dtype}
         tdpo_trainer = trainer(out / f"{perturbation}-{dtype}", perturbation, **cache)
         output = tdpo_trainer.model(preference=next(iter(tdpo_trainer.get_train_dataloader())))
@@ -112,14 +113,15 @@ def storage_errors(out: Path, perturbation: float) -> dict:
         kls[dtype] = torch.cat([output.chosen.kl, output.rejected.kl])
         gradients[dtype] = torch.cat([p.grad.flatten() for p in tdpo_trainer.model.parameters()])
 
-    def error(values: dict) -> float:
-        return ((values["bfloat16"] - values["float32"]).norm() / values["float32"].norm()).item()
+    def errors(values: dict) -> dict:
+        exact = values["float32"]
+        return {dtype: ((values[dtype] - exact).norm() / exact.norm()).item() for dtype in STORED}
 
     return {
         "perturbation": perturbation,
         "kl_per_sequence": kls["float32"].mean().item(),
-        "kl_error": error(kls),
-        "gradient_error": error(gradients),
+        "kl_error": errors(kls),
+        "gradient_error": errors(gradients),
     }
 
 

@@ -58,12 +58,13 @@ def train(options: Options) -> None:
         return
     trainer.save_model()
     trainer.save_state()
-    if args.should_save:
-        write_record(out, trainer.record)
-    if models.merge_adapters and args.should_save:
+    if not args.should_save:
+        return
+    write_record(out, trainer.record)
+    if models.merge_adapters:
         _save_merged(models, out)
         trainer.processing_class.save_pretrained(out / "merged")
-    print(f"saved {args.output_dir}")
+    print(f"saved {out}")
 
 
 def _save_merged(models: ModelOptions, out: Path) -> None:

@@ -19,7 +19,7 @@ _CHOICES = {
     "variant": tuple(OBJECTIVES),
     "overlong": ("truncate", "drop"),
     "shared_prompts": ("auto", "always", "never"),
-    "reference_dtype": ("bfloat16", "float16", "float32"),
+    "reference_dtype": ("bfloat16", "float16", "float32", "float8"),
 }
 _SWITCHES = ("disable_dropout", "padding_free", "precompute_reference", "resume_anyway", "remove_unused_columns")
 _OPTIONAL_COUNTS = ("logits_budget", "dataset_num_proc")

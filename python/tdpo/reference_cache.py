@@ -4,8 +4,8 @@ A cache is a folder of plain arrays with a JSON header; nothing in it is ever un
 
     header.json    fingerprints of the reference and the data, sizes, the number of rows done, the digest of their
                    checksums, and a digest of all that
-    hidden.bin     the last hidden states that predict the response tokens, (tokens, D), float32 or 16-bit: of every
-                   row the chosen response before the rejected one
+    hidden.bin     the last hidden states that predict the response tokens, (tokens, D), each token as stored_states.py
+                   packs it: of every row the chosen response before the rejected one
     checksums.bin  uint32 (rows): CRC-32 of a row's bytes in hidden.bin, checked whenever the row is read
 
 Where a response begins in hidden.bin is not stored: the tokenized data, which a cache is opened with, say it.
@@ -16,10 +16,13 @@ other tokens or another precision is refused, and so is a truncated or corrupt o
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import shutil
+import sys
 import zlib
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 import torch
@@ -31,10 +34,10 @@ from .causal_lm import CausalLM, unwrap_peft
 from .collator import PreferenceCollator
 from .data import tokens_digest
 from .files import allocate, digest, read_sealed, write_sealed
+from .stored_states import STORED_STATES, StoredStates
 
 FORMAT = 2
 _CHECKSUM = np.dtype("<u4")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _ROWS_PER_SAVE = 64  # rows between two updates of the header
 _ROWS_PER_COUNT = 256  # rows whose response tokens are counted at a time
 
@@ -110,7 +113,7 @@ class ReferenceCache:
         if zlib.crc32(self._hidden[begin:end].tobytes()) != self._checksums[row]:
             raise ValueError(_with_advice(self.folder, f"is corrupt: row {row} does not match its checksum"))
         stored = self._hidden[begin:middle] if side == "chosen" else self._hidden[middle:end]
-        return torch.from_numpy(stored.copy()).view(DTYPES[self.header["dtype"]])
+        return _storage(self.header).unpack(stored)
 
 
 def cache_reference(
@@ -123,15 +126,16 @@ def cache_reference(
         model: the reference.
         dataset: from `tokenize_preferences`.
         pad_token_id: pads the batches that the reference reads.
-        dtype: bfloat16, float16 or float32; what storing costs the KL is in docs/performance.md.
+        dtype: bfloat16, float16, float32 or float8; what storing costs the KL is in docs/performance.md.
         batch: rows at a time.
 
     Raises:
         ValueError: the folder holds a cache of something else or a corrupt one, or `dtype` is unknown.
-        OSError: the disk can't hold the cache; its space is reserved before the reference runs.
+        OSError: the disk can't hold the cache, whose size is printed first; its space is reserved before the reference
+            runs.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    if dtype not in STORED_STATES:
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(STORED_STATES)}")
     folder, reference = Path(folder), CausalLM.of(model)
     if reference.fallback_reason is not None:
         raise ValueError(f"the reference's hidden states can't be cached: {reference.fallback_reason}")
@@ -169,9 +173,28 @@ class _CacheWriter:
     def allocate(self) -> None:
         """Creates the files at their full sizes, the header last."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        allocate(self.folder / "checksums.bin", _CHECKSUM.itemsize * self.header["rows"])
-        allocate(self.folder / "hidden.bin", _hidden_bytes(self.header, self.offsets))
+        sizes = {
+            self.folder / "checksums.bin": _CHECKSUM.itemsize * self.header["rows"],
+            self.folder / "hidden.bin": _hidden_bytes(self.header, self.offsets),
+        }
+        for path in sizes:
+            path.unlink(missing_ok=True)  # without a header it is what a killed process left
+        self._check_space(sum(sizes.values()))
+        for path, size in sizes.items():
+            allocate(path, size)
         self._save_header()
+
+    def _check_space(self, size: int) -> None:
+        free, tokens = shutil.disk_usage(self.folder).free, int(self.offsets[-1])
+        token_bytes = _storage(self.header).bytes_per_token(self.header["width"])
+        print(
+            f"The reference cache {self.folder} takes {size / 1e9:,.2f} GB ({tokens:,} response tokens of "
+            f"{token_bytes:,} bytes); {free / 1e9:,.2f} GB are free.",
+            file=sys.stderr,
+            flush=True,
+        )
+        if size > free:
+            raise OSError(errno.ENOSPC, f"the cache needs {size:,} bytes, but {free:,} are free", str(self.folder))
 
     @torch.no_grad()
     def fill(self, reference: CausalLM, batch: int) -> None:
@@ -188,7 +211,7 @@ class _CacheWriter:
                 rows = range(first, min(total, first + batch))
                 for row, states in zip(rows, self._states(reference, rows)):
                     stored = hidden[self.offsets[2 * row] : self.offsets[2 * row + 2]]
-                    stored[:] = states.view(torch.uint8).numpy().view(stored.dtype)
+                    stored[:] = states
                     checksums[row] = zlib.crc32(stored.tobytes())
                 progress.update(len(rows))
                 if rows.stop == total or rows.stop // _ROWS_PER_SAVE != rows.start // _ROWS_PER_SAVE:
@@ -199,22 +222,26 @@ class _CacheWriter:
                     self._save_header()
         reference.model.train(was_training)
 
-    def _states(self, reference: CausalLM, rows: range) -> list[Tensor]:
-        """The hidden states of each row's responses, chosen before rejected: (tokens, D)."""
+    def _states(self, reference: CausalLM, rows: range) -> list[np.ndarray]:
+        """The packed hidden states of each row's responses, chosen before rejected."""
         batch = self.collate([self.dataset[row] for row in rows])
-        device, dtype = reference.weight.device, DTYPES[self.header["dtype"]]
+        device, storage = reference.weight.device, _storage(self.header)
         tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         hidden = reference.hidden(**tensors)
-        states = hidden.flatten(0, 1)[batch["rows"].to(device)].to(dtype).cpu()
-        sequences = states.split(batch["row_lengths"])  # chosen of all rows, then rejected
-        return [torch.cat(pair) for pair in zip(sequences[: len(rows)], sequences[len(rows) :])]
+        states = storage.pack(hidden.flatten(0, 1)[batch["rows"].to(device)])
+        sequences = np.split(states, np.cumsum(batch["row_lengths"])[:-1])  # chosen of all rows, then rejected
+        return [np.concatenate(pair) for pair in zip(sequences[: len(rows)], sequences[len(rows) :])]
 
     def _save_header(self) -> None:
         write_sealed(self.folder / "header.json", dict(self.header))
 
 
+def _storage(header: Header) -> StoredStates:
+    return STORED_STATES[header["dtype"]]
+
+
 def _hidden_bytes(header: Header, offsets: np.ndarray) -> int:
-    return int(offsets[-1]) * header["width"] * DTYPES[header["dtype"]].itemsize
+    return int(offsets[-1]) * _storage(header).bytes_per_token(header["width"])
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -228,9 +255,8 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def _map_hidden(folder: Path, header: Header, offsets: np.ndarray, mode: Literal["r", "r+"]) -> np.memmap:
-    storage: Any = np.float32 if header["dtype"] == "float32" else np.uint16  # as bits: numpy has no bfloat16
-    shape = (int(offsets[-1]), header["width"])
-    return np.memmap(folder / "hidden.bin", dtype=storage, mode=mode, shape=shape)
+    shape = (int(offsets[-1]), _storage(header).bytes_per_token(header["width"]))
+    return np.memmap(folder / "hidden.bin", dtype=np.uint8, mode=mode, shape=shape)
 
 
 def _read_checksums(folder: Path, header: Header) -> np.ndarray:  # uint32 (rows done)

@@ -5,6 +5,7 @@ Those that need DeepSpeed or bitsandbytes run with `make engines`, which install
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,15 +70,36 @@ def test_two_processes_equal_one(name, tmp_path):
         torch.testing.assert_close(saved[tensor], value, rtol=1e-3, atol=1e-4, msg=tensor)
 
 
+def train_flags(folder):
+    """Flags of two steps on a tiny model and its data, which are written to a folder first."""
+    make_model("llama").save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    make_preferences().to_json(str(folder / "data.jsonl"))
+    files = ["--model", str(folder / "model"), "--dataset", str(folder / "data.jsonl")]
+    limits = ["--max_length", "40", "--max_prompt_length", "16", "--max_steps", "2", "--learning_rate", "0.01"]
+    return [*files, "--output_dir", str(folder / "out"), *limits, "--use_cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", [pytest.param("zero3.yaml", marks=needs("deepspeed"))])
+def test_the_examples_configuration_of_accelerate(configuration, tmp_path):
+    """As written but for what a machine without GPUs lacks: eight of them, and their bfloat16."""
+    path = Path(__file__).parents[2] / "examples" / "accelerate" / configuration
+    here = ["--num_processes", "2", "--mixed_precision", "no"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(path), *here]
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = run_python(*launch, "-m", "tdpo", "train", *train_flags(tmp_path), cwd=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    partitions = (tmp_path / "out" / "checkpoint-2" / "global_step2").glob("zero_pp_rank_*_model_states.pt")
+    assert len(list(partitions)) == 2  # ZeRO-3's: a part of the weights for each process
+    start, trained = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    assert (trained.lm_head.weight - start.lm_head.weight).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("option", [pytest.param("--load_in_4bit", marks=needs("bitsandbytes"))])
 def test_adapters_of_quantized_weights_are_merged_in_full_precision(option, tmp_path):
-    make_model("llama").save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    make_preferences().to_json(str(tmp_path / "data.jsonl"))
     out = tmp_path / "out"
-    limits = ["--max_length", "40", "--max_prompt_length", "16", "--max_steps", "2", "--learning_rate", "0.01"]
-    flags = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl"), "--output_dir", str(out)]
-    assert main(["train", *flags, *limits, "--use_cpu", "--lora_r", "4", option, "--merge_adapters"]) == 0
+    assert main(["train", *train_flags(tmp_path), "--lora_r", "4", option, "--merge_adapters"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert {value.dtype for value in merged.state_dict().values()} == {torch.float32}
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), out)

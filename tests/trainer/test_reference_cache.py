@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import random
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tdpo import (
     tokenize_preferences,
 )
 from tdpo.files import allocate
+from tdpo.stored_states import STORED_STATES
 from trainer_cases import losses, make_trainer, run_python
 
 
@@ -98,6 +101,47 @@ def test_bfloat16_storage_changes_the_kl_little(tmp_path):
     assert not torch.equal(values[1], values[0])
 
 
+def test_float8_keeps_a_scale_of_every_token(tmp_path, tokens):
+    model = make_model("llama")
+    model.model.norm.weight.data *= 1000  # beyond what float8 holds without a scale
+    exact = responses(cache_reference(tmp_path / "float32", model, tokens, 0, "float32"), tokens)
+    cache = cache_reference(tmp_path / "float8", model, tokens, 0, "float8")
+    for stored, expected in zip(responses(cache, tokens), exact, strict=True):
+        assert expected.abs().max() > torch.finfo(torch.float8_e4m3fn).max
+        scales = expected.abs().amax(dim=1, keepdim=True) / 448
+        rounding = (expected.abs() / 16).maximum(scales * 2**-10)  # three bits of mantissa, and its smallest steps
+        assert ((stored - expected).abs() <= rounding).all()
+    sizes = [(tmp_path / dtype / "hidden.bin").stat().st_size for dtype in ("float32", "float8")]
+    count, width = sum(map(len, exact)), exact[0].shape[1]
+    assert sizes == [count * width * 4, count * (width + 4)]
+
+
+def test_float8_of_zeros_is_zero():
+    states = torch.zeros(3, 8)
+    states[1, 2] = -5
+    assert torch.equal(STORED_STATES["float8"].unpack(STORED_STATES["float8"].pack(states)), states)
+
+
+def test_the_size_is_said_beforehand_and_refused_where_the_disk_lacks_room(tmp_path, tokens, monkeypatch, capsys):
+    model = make_model("gpt2")
+    cache = cache_reference(tmp_path / "fits", model, tokens, 0)
+    size = sum((tmp_path / "fits" / name).stat().st_size for name in ("hidden.bin", "checksums.bin"))
+    width = model.config.n_embd
+    said = capsys.readouterr().err
+    assert said.startswith(f"The reference cache {tmp_path / 'fits'} takes {size / 1e9:.2f} GB (")
+    assert f"response tokens of {2 * width} bytes" in said.splitlines()[0]
+    cache_reference(tmp_path / "fits", model, tokens, 0)
+    assert "takes" not in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
+    with pytest.raises(OSError, match=rf"needs {size:,} bytes, but {size - 1:,} are free.*short"):
+        cache_reference(tmp_path / "short", model, tokens, 0)
+    assert not list((tmp_path / "short").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size))
+    assert torch.equal(
+        cache_reference(tmp_path / "short", model, tokens, 0).hidden(3, "chosen"), cache.hidden(3, "chosen")
+    )
+
+
 def test_an_interrupted_cache_resumes(tmp_path, tokens, monkeypatch):
     model = make_model("gpt2")
     unbroken = cache_reference(tmp_path / "unbroken", model, tokens, 0, "float32", batch=4)
@@ -139,10 +183,13 @@ def test_stale_and_corrupt_caches_are_refused(tmp_path, tokens, tokenizer, prefe
         cache_reference(folder, model, tokens, 0, dtype="int8")
 
 
-def responses(folder, model, tokens, dtype="bfloat16"):
-    """Every response's hidden states, read from the cache in `folder`."""
-    cache = ReferenceCache.open(folder, model, tokens, dtype)
+def responses(cache, tokens):
+    """Every response's hidden states, read from a cache."""
     return [cache.hidden(row, side) for row in range(len(tokens)) for side in ("chosen", "rejected")]
+
+
+def opened(folder, model, tokens):
+    return responses(ReferenceCache.open(folder, model, tokens, "bfloat16"), tokens)
 
 
 @pytest.mark.parametrize("name", ["header.json", "checksums.bin", "hidden.bin"])
@@ -150,13 +197,13 @@ def test_flipped_bits_are_detected_or_harmless(name, tmp_path, tokens):
     model, tokens = make_model("gpt2"), tokens.select(range(6))
     folder = tmp_path / "cache"
     cache_reference(folder, model, tokens, 0)
-    before, intact = (folder / name).read_bytes(), responses(folder, model, tokens)
+    before, intact = (folder / name).read_bytes(), opened(folder, model, tokens)
     bits = random.Random(0).sample(range(8 * len(before)), min(8 * len(before), 150))
     refused = []
     for bit in bits:
         flip_bit(folder / name, bit)
         try:
-            assert all(map(torch.equal, responses(folder, model, tokens), intact)), bit
+            assert all(map(torch.equal, opened(folder, model, tokens), intact)), bit
         except ValueError as error:
             refused.append(str(error))
         (folder / name).write_bytes(before)
@@ -185,9 +232,9 @@ def test_damaged_files_are_named(name, content, message, tmp_path, tokens):
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_bytes(content)
-    for opened in (ReferenceCache.open, cache_reference):
+    for use in (ReferenceCache.open, cache_reference):
         with pytest.raises(ValueError, match=f"corrupt: .*{message}.*tdpo cache-reference"):
-            opened(tmp_path, model, tokens, *([0] if opened is cache_reference else []), "bfloat16")
+            use(tmp_path, model, tokens, *([0] if use is cache_reference else []), "bfloat16")
 
 
 def test_the_fingerprint_covers_both_responses_and_the_prompt(tmp_path, tokens):
@@ -231,9 +278,9 @@ def test_a_full_disk_is_a_clear_error_and_the_cache_resumes(tmp_path, tokens, mo
         cache_reference(tmp_path, model, tokens, 0)
     assert not (tmp_path / "hidden.bin").exists()
     monkeypatch.undo()
-    expected = responses(cache_reference(tmp_path / "other", model, tokens, 0).folder, model, tokens)
+    expected = responses(cache_reference(tmp_path / "other", model, tokens, 0), tokens)
     cache_reference(tmp_path, model, tokens, 0)
-    assert all(map(torch.equal, responses(tmp_path, model, tokens), expected))
+    assert all(map(torch.equal, opened(tmp_path, model, tokens), expected))
 
 
 @pytest.mark.parametrize("way", ["posix_fallocate", "none", "not supported"])
