@@ -54,8 +54,8 @@ class CausalLM:
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             fallback_reason = f"its head is {type(head).__name__}, not a linear layer"
-        elif not cls(probed, softcap, scale, None)._reproduces_logits():
-            fallback_reason = "its logits are not a linear (scaled, softcapped) function of its last hidden state"
+        else:
+            fallback_reason = cls(probed, softcap, scale, None)._difference_from_logits()
         return cls(model, softcap, scale, fallback_reason, probed)
 
     def hidden(self, **batch: Tensor) -> Tensor:
@@ -135,7 +135,8 @@ class CausalLM:
         return _equal_to_rounding(together, apart)
 
     @torch.no_grad()
-    def _reproduces_logits(self) -> bool:
+    def _difference_from_logits(self) -> str | None:
+        """Why the model's logits are not those formed from its hidden states; None where they are."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -147,14 +148,14 @@ class CausalLM:
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             actual = full_tensor(self.logits(**batch)).float()
-        except (AttributeError, TypeError, RuntimeError):
-            return False
+        except (AttributeError, TypeError, RuntimeError) as error:
+            return f"its backbone or its logits can't be tried on two tokens: {' '.join(str(error).split())}"
         finally:
             self.model.train(was_training)
-        if actual.shape != logits.shape:
-            return False
         spread = actual.std() + torch.finfo(torch.float32).tiny
-        return bool(((actual - logits).abs().max() / spread) < 0.05)
+        if actual.shape == logits.shape and (actual - logits).abs().max() / spread < 0.05:
+            return None
+        return "its logits are not a linear (scaled, softcapped) function of its last hidden state"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What DeepSpeed and FSDP do to models: partitioned weights, how to read them, and how to shard a frozen reference."""
+"""What engines do to models: DeepSpeed and FSDP partition weights, bitsandbytes quantizes and packs them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ def local_values(parameter: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor gathered from all ranks where it is a DTensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def keep_quantized_weights_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights on a CPU when a model is evaluated.
+
+    Gradients through packed weights are wrong in bitsandbytes 0.50 (by a third, seen on a small Llama).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def stand_in(model: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
 from .collator import PreferenceCollator
 from .data import padding_token
-from .engines import is_sharded, is_tensor_parallel, prepare_reference
+from .engines import is_sharded, is_tensor_parallel, keep_quantized_weights_unpacked, prepare_reference
 from .loss import PreferenceLoss
 from .objectives import TrainedObjective
 from .reference_cache import cache_reference
@@ -29,6 +29,7 @@ def set_up_loss(trainer: TDPOTrainer, ref_model: nn.Module | None, trained: Trai
     Raises:
         ValueError: policy, reference, data and options don't fit together; the message names what.
     """
+    keep_quantized_weights_unpacked(trainer.model)  # before anything is evaluated
     args, policy = trainer.args, CausalLM.of(trainer.model)
     reference = _find_reference(trainer, policy, ref_model)
     coefficient = router_coefficient(policy.model, args.router_aux_loss_coef)

@@ -23,7 +23,7 @@ from trl.trainer.utils import create_model_from_path
 
 from .causal_lm import CausalLM
 from .collator import predicted_responses
-from .engines import is_sharded
+from .engines import is_sharded, keep_quantized_weights_unpacked
 from .loss import PreferenceLoss, patch_forward
 from .metrics import MetricMeans, preference_metrics
 from .routers import router_coefficient
@@ -80,6 +80,7 @@ class TDPOTrainer(DPOTrainer):
         super().__init__(model, ref_model, args, *positional, **others)
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
+        keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
         policy = reference = CausalLM.of(self.model)
         wrapper = None
         if self.ref_model is not None:

@@ -48,9 +48,13 @@ FAMILIES = {
 }
 
 
-def make_model(family, seed=0):
+def make_model(family, seed=0, **sizes):
     torch.manual_seed(seed)
-    model = t.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    config = FAMILIES[family]()
+    for name, size in sizes.items():
+        assert hasattr(config, name), name
+        setattr(config, name, size)
+    model = t.AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     with torch.no_grad():  # sharper predictions than at initialisation, so that errors would show
         head.weight.mul_(10)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from model_families import make_model, make_tokenizer
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tdpo.cli import main
-from trainer_cases import make_preferences, run_python
+from tdpo.options import ModelOptions
+from trainer_cases import make_preferences, make_trainer, run_python
 from transformers import AutoModelForCausalLM
 
 
@@ -70,9 +71,14 @@ def test_two_processes_equal_one(name, tmp_path):
         torch.testing.assert_close(saved[tensor], value, rtol=1e-3, atol=1e-4, msg=tensor)
 
 
-def train_flags(folder):
-    """Flags of two steps on a tiny model and its data, which are written to a folder first."""
-    make_model("llama").save_pretrained(folder / "model")
+def quantizable():
+    """A Llama whose layers have multiples of 32 outputs, as bitsandbytes wants them on a CPU."""
+    return make_model("llama", hidden_size=64, head_dim=16, intermediate_size=128)
+
+
+def train_flags(folder, model):
+    """Flags of two steps on a model and tiny data, which are written to a folder first."""
+    model.save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     make_preferences().to_json(str(folder / "data.jsonl"))
     files = ["--model", str(folder / "model"), "--dataset", str(folder / "data.jsonl")]
@@ -88,7 +94,15 @@ def test_the_examples_configuration_of_accelerate(configuration, tmp_path):
     here = ["--num_processes", "2", "--mixed_precision", "no"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(path), *here]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = run_python(*launch, "-m", "tdpo", "train", *train_flags(tmp_path), cwd=tmp_path, environment=environment)
+    done = run_python(
+        *launch,
+        "-m",
+        "tdpo",
+        "train",
+        *train_flags(tmp_path, make_model("llama")),
+        cwd=tmp_path,
+        environment=environment,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     partitions = (tmp_path / "out" / "checkpoint-2" / "global_step2").glob("zero_pp_rank_*_model_states.pt")
     assert len(list(partitions)) == 2  # ZeRO-3's: a part of the weights for each process
@@ -96,10 +110,33 @@ def test_the_examples_configuration_of_accelerate(configuration, tmp_path):
     assert (trained.lm_head.weight - start.lm_head.weight).abs().max() > 1e-3
 
 
+@pytest.mark.engines
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_gradients_through_quantized_weights_after_an_evaluation(tmp_path):
+    """Equal to those through the same weights in full precision, though bitsandbytes may compute otherwise by then."""
+    quantizable().save_pretrained(tmp_path)
+    gradients = []
+    for dequantize in (False, True):
+        model = ModelOptions(load_in_4bit=True).load(str(tmp_path))
+        if dequantize:
+            model = model.dequantize().float()
+        torch.manual_seed(0)
+        adapters = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        trainer = make_trainer(tmp_path / "out", model, peft_config=adapters)
+        trainer.evaluate()
+        trainer.model.train()
+        trainer.model(preference=next(iter(trainer.get_train_dataloader()))).loss.backward()
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trained]))
+    quantized, dense = gradients
+    assert (quantized - dense).norm() < 0.05 * dense.norm()  # it multiplies in bfloat16
+
+
 @pytest.mark.parametrize("option", [pytest.param("--load_in_4bit", marks=needs("bitsandbytes"))])
-def test_adapters_of_quantized_weights_are_merged_in_full_precision(option, tmp_path):
+def test_adapters_of_quantized_weights_are_merged_in_full_precision(option, tmp_path, recwarn):
     out = tmp_path / "out"
-    assert main(["train", *train_flags(tmp_path), "--lora_r", "4", option, "--merge_adapters"]) == 0
+    assert main(["train", *train_flags(tmp_path, quantizable()), "--lora_r", "4", option, "--merge_adapters"]) == 0
+    assert not [warning for warning in recwarn if "fused loss" in str(warning.message)]
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert {value.dtype for value in merged.state_dict().values()} == {torch.float32}
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), out)

@@ -97,6 +97,17 @@ def test_scaled_logits_are_noticed():
     assert "not a linear" in CausalLM.of(model).fallback_reason
 
 
+def test_why_a_model_cannot_be_tried_is_said():
+    model = make_model("llama")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("shape '[32, 0]' is invalid")
+
+    model.forward = broken
+    reason = CausalLM.of(model).fallback_reason
+    assert reason == "its backbone or its logits can't be tried on two tokens: shape '[32, 0]' is invalid"
+
+
 @pytest.mark.parametrize("variant", ["tdpo2", "tdpo1", "dpo"])
 def test_training_raises_margins(variant, tmp_path):
     trainer = make_trainer(tmp_path, variant=variant, max_steps=12)
