@@ -1,6 +1,7 @@
-"""Builds the extension `tdpo_ext._C` with CMake (CMakeLists.txt), for the torch that is installed.
+"""Builds the extension `tdpo_ext._C` with CMake (CMakeLists.txt), with the headers of the torch that is installed.
 
 Environment:
+    TDPO_BRGEMM      1 (default) or 0: the optional module _brgemm, which loads only in the installed torch release
     TDPO_CUDA        auto (default: CUDA kernels if torch is a CUDA build and nvcc is found), 0 or 1
     TDPO_CUDA_ARCHS  CUDA architectures, such as "90" or "80;90" (default: csrc/cuda/cuda.cmake)
     CUDA_HOME        the CUDA toolkit (default: the one whose nvcc is on the PATH)
@@ -37,6 +38,19 @@ def program(name: str) -> str:
     return found
 
 
+def brgemm_argument() -> str:
+    """The CMake argument for the optional module."""
+    requested = os.environ.get("TDPO_BRGEMM", "1")
+    if requested not in ("0", "1"):
+        raise SystemExit(f"tdpo_ext: TDPO_BRGEMM is {requested!r}; allowed are 0 and 1")
+    return f"-DTDPO_BRGEMM={'ON' if requested == '1' else 'OFF'}"
+
+
+def oldest_torch(requirements: list[str]) -> str:
+    """X.Y of the requirement torch>=X.Y (pyproject.toml): the operators load in this release and in later ones."""
+    return next(entry.removeprefix("torch>=") for entry in requirements if entry.startswith("torch>="))
+
+
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
@@ -58,12 +72,12 @@ def cuda_arguments(torch_cuda: str | None) -> tuple[list[str], str]:
     if requested == "1" and missing:
         raise SystemExit(f"tdpo_ext: TDPO_CUDA=1, but {' and '.join(missing)}")
     if requested == "0" or missing:
-        return ["-DTDPO_CUDA=OFF"], "CPU only: " + ("TDPO_CUDA=0" if requested == "0" else " and ".join(missing))
+        return ["-DTDPO_CUDA=OFF", "-DTDPO_CUDA_VERSION="], "CPU only: " + ("TDPO_CUDA=0" if requested == "0" else " and ".join(missing))
     archs = os.environ.get("TDPO_CUDA_ARCHS")
     # Without a request, an earlier one that CMake has cached must not remain.
     archs_argument = f"-DTDPO_CUDA_ARCHS={archs}" if archs else "-UTDPO_CUDA_ARCHS"
     return (
-        ["-DTDPO_CUDA=ON", archs_argument, f"-DCMAKE_CUDA_COMPILER={nvcc}"],
+        ["-DTDPO_CUDA=ON", f"-DTDPO_CUDA_VERSION={torch_cuda}", archs_argument, f"-DCMAKE_CUDA_COMPILER={nvcc}"],
         f"CPU and CUDA {torch_cuda} ({archs or 'default architectures'}) with {nvcc}",
     )
 
@@ -76,7 +90,7 @@ class CMakeBuild(build_ext):
         torch_root = Path(torch.__file__).parent
         include = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
         cuda, description = cuda_arguments(torch.version.cuda)
-        print(f"tdpo_ext: building for torch {torch.__version__}, {description}", file=sys.stderr, flush=True)
+        print(f"tdpo_ext: building with torch {torch.__version__}, {description}", file=sys.stderr, flush=True)
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
@@ -99,27 +113,20 @@ class CMakeBuild(build_ext):
             f"-DTDPO_TORCH_LIB={torch_root / 'lib'}",
             f"-DTDPO_TORCH_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
             f"-DCMAKE_INSTALL_PREFIX={destination}",
+            f"-DTDPO_OLDEST_TORCH={oldest_torch(self.distribution.install_requires)}",
+            brgemm_argument(),
             *cuda,
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         for command in (configure, [cmake, "--build", str(build)], [cmake, "--install", str(build)]):
             subprocess.run(command, check=True)
         if self.editable_mode:  # setuptools copies only the module itself into the source tree
-            shutil.copy(destination / "_built_with.py", ROOT / "tdpo_ext")
-
-
-def torch_requirement() -> list[str]:
-    """The torch release (X.Y) that the extension is built for: the compiled module loads in no other."""
-    if find_spec("torch") is None:
-        return ["torch>=2.11"]  # only the metadata of a source distribution is needed
-    from importlib.metadata import version
-
-    major, minor = version("torch").split("+")[0].split(".")[:2]
-    return [f"torch=={major}.{minor}.*"]
+            for built in ("_built_with.py", "_brgemm.so"):
+                if (destination / built).exists():
+                    shutil.copy(destination / built, ROOT / "tdpo_ext")
 
 
 setup(
     ext_modules=[Extension("tdpo_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    install_requires=torch_requirement(),
 )

@@ -1,14 +1,8 @@
-// The schemas of all operators, and the Python module. Each backend registers its kernels next to their code; fake
-// kernels and autograd are registered in Python (tdpo_ext/ops/operators.py, tdpo_ext/divergence.py).
-#include <pybind11/pybind11.h>
-#include <torch/library.h>
+// The schemas of all operators. Each backend registers its kernels next to their code; fake kernels, autograd and the
+// kernels that are torch's own operations are registered in Python (tdpo_ext/ops, tdpo_ext/divergence.py).
+#include "stable.h"
 
-#include "build_info.h"
-
-TORCH_LIBRARY(tdpo_ext, m) {
-  // set_python_module names the module that registers the fake kernels of the operators that follow.
-  m.set_python_module("tdpo_ext.ops.operators");
-
+STABLE_TORCH_LIBRARY(tdpo_ext, m) {
   // Row states (csrc/row_state.h) of one slice of the vocabulary: (..., V) -> (..., kRowStateSize).
   m.def(
       "row_states(Tensor logits, Tensor ref_logits, Tensor labels, *, int vocab_start, int vocab_size, int "
@@ -32,12 +26,15 @@ TORCH_LIBRARY(tdpo_ext, m) {
   m.def("scale_unless_one(Tensor(a!) tensor, Tensor factor) -> ()");
   // out (+)= a @ b in float32 (CPU only: torch's own products round to the operands' dtype).
   m.def("matmul_float32(Tensor a, Tensor b, *, bool accumulate, Tensor(a!) out) -> ()");
+  // The same by brgemm, for arguments that matmul_float32 has checked, and whether it works for a dtype here. Only where
+  // the optional module is loaded (cpu/brgemm.cpp).
+  m.def("brgemm(Tensor a, Tensor b, *, bool accumulate, Tensor(a!) out) -> ()");
+  m.def("has_brgemm(ScalarType dtype) -> bool");
   // An uninitialised CPU tensor for logits, weights and their gradients; large ones reuse memory (cpu/memory.cpp).
   m.def("scratch_empty(int[] size, *, ScalarType dtype) -> Tensor");
   // Frees the memory that scratch_empty keeps for reuse.
   m.def("release_scratch() -> ()");
 
-  m.set_python_module("tdpo_ext.divergence");
   // Differentiable: row states, merged over the process group `group_name` that shards the vocabulary ('' for none),
   // and their values (fields, ...).
   m.def(
@@ -45,5 +42,3 @@ TORCH_LIBRARY(tdpo_ext, m) {
       "ignore_index, float temperature, float softcap, bool reverse_kl, str group_name) -> (Tensor values, Tensor "
       "states)");
 }
-
-PYBIND11_MODULE(_C, m) { m.def("build_info", &tdpo::build_info); }

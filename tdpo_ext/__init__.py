@@ -32,4 +32,4 @@ __all__ = [
     "tdpo_loss",
     "token_divergence",
 ]
-__version__ = build_info()["version"]
+__version__: str = ops.operators.compiled.build_info()["version"]

@@ -4,17 +4,20 @@ import sys
 
 import torch
 
-from .ops import operators
+from .ops import matmul, operators
 
 
 def build_info() -> dict[str, str]:
     """Versions and capabilities of this build and of the torch it runs in.
 
-    Keys: version, torch, torch_built_with, python, compiler, cpu_capability (the kernels chosen at run time; obeys
-    ATEN_CPU_CAPABILITY) and cuda_archs (of the CUDA kernels; empty where there are none).
+    Keys: version, torch, torch_built_with, torch_oldest (the oldest release that this build loads in), python,
+    compiler, cpu_capability (the kernels chosen at run time; obeys ATEN_CPU_CAPABILITY), cuda_archs (of the CUDA
+    kernels; empty where there are none) and brgemm (dtypes whose CPU products the optional module computes, or why it
+    computes none: a wheel has no such module, and one built for another torch is left out).
     """
     return {
         **operators.compiled.build_info(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
+        "brgemm": matmul.describe_brgemm(),
     }

@@ -3,12 +3,12 @@
 // At 4 KiB per page fault, touching fresh memory of this size costs more than the arithmetic on it. Large blocks
 // therefore use huge pages where the system has them and, once their tensor is freed, are kept for the next one, as
 // torch's allocator keeps CUDA memory.
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <vector>
+
+#include "../stable.h"
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -21,6 +21,13 @@ namespace {
 constexpr int64_t kLargeBytes = 8 << 20;  // smaller tensors come from torch's own allocator
 constexpr size_t kCachedBytes = size_t(1) << 30;
 constexpr size_t kHugePage = 2 << 20;
+
+struct OutOfMemory : std::bad_alloc {
+  std::string message;
+
+  explicit OutOfMemory(size_t bytes) : message(joined("tdpo_ext: not enough memory for ", bytes, " bytes")) {}
+  const char* what() const noexcept override { return message.c_str(); }
+};
 
 struct Block {
   void* data;
@@ -49,7 +56,7 @@ class BlockCache {
       release();
       data = std::aligned_alloc(kHugePage, rounded);
     }
-    TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "tdpo_ext: not enough memory for ", rounded, " bytes");
+    if (data == nullptr) throw OutOfMemory(rounded);
 #if defined(__linux__)
     madvise(data, rounded, MADV_HUGEPAGE);  // a hint, which the system may decline
 #endif
@@ -94,12 +101,20 @@ BlockCache& cache() {
   return instance;
 }
 
-at::Tensor scratch_empty(at::IntArrayRef size, at::ScalarType dtype) {
-  const auto options = at::TensorOptions().dtype(dtype);
-  const auto bytes = static_cast<int64_t>(c10::multiply_integers(size) * c10::elementSize(dtype));
-  if (bytes < kLargeBytes) return at::empty(size, options);
+int64_t entry_bytes(ScalarType dtype) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  return static_cast<int64_t>(aoti_torch_dtype_element_size(to<int32_t>(from(dtype))));
+}
+
+Tensor scratch_empty(const std::vector<int64_t>& size, ScalarType dtype) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  std::vector<int64_t> strides(size.size());
+  int64_t entries = 1;
+  for (size_t dim = size.size(); dim-- > 0; entries *= size[dim]) strides[dim] = entries;
+  const auto bytes = entries * entry_bytes(dtype);
+  if (bytes < kLargeBytes) return torch::stable::empty(size, dtype, std::nullopt, cpu);
   const Block block = cache().take(bytes);
-  return at::from_blob(block.data, size, [block](void*) { cache().give_back(block); }, options);
+  return torch::stable::from_blob(block.data, size, strides, cpu, dtype, [block](void*) { cache().give_back(block); });
 }
 
 void release_scratch() { cache().release(); }
@@ -107,9 +122,9 @@ void release_scratch() { cache().release(); }
 }  // namespace
 
 // Without tensor arguments there is no backend to dispatch on, so the kernels are registered for all of them.
-TORCH_LIBRARY_IMPL(tdpo_ext, CompositeExplicitAutograd, m) {
-  m.impl("scratch_empty", &scratch_empty);
-  m.impl("release_scratch", &release_scratch);
+STABLE_TORCH_LIBRARY_IMPL(tdpo_ext, CompositeExplicitAutograd, m) {
+  m.impl("scratch_empty", TORCH_BOX(&scratch_empty));
+  m.impl("release_scratch", TORCH_BOX(&release_scratch));
 }
 
 }  // namespace tdpo

@@ -1,10 +1,10 @@
 // The CPU operators. They distribute rows, or slices of the vocabulary when there are few rows, over torch's threads;
 // the arithmetic is in row_kernels.cpp.
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <torch/library.h>
+#include <algorithm>
+#include <cstring>
 
 #include "../checks.h"
+#include "capability.h"
 #include "row_kernels.h"
 
 namespace tdpo {
@@ -15,16 +15,16 @@ constexpr int64_t kStreamingBytes = 16 << 20;  // outputs larger than this use s
 
 const CpuKernels& kernels() {
 #if defined(TDPO_X86)
-  static const CpuKernels& chosen = [&]() -> const CpuKernels& {
-    const auto capability = at::get_cpu_capability();  // obeys ATEN_CPU_CAPABILITY
-    if (capability == "AVX512") return AVX512::kernels;
-    if (capability == "AVX2") return AVX2::kernels;
-    return DEFAULT::kernels;
-  }();
-  return chosen;
-#else
-  return DEFAULT::kernels;
+  switch (cpu_capability()) {
+    case CpuCapability::avx512:
+      return AVX512::kernels;
+    case CpuCapability::avx2:
+      return AVX2::kernels;
+    case CpuCapability::baseline:
+      break;
+  }
 #endif
+  return DEFAULT::kernels;
 }
 
 // Splits rows x vocabulary into tasks, each a slice of one row.
@@ -32,8 +32,8 @@ struct Tasks {
   int64_t rows, vocab, slices;
 
   explicit Tasks(const DivergenceParams& params) : rows(params.rows), vocab(params.vocab), slices(1) {
-    const int64_t wanted = 4 * at::get_num_threads();
-    if (rows > 0 && rows < wanted && at::get_num_threads() > 1)
+    const int64_t threads = torch::stable::get_num_threads(), wanted = 4 * threads;
+    if (rows > 0 && rows < wanted && threads > 1)
       slices = std::max<int64_t>(1, std::min((wanted + rows - 1) / rows, vocab / kMinSlice));
   }
 
@@ -42,7 +42,7 @@ struct Tasks {
   void run(F f, bool backwards = false) const {
     const int64_t length = std::max<int64_t>(1, (vocab + slices - 1) / slices);
     const int64_t grain = std::max<int64_t>(1, kMinSlice / length);
-    at::parallel_for(0, rows * slices, grain, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, rows * slices, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t task = backwards ? first + last - 1 - i : i;
         const int64_t slice = task % slices, begin = slice * length;
@@ -55,9 +55,9 @@ struct Tasks {
 void check_label_range(const DivergenceParams& params) {
   for (int64_t row = 0; row < params.rows; ++row) {
     const int64_t label = params.labels[row];
-    TORCH_CHECK_INDEX(label == params.ignore_index || (label >= 0 && label < params.vocab_size), "labels hold ", label,
-                      " at row ", row, "; allowed are 0 to ", params.vocab_size - 1, " and ignore_index ",
-                      params.ignore_index);
+    check_index(label == params.ignore_index || (label >= 0 && label < params.vocab_size), "labels hold ", label,
+                " at row ", row, "; allowed are 0 to ", params.vocab_size - 1, " and ignore_index ",
+                params.ignore_index);
   }
 }
 
@@ -70,18 +70,21 @@ RowState<Real, kReverse> load_state(const Real* states, int64_t index) {
 
 // Calls f(states, reverse) with a pointer to the numbers of `states`, and the direction as a compile-time constant.
 template <typename F>
-void with_states(const at::Tensor& states, bool reverse_kl, F f) {
-  AT_DISPATCH_FLOATING_TYPES(states.scalar_type(), "row states", [&] {
-    with_constant(reverse_kl, [&](auto reverse) { f(states.const_data_ptr<scalar_t>(), reverse); });
+void with_states(const Tensor& states, bool reverse_kl, F f) {
+  with_constant(reverse_kl, [&](auto reverse) {
+    if (states.scalar_type() == ScalarType::Double)
+      f(states.const_data_ptr<double>(), reverse);
+    else
+      f(states.const_data_ptr<float>(), reverse);
   });
 }
 
-at::Tensor merge_row_states(const at::Tensor& states, bool reverse_kl) {
+Tensor merge_row_states(const Tensor& states, bool reverse_kl) {
   const auto checked = check_merge(states);
   with_states(checked.states, reverse_kl, [&](const auto* in, auto reverse) {
     using Real = std::decay_t<decltype(*in)>;
-    auto* out = checked.merged.data_ptr<Real>();
-    at::parallel_for(0, checked.rows, 256, [&](int64_t first, int64_t last) {
+    auto* out = checked.merged.mutable_data_ptr<Real>();
+    torch::stable::parallel_for(0, checked.rows, 256, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         auto merged = RowState<Real, reverse()>::empty();
         for (int64_t slice = 0; slice < checked.slices; ++slice)
@@ -93,35 +96,34 @@ at::Tensor merge_row_states(const at::Tensor& states, bool reverse_kl) {
   return checked.merged;
 }
 
-at::Tensor row_states(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
-                      int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature, double softcap,
-                      bool reverse_kl) {
+Tensor row_states(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, int64_t vocab_start,
+                  int64_t vocab_size, int64_t ignore_index, double temperature, double softcap, bool reverse_kl) {
   const auto inputs = check_inputs(logits, ref_logits, labels,
                                    {vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl});
   check_label_range(inputs.params);
   const Tasks tasks(inputs.params);
   const auto states = inputs.empty_states(tasks.slices);
   auto* const out = static_cast<char*>(states.data_ptr());
-  const int64_t bytes = kRowStateSize * states.element_size();
+  const auto bytes = static_cast<int64_t>(kRowStateSize * states.element_size());
   tasks.run([&](int64_t row, int64_t slice, int64_t begin, int64_t end) {
     kernels().row_state(inputs.params, row, begin, end, out + (slice * tasks.rows + row) * bytes);
   });
-  return tasks.slices == 1 ? states.squeeze(0) : merge_row_states(states, reverse_kl);
+  return tasks.slices == 1 ? torch::stable::select(states, 0, 0) : merge_row_states(states, reverse_kl);
 }
 
-at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& labels, int64_t ignore_index,
-                               double temperature, bool reverse_kl) {
+Tensor finalize_row_states(const Tensor& states, const Tensor& labels, int64_t ignore_index, double temperature,
+                           bool reverse_kl) {
   const auto checked = check_finalize(states, labels);
   with_states(checked.states, reverse_kl, [&](const auto* in, auto reverse) {
     using Real = std::decay_t<decltype(*in)>;
     const auto* row_labels = checked.labels.const_data_ptr<int64_t>();
-    auto* out = checked.values.data_ptr<Real>();
+    auto* out = checked.values.mutable_data_ptr<Real>();
     for (int64_t row = 0; row < checked.rows; ++row) {
       TokenValues<Real> values{};
       if (row_labels[row] != ignore_index) {
         const auto state = load_state<reverse()>(in, row);
-        TORCH_CHECK_VALUE(!state.is_out_of_range(), "logits or ref_logits have a maximum beyond ",
-                          kLargestExponent<Real> * kLn2, " (over the temperature) in size at row ", row);
+        check_value(!state.is_out_of_range(), "logits or ref_logits have a maximum beyond ",
+                    kLargestExponent<Real> * kLn2, " (over the temperature) in size at row ", row);
         values = state.finalize(InvTemperature<Real>(temperature));
       }
       values.store(out, checked.rows, row);
@@ -130,33 +132,28 @@ at::Tensor finalize_row_states(const at::Tensor& states, const at::Tensor& label
   return checked.values;
 }
 
-void logit_gradient_out(const at::Tensor& logits, const at::Tensor& ref_logits, const at::Tensor& labels,
-                        const at::Tensor& states, const at::Tensor& logps_grad, const at::Tensor& kl_grad,
-                        int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double temperature,
-                        double softcap, bool reverse_kl, const at::Tensor& out) {
+void logit_gradient_out(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, const Tensor& states,
+                        const Tensor& logps_grad, const Tensor& kl_grad, int64_t vocab_start, int64_t vocab_size,
+                        int64_t ignore_index, double temperature, double softcap, bool reverse_kl, const Tensor& out) {
   const auto inputs = check_inputs(logits, ref_logits, labels,
                                    {vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl});
   check_label_range(inputs.params);
   const auto gradient = check_gradient(logits, ref_logits, labels, states, logps_grad, kl_grad, out);
-  const bool streaming_stores = !out.is_alias_of(logits) && out.numel() * out.element_size() > kStreamingBytes;
+  const bool streaming_stores =
+      !same_memory(out, logits) && out.numel() * static_cast<int64_t>(out.element_size()) > kStreamingBytes;
   const auto write = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
     kernels().logit_gradient(inputs.params, gradient.params, streaming_stores, row, begin, end);
   };
   Tasks(inputs.params).run(write, /*backwards=*/true);
 }
 
-void scale_unless_one(const at::Tensor& tensor, const at::Tensor& factor) {
-  if (factor.item<double>() != 1) tensor.mul_(factor);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) {
-  m.impl("row_states", &row_states);
-  m.impl("merge_row_states", &merge_row_states);
-  m.impl("finalize_row_states", &finalize_row_states);
-  m.impl("logit_gradient_out", &logit_gradient_out);
-  m.impl("scale_unless_one", &scale_unless_one);
+STABLE_TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) {
+  m.impl("row_states", TORCH_BOX(&row_states));
+  m.impl("merge_row_states", TORCH_BOX(&merge_row_states));
+  m.impl("finalize_row_states", TORCH_BOX(&finalize_row_states));
+  m.impl("logit_gradient_out", TORCH_BOX(&logit_gradient_out));
 }
 
 }  // namespace tdpo

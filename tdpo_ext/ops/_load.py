@@ -1,30 +1,60 @@
-"""Loads the compiled module, or says in one sentence why it can't."""
+"""Loads the compiled modules, or says in one sentence why it can't."""
+
+from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import torch
 
-
-def _release(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
+_BRGEMM = Path(__file__).parents[1] / "_brgemm.so"
 
 
-def load():
-    """The compiled module.
+def _release(version: str) -> tuple[int, ...]:
+    """(X, Y) of a version X.Y.Z+local."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
-    Raises:
-        ImportError: it was never built, or it was built for another torch release than the one imported.
-    """
+
+def _built_with():
     try:
-        from .. import _built_with
+        return importlib.import_module("tdpo_ext._built_with")
     except ImportError:
         raise ImportError(
             "tdpo_ext is not built here: its compiled module is missing; run `pip install .` in the source tree "
             "(or leave the source tree, if an installed tdpo_ext was meant)."
         ) from None
-    if _release(_built_with.TORCH) != _release(torch.__version__):
+
+
+def load():
+    """The compiled module with the operators.
+
+    Raises:
+        ImportError: it was never built, or the torch imported is older than it needs, or of another CUDA release.
+    """
+    built = _built_with()
+    if _release(torch.__version__) < _release(built.OLDEST_TORCH):
         raise ImportError(
-            f"tdpo_ext was built for torch {_built_with.TORCH} but torch {torch.__version__} is installed; "
+            f"tdpo_ext was built for torch {built.OLDEST_TORCH} and newer but torch {torch.__version__} is installed; "
+            f"run `pip install 'torch>={built.OLDEST_TORCH}'`."
+        )
+    if built.CUDA and built.CUDA.split(".")[0] != (torch.version.cuda or "").split(".")[0]:
+        installed = f"torch {torch.__version__} is for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPUs'}"
+        raise ImportError(
+            f"tdpo_ext was built with kernels for CUDA {built.CUDA} but {installed}; "
             "run `pip install --force-reinstall --no-deps .` in the source tree to build it for this torch."
         )
     return importlib.import_module("tdpo_ext._C")
+
+
+def load_brgemm() -> str:
+    """Loads the optional module of CPU products (csrc/cpu/brgemm.cpp); returns why not, or "" once it is loaded.
+
+    It uses more of torch than the stable ABI, so another release of torch than that of the build leaves it out.
+    """
+    if not _BRGEMM.exists():
+        return "not built"
+    built = _built_with()
+    if _release(torch.__version__) != _release(built.TORCH):
+        return f"left out: built for torch {built.TORCH}"
+    torch.ops.load_library(_BRGEMM)
+    return ""

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from . import operators
+from ._load import load_brgemm
 
+_ops = torch.ops.tdpo_ext
 _ROUNDED_ROWS = 8192  # of a float32 block that is rounded as soon as it is complete
+_COPIED_SIDE = 2048  # of the square blocks that are copied to float32
+_without_brgemm = load_brgemm()
+
+
+@functools.cache
+def has_brgemm(dtype: torch.dtype) -> bool:
+    """Whether CPU products of this dtype are the optional module's (csrc/cpu/brgemm.cpp)."""
+    return not _without_brgemm and _ops.has_brgemm(dtype)
+
+
+def describe_brgemm() -> str:
+    """The dtypes that the optional module multiplies here, or why it multiplies none."""
+    if _without_brgemm:
+        return _without_brgemm
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float32) if has_brgemm(dtype)]
+    return ", ".join(dtypes) or "not on this processor"
 
 
 def product(
@@ -29,11 +48,12 @@ def product(
     if a.dtype == out.dtype:
         if accumulate:
             return out.addmm_(a, b)
-        if a.dtype == torch.bfloat16 and a.device.type == "cpu":
-            return _rounded_product(a, b, out)
-        if a.dtype == torch.float32 and a.device.type == "cpu" and b.stride(0) == 1 and a.stride(1) == 1:
-            operators.matmul_float32(a, b, accumulate=False, out=out)  # logits: `b` is a transposed weight
-            return out
+        if a.device.type == "cpu":
+            if a.dtype == torch.bfloat16 and _rounds_faster():
+                return _rounded_product(a, b, out)
+            if a.dtype == torch.float32 and has_brgemm(a.dtype) and b.stride(0) == 1 and a.stride(1) == 1:
+                operators.matmul_float32(a, b, accumulate=False, out=out)  # logits: `b` is a transposed weight
+                return out
         return torch.mm(a, b, out=out)
     if a.device.type == "cpu":
         operators.matmul_float32(a, b, accumulate=accumulate, out=out)
@@ -61,6 +81,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+@functools.cache
+def _rounds_faster() -> bool:
+    """Whether bfloat16 products are faster in float32 and then rounded than as torch's own bfloat16 products."""
+    return has_brgemm(torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """The float32 product, rounded block by block: faster than torch's own where `a` is transposed, as for dW."""
     block = torch.empty(min(_ROUNDED_ROWS, len(a)), b.shape[1], dtype=torch.float32)
@@ -69,3 +95,57 @@ def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         operators.matmul_float32(rows, b, accumulate=False, out=exact)
         result.copy_(exact)
     return out
+
+
+# ---- the CPU kernel of the operator tdpo_ext::matmul_float32 ----
+
+
+def _check_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Raises TypeError or ValueError naming the tensor that a float32 product can't take."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} are not matrices that can be multiplied")
+    if a.dtype != b.dtype or a.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"a has dtype {a.dtype} and b {b.dtype}; both must be bfloat16, float16 or float32")
+    if out.shape != (a.shape[0], b.shape[1]) or out.stride(1) != 1:
+        raise ValueError(f"out has shape {tuple(out.shape)} and strides {out.stride()}")
+    if out.dtype != torch.float32:
+        raise TypeError(f"out has dtype {out.dtype}; it must be float32")
+    for name, operand in (("a", a), ("b", b)):
+        if _may_overlap(out, operand):
+            raise ValueError(f"out overlaps {name}")
+    if out.shape[0] >= 2 and out.stride(0) < out.shape[1]:
+        raise ValueError(f"out has strides {out.stride()}: its rows overlap each other")
+
+
+def _may_overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors may share memory."""
+
+    def end_of(tensor: Tensor) -> int:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+    return x.numel() > 0 and y.numel() > 0 and x.data_ptr() < end_of(y) and y.data_ptr() < end_of(x)
+
+
+@torch.library.impl("tdpo_ext::matmul_float32", "cpu")
+def _matmul_float32(a: Tensor, b: Tensor, *, accumulate: bool, out: Tensor) -> None:
+    _check_product(a, b, out)
+    if out.numel() == 0:
+        return
+    if has_brgemm(a.dtype) and a.shape[1] > 0:
+        _ops.brgemm(a, b, accumulate=accumulate, out=out)
+    elif a.dtype == torch.float32:
+        out.addmm_(a, b, beta=1 if accumulate else 0)
+    else:
+        _multiply_copies(a, b, accumulate, out)
+
+
+def _multiply_copies(a: Tensor, b: Tensor, accumulate: bool, out: Tensor) -> None:
+    """out (+)= a @ b from float32 copies of one block at a time: torch's float32 products are exact enough."""
+    if not accumulate:
+        out.zero_()
+    for a_rows, out_rows in zip(a.split(_COPIED_SIDE), out.split(_COPIED_SIDE)):
+        for a_block, b_rows in zip(a_rows.split(_COPIED_SIDE, 1), b.split(_COPIED_SIDE)):
+            left = a_block.float()
+            for b_block, out_block in zip(b_rows.split(_COPIED_SIDE, 1), out_rows.split(_COPIED_SIDE, 1)):
+                out_block.addmm_(left, b_block.float())

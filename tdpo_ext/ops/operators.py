@@ -129,7 +129,7 @@ def matmul_float32(
     accumulate: bool,
     out: Tensor,  # (M, N), float32
 ) -> None:
-    """out = a @ b, or out += a @ b, in float32 (CPU: torch's own products round to the operands' dtype)."""
+    """out = a @ b, or out += a @ b, in float32 (CPU; the kernel is in `tdpo_ext.ops.matmul`)."""
     _ops.matmul_float32(a, b, accumulate=accumulate, out=out)
 
 
@@ -166,6 +166,12 @@ def _(a, b, *, accumulate, out):
 @torch.library.register_fake("tdpo_ext::scale_unless_one")
 def _(tensor, factor):
     return None
+
+
+@torch.library.impl("tdpo_ext::scale_unless_one", "cpu")
+def _(tensor, factor):
+    if factor.item() != 1:
+        tensor.mul_(factor)
 
 
 def _logit_gradient(logits: Tensor, *tensors: Tensor, **options) -> Tensor:

@@ -1,14 +1,19 @@
-// out (+)= a @ b with a float32 result. torch's CPU products round their result to the operands' dtype, which would
-// drown the KL in rounding errors; here the float32 accumulators of bfloat16 products are stored unrounded, with
-// torch's batch-reduce GEMM kernels (brgemm) where the processor multiplies bfloat16, and through float32 copies of
-// small blocks elsewhere. Float32 operands use brgemm too: where `b` is a transposed weight it is faster than torch's
-// own product.
+// The optional module _brgemm: out (+)= a @ b with a float32 result, by torch's batch-reduce GEMM kernels (brgemm).
+// torch's CPU products round their result to the operands' dtype, which would drown the KL in rounding errors; here the
+// float32 accumulators of bfloat16 products are stored unrounded. Float32 operands use brgemm too: where `b` is a
+// transposed weight it is faster than torch's own product.
+//
+// The stable ABI has no brgemm, so this file alone includes ATen, and loads only in the torch release it was built
+// with. tdpo_ext/ops/matmul.py checks the arguments, and multiplies without brgemm where this module or the processor
+// lacks it.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
-#include "../checks.h"
+#include <cstring>
+#include <type_traits>
+#include <vector>
 
 namespace tdpo {
 namespace {
@@ -17,7 +22,6 @@ using at::BFloat16;
 constexpr int64_t kTileRows = 128, kBlockColumns = 384, kBlockDepth = 512;
 // Blocks where `a` must be packed too: wider, so that it is packed less often.
 constexpr int64_t kWideColumns = 768, kWideDepth = 256;
-constexpr int64_t kCopiedSide = 2048;  // side of the square blocks of multiply_copies
 
 template <typename T>
 struct Matrix {
@@ -221,45 +225,20 @@ void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, const a
   });
 }
 
-// The same without brgemm: float32 copies of one block at a time, multiplied by torch.
-void multiply_copies(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
-  const auto block = [](const at::Tensor& t, int64_t row, int64_t column) {
-    return t.narrow(0, row, std::min(kCopiedSide, t.size(0) - row))
-        .narrow(1, column, std::min(kCopiedSide, t.size(1) - column));
-  };
-  if (!accumulate) out.zero_();
-  for (int64_t m = 0; m < a.size(0); m += kCopiedSide)
-    for (int64_t k = 0; k < a.size(1); k += kCopiedSide) {
-      const auto left = block(a, m, k).to(at::kFloat);
-      for (int64_t n = 0; n < b.size(1); n += kCopiedSide) block(out, m, n).addmm_(left, block(b, k, n).to(at::kFloat));
-    }
+void brgemm(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
+  if (a.scalar_type() == at::kFloat)
+    multiply<float>(a, b, accumulate, out);
+  else
+    multiply<BFloat16>(a, b, accumulate, out);
 }
 
-void matmul_float32(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "a ", a.sizes(), " and b ", b.sizes(),
-                    " are not matrices that can be multiplied");
-  TORCH_CHECK_TYPE(a.scalar_type() == b.scalar_type() && a.scalar_type() != at::kDouble, "a has dtype ",
-                   a.scalar_type(), " and b ", b.scalar_type(), "; both must be bfloat16, float16 or float32");
-  TORCH_CHECK_VALUE(out.dim() == 2 && out.size(0) == a.size(0) && out.size(1) == b.size(1) && out.stride(1) == 1,
-                    "out has shape ", out.sizes(), " and strides ", out.strides());
-  TORCH_CHECK_TYPE(out.scalar_type() == at::kFloat, "out has dtype ", out.scalar_type(), "; it must be float32");
-  TORCH_CHECK_VALUE(!may_overlap(out, a) && !may_overlap(out, b), "out overlaps ", may_overlap(out, a) ? "a" : "b");
-  TORCH_CHECK_VALUE(out.size(0) < 2 || out.stride(0) >= out.size(1), "out has strides ", out.strides(),
-                    ": its rows overlap each other");
-  if (out.numel() == 0) return;
-  if (a.size(1) == 0) {
-    if (!accumulate) out.zero_();
-  } else if (a.scalar_type() == at::kBFloat16 && has_brgemm<BFloat16>()) {
-    multiply<BFloat16>(a, b, accumulate, out);
-  } else if (a.scalar_type() == at::kFloat && has_brgemm<float>()) {
-    multiply<float>(a, b, accumulate, out);
-  } else {
-    multiply_copies(a, b, accumulate, out);
-  }
+bool has_brgemm_for(at::ScalarType dtype) {
+  return dtype == at::kFloat ? has_brgemm<float>() : dtype == at::kBFloat16 && has_brgemm<BFloat16>();
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) { m.impl("matmul_float32", &matmul_float32); }
+TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) { m.impl("brgemm", &brgemm); }
+TORCH_LIBRARY_IMPL(tdpo_ext, CompositeExplicitAutograd, m) { m.impl("has_brgemm", &has_brgemm_for); }
 
 }  // namespace tdpo
