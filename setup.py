@@ -2,13 +2,15 @@
 
 Environment:
     TDPO_BRGEMM      1 (default) or 0: the optional module _brgemm, which loads only in the installed torch release
-    TDPO_CUDA        auto (default: CUDA kernels if torch is a CUDA build and nvcc is found), 0 or 1
+    TDPO_CUDA        auto (default: CUDA kernels if torch is a CUDA build and nvcc is found), 0, or 1 (nvcc is enough)
     TDPO_CUDA_ARCHS  CUDA architectures, such as "90" or "80;90" (default: csrc/cuda/cuda.cmake)
     CUDA_HOME        the CUDA toolkit (default: the one whose nvcc is on the PATH)
+    TDPO_LOCAL_VERSION  local part of the package's version, such as cu13 for a wheel with kernels for CUDA 13
     CMAKE_ARGS       additional arguments for CMake
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,6 +40,12 @@ def program(name: str) -> str:
     return found
 
 
+def local_version() -> str:
+    """What follows the version of pyproject.toml: "+" and the local part, or nothing."""
+    local = os.environ.get("TDPO_LOCAL_VERSION")
+    return f"+{local}" if local else ""
+
+
 def brgemm_argument() -> str:
     """The CMake argument for the optional module."""
     requested = os.environ.get("TDPO_BRGEMM", "1")
@@ -59,26 +67,35 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def cuda_release(nvcc: str) -> str:
+    """The CUDA release X.Y of an nvcc."""
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    if found is None:
+        raise SystemExit(f"tdpo_ext: {nvcc} --version names no release")
+    return found.group(1)
+
+
 def cuda_arguments(torch_cuda: str | None) -> tuple[list[str], str]:
     """CMake arguments for the CUDA kernels, and a description of what is built."""
     requested, nvcc = os.environ.get("TDPO_CUDA", "auto"), find_nvcc()
     if requested not in ("auto", "0", "1"):
         raise SystemExit(f"tdpo_ext: TDPO_CUDA is {requested!r}; allowed are auto, 0 and 1")
-    missing = []
-    if torch_cuda is None:
-        missing.append("torch is a CPU build")
-    if nvcc is None:
-        missing.append("nvcc was not found")
-    if requested == "1" and missing:
-        raise SystemExit(f"tdpo_ext: TDPO_CUDA=1, but {' and '.join(missing)}")
-    if requested == "0" or missing:
-        return ["-DTDPO_CUDA=OFF", "-DTDPO_CUDA_VERSION="], "CPU only: " + ("TDPO_CUDA=0" if requested == "0" else " and ".join(missing))
-    archs = os.environ.get("TDPO_CUDA_ARCHS")
+    if requested == "1" and nvcc is None:
+        raise SystemExit("tdpo_ext: TDPO_CUDA=1, but nvcc was not found")
+    if requested == "0":
+        reasons = ["TDPO_CUDA=0"]
+    else:
+        reasons = ["torch is a CPU build"] if torch_cuda is None and requested == "auto" else []
+        reasons += ["nvcc was not found"] if nvcc is None else []
+    if reasons or nvcc is None:
+        return ["-DTDPO_CUDA=OFF", "-DTDPO_CUDA_VERSION="], "CPU only: " + " and ".join(reasons)
+    archs, release = os.environ.get("TDPO_CUDA_ARCHS"), cuda_release(nvcc)
     # Without a request, an earlier one that CMake has cached must not remain.
     archs_argument = f"-DTDPO_CUDA_ARCHS={archs}" if archs else "-UTDPO_CUDA_ARCHS"
     return (
-        ["-DTDPO_CUDA=ON", f"-DTDPO_CUDA_VERSION={torch_cuda}", archs_argument, f"-DCMAKE_CUDA_COMPILER={nvcc}"],
-        f"CPU and CUDA {torch_cuda} ({archs or 'default architectures'}) with {nvcc}",
+        ["-DTDPO_CUDA=ON", f"-DTDPO_CUDA_VERSION={release}", archs_argument, f"-DCMAKE_CUDA_COMPILER={nvcc}"],
+        f"CPU and CUDA {release} ({archs or 'default architectures'}) with {nvcc}",
     )
 
 
@@ -107,7 +124,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DPYBIND11_FINDPYTHON=ON",
-            f"-DTDPO_VERSION={self.distribution.get_version()}",
+            f"-DTDPO_VERSION={self.distribution.get_version().split('+')[0]}{local_version()}",
             f"-DTDPO_TORCH_VERSION={torch.__version__}",
             f"-DTDPO_TORCH_INCLUDE={';'.join(map(str, include))}",
             f"-DTDPO_TORCH_LIB={torch_root / 'lib'}",
@@ -118,6 +135,7 @@ class CMakeBuild(build_ext):
             *cuda,
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
+        (destination / "_brgemm.so").unlink(missing_ok=True)  # of an earlier build
         for command in (configure, [cmake, "--build", str(build)], [cmake, "--install", str(build)]):
             subprocess.run(command, check=True)
         if self.editable_mode:  # setuptools copies only the module itself into the source tree
@@ -129,4 +147,5 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("tdpo_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
+    options={"egg_info": {"tag_build": local_version()}},
 )

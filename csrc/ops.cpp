@@ -26,8 +26,8 @@ STABLE_TORCH_LIBRARY(tdpo_ext, m) {
   m.def("scale_unless_one(Tensor(a!) tensor, Tensor factor) -> ()");
   // out (+)= a @ b in float32 (CPU only: torch's own products round to the operands' dtype).
   m.def("matmul_float32(Tensor a, Tensor b, *, bool accumulate, Tensor(a!) out) -> ()");
-  // The same by brgemm, for arguments that matmul_float32 has checked, and whether it works for a dtype here. Only where
-  // the optional module is loaded (cpu/brgemm.cpp).
+  // The same by brgemm, for arguments that matmul_float32 has checked, and whether it works for a dtype here. Only
+  // where the optional module is loaded (cpu/brgemm.cpp).
   m.def("brgemm(Tensor a, Tensor b, *, bool accumulate, Tensor(a!) out) -> ()");
   m.def("has_brgemm(ScalarType dtype) -> bool");
   // An uninitialised CPU tensor for logits, weights and their gradients; large ones reuse memory (cpu/memory.cpp).

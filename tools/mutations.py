@@ -27,7 +27,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUILT = ("_C*.so", "_built_with.py")  # what the build adds to tdpo_ext
+BUILT = ("_C*.so", "_brgemm.so", "_built_with.py")  # what the build adds to tdpo_ext
 DEPENDENCIES = ("torch", "transformers.trainer", "datasets", "peft", "trl.trainer.dpo_trainer", "hypothesis")
 SECONDS = 600  # for the tests of one mutation; a change that makes them hang is noticed too
 

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,19 +51,76 @@ def import_error(tmp_path):
 
 
 def test_import_without_the_compiled_module(tmp_path):
-    copy_without(tmp_path, "_C.*", "_built_with.*")
+    copy_without(tmp_path, "_C.*", "_brgemm.*", "_built_with.*")
     message = import_error(tmp_path)
     assert message.startswith("ImportError: tdpo_ext is not built here")
     assert "pip install ." in message
 
 
-def test_import_with_another_torch(tmp_path):
+def as_built_with(tmp_path, **changes):
+    """A copy of the package, with other values in _built_with.py."""
     copy = copy_without(tmp_path)
-    (copy / "_built_with.py").write_text('TORCH = "2.3.1+cu121"\n')
+    values = {"TORCH": "2.13.0", "OLDEST_TORCH": "2.11", "CUDA": ""} | changes
+    (copy / "_built_with.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()))
+
+
+def test_import_with_an_older_torch(tmp_path):
+    as_built_with(tmp_path, OLDEST_TORCH="2.100")
     message = import_error(tmp_path)
-    assert "built for torch 2.3.1+cu121" in message
+    assert "built for torch 2.100 and newer" in message
+    assert torch.__version__ in message
+    assert "pip install 'torch>=2.100'" in message
+
+
+def test_import_of_kernels_for_another_cuda(tmp_path):
+    as_built_with(tmp_path, CUDA="3.1")
+    message = import_error(tmp_path)
+    assert "kernels for CUDA 3.1" in message
     assert torch.__version__ in message
     assert "pip install" in message
+
+
+WITHOUT_BRGEMM = """
+import json, sys, torch
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in repr(f)]
+import tdpo_ext
+hidden, weight, labels = torch.randn(6, 16).bfloat16(), torch.randn(40, 16).bfloat16(), torch.arange(6)
+values = tdpo_ext.linear_token_divergence(hidden, weight, hidden.flip(0), weight, labels)
+logits = hidden.double() @ weight.double().t()
+exact = tdpo_ext.eager.token_divergence(logits, logits.flip(0), labels)
+print(json.dumps([tdpo_ext.build_info()["brgemm"], (values.kl - exact.kl).abs().max().item()]))
+"""
+
+
+@pytest.mark.parametrize("torch_built_with", ["2.3.1+cu121", None])
+def test_the_optional_module_is_left_out_and_that_is_said(tmp_path, torch_built_with):
+    if torch_built_with is None:
+        copy_without(tmp_path, "_brgemm.*")
+    else:
+        as_built_with(tmp_path, TORCH=torch_built_with)
+        (tmp_path / "tdpo_ext" / "_brgemm.so").touch()  # a wheel has none; loading this one would fail
+    done = run(sys.executable, "-c", WITHOUT_BRGEMM, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    described, error = json.loads(done.stdout)
+    assert described == ("not built" if torch_built_with is None else f"left out: built for torch {torch_built_with}")
+    assert error < 1e-4
+
+
+def test_the_operators_use_the_stable_abi_alone():
+    """Of torch's libraries the module needs functions of the C interface only, none of C++."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    (module,) = PACKAGE.glob("_C.*.so")
+    needed = run("nm", "--dynamic", "--undefined-only", "--demangle", str(module)).stdout
+    symbols = [line.split(maxsplit=1)[1] for line in needed.splitlines()]
+    assert not [name for name in symbols if re.match(r"(vtable for |typeinfo for )?(at|c10|torch|caffe2)::", name)]
+    assert any(name.startswith("aoti_torch_") for name in symbols)
+
+
+def test_pybind11_and_torch_never_meet():
+    for path in (ROOT / "csrc").rglob("*.cpp"):
+        text = path.read_text()
+        assert not ("pybind11" in text and re.search(r"#include .*(torch/|ATen/|stable\.h)", text)), path.name
 
 
 @pytest.mark.parametrize("missing", [[], ["pybind11"], ["pybind11", "ninja"], ["setuptools"]])

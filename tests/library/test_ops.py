@@ -37,6 +37,7 @@ def operator_samples():
             {**asdict(options), "group_name": ""},
         ),
         "matmul_float32": ((a, b), {"accumulate": False, "out": torch.zeros(5, 3)}),
+        "scale_unless_one": ((torch.randn(5), torch.tensor(0.5)), {}),
     }
 
 
@@ -92,7 +93,11 @@ def test_reference_is_not_read_without_a_kl_gradient():
 @pytest.mark.parametrize("k", [1, 64, 2051])
 @pytest.mark.parametrize("n", [3, 500])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_matmul_float32(dtype, m, k, n, transposed):
+@pytest.mark.parametrize("brgemm", [True, False])
+def test_matmul_float32(dtype, m, k, n, transposed, brgemm, monkeypatch):
+    """With the optional module, where it works for the dtype, and without."""
+    if not brgemm:
+        monkeypatch.setattr(matmul, "has_brgemm", lambda dtype: False)
     a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
     if transposed:
         a, b = a.t().contiguous().t(), b.t().contiguous().t()
@@ -106,11 +111,49 @@ def test_matmul_float32(dtype, m, k, n, transposed):
 
 
 @pytest.mark.parametrize("rows", [8192, 8200])
-def test_rounded_products_of_many_rows(rows):
+def test_rounded_products_of_many_rows(rows, monkeypatch):
     """bfloat16 products (dW) are rounded a block of rows at a time."""
+    monkeypatch.setattr(matmul, "_rounds_faster", lambda: True)
     a, b = torch.randn(3, rows).bfloat16().t(), torch.randn(3, 5).bfloat16()
     out = matmul.product(a, b, torch.full((rows, 5), torch.nan, dtype=torch.bfloat16))
     torch.testing.assert_close(out, (a.double() @ b.double()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_of_one_dtype_without_the_optional_module(dtype, monkeypatch):
+    monkeypatch.setattr(matmul, "has_brgemm", lambda dtype: False)
+    a, b = torch.randn(70, 9).to(dtype), torch.randn(9, 33).to(dtype)
+    out = matmul.product(a, b, torch.full((70, 33), torch.nan, dtype=dtype))
+    torch.testing.assert_close(out, (a.double() @ b.double()).to(dtype))
+    matmul.product(a, b, out, accumulate=True)
+    torch.testing.assert_close(out, (2 * (a.double() @ b.double())).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"a": torch.ones(4, 5)}, "are not matrices that can be multiplied"),
+        ({"a": torch.ones(4, 3, dtype=torch.float64)}, "a has dtype"),
+        ({"b": torch.ones(3, 2)}, "both must be"),
+        ({"out": torch.ones(4, 3)}, "out has shape"),
+        ({"out": torch.ones(2, 4).t()}, "out has shape"),
+        ({"out": torch.ones(4, 2).bfloat16()}, "out has dtype"),
+    ],
+)
+def test_products_refuse_what_they_cannot_take(wrong, message):
+    good = {"a": torch.ones(4, 3).bfloat16(), "b": torch.ones(3, 2).bfloat16(), "out": torch.ones(4, 2)}
+    operators.matmul_float32(**good, accumulate=False)
+    with pytest.raises((TypeError, ValueError), match=message):
+        operators.matmul_float32(**{**good, **wrong}, accumulate=False)
+
+
+def test_scale_unless_one():
+    tensor = torch.tensor([1.0, -2.0])
+    version = tensor._version
+    operators.scale_unless_one(tensor, torch.tensor(1.0))
+    assert tensor._version == version  # untouched
+    operators.scale_unless_one(tensor, torch.tensor(0.5))
+    assert tensor.tolist() == [0.5, -1.0]
 
 
 @pytest.mark.parametrize("cut", [1, 30, 63])

@@ -1,5 +1,6 @@
 """Changes of the library that its tests must notice; `python tools/mutations.py` applies them one at a time."""
 
+BUILD = "library/test_build.py"
 BAD, DEFERRED, DIVERGENCE = (f"library/test_{name}.py" for name in ("bad_arguments", "deferred", "divergence"))
 INPUTS, LINEAR, LOSSES = (f"library/test_{name}.py" for name in ("linear_inputs", "linear", "losses"))
 OBJECTIVES, OPS, PEAKED = (f"library/test_{name}.py" for name in ("objectives", "ops", "peaked_rows"))
@@ -166,6 +167,14 @@ MUTATIONS = [
     *_of(
         "tdpo_ext/ops/matmul.py",
         ("        result.copy_(exact)\n", "        result.copy_(exact)\n        break\n", [OPS]),
+        ("        if _may_overlap(out, operand):", "        if False:", [OPS]),
+        ("    if not accumulate:\n        out.zero_()", "    out.zero_()", [OPS]),
+        ("beta=1 if accumulate else 0", "beta=1", [OPS]),
+    ),
+    *_of(
+        "tdpo_ext/ops/_load.py",
+        ("if _release(torch.__version__) < _release(built.OLDEST_TORCH):", "if False:", [BUILD]),
+        ("if _release(torch.__version__) != _release(built.TORCH):", "if False:", [BUILD]),
     ),
     *_of(
         "csrc/row_state.h",
@@ -195,11 +204,11 @@ MUTATIONS = [
         ("  check_label_range(inputs.params);\n  const auto gradient", "  const auto gradient", [OPS]),
     ),
     *_of(
-        "csrc/cpu/matmul.cpp",
+        "csrc/cpu/brgemm.cpp",
         ("accumulate || k.begin > 0", "accumulate", [OPS]),
     ),
     *_of(
         "csrc/checks.h",
-        ("TORCH_CHECK_VALUE(same_memory(out, logits) || !may_overlap(out, logits),", "TORCH_CHECK_VALUE(true,", [OPS]),
+        ("check_value(same_memory(out, logits) || !may_overlap(out, logits),", "check_value(true,", [OPS]),
     ),
 ]
