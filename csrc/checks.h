@@ -84,10 +84,10 @@ struct CheckedInputs {
   Tensor logits, ref_logits, labels;
   DivergenceParams params;
 
-  // Uninitialised states, (slices, ...) of the labels' shape and the state size.
+  // Uninitialised states of the labels' shape and the state size; with several slices, (slices, ...) of it.
   Tensor empty_states(int64_t slices) const {
-    return torch::stable::new_empty(logits, with_first(slices, with_last(labels.sizes(), kRowStateSize)),
-                                    state_dtype(logits));
+    const auto sizes = with_last(labels.sizes(), kRowStateSize);
+    return torch::stable::new_empty(logits, slices == 1 ? sizes : with_first(slices, sizes), state_dtype(logits));
   }
 };
 

@@ -48,7 +48,7 @@ def _check_sides(chosen: TokenDivergence, rejected: TokenDivergence) -> None:
         raise ValueError(f"rejected has shape {tuple(rejected.logps.shape)} but chosen has {tuple(chosen.logps.shape)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile of torch 2.11 hashes objects that have no attributes yet
 class MarginLoss:
     """An objective link(margin(chosen, rejected)) whose margin is linear: pairs of any length need no recompute.
 

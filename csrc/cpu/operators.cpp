@@ -108,7 +108,7 @@ Tensor row_states(const Tensor& logits, const Tensor& ref_logits, const Tensor& 
   tasks.run([&](int64_t row, int64_t slice, int64_t begin, int64_t end) {
     kernels().row_state(inputs.params, row, begin, end, out + (slice * tasks.rows + row) * bytes);
   });
-  return tasks.slices == 1 ? torch::stable::select(states, 0, 0) : merge_row_states(states, reverse_kl);
+  return tasks.slices == 1 ? states : merge_row_states(states, reverse_kl);
 }
 
 Tensor finalize_row_states(const Tensor& states, const Tensor& labels, int64_t ignore_index, double temperature,

@@ -45,7 +45,7 @@ Tensor row_states(const Tensor& logits, const Tensor& ref_logits, const Tensor& 
   const auto states = inputs.empty_states(slices);
   launch_row_states(inputs.params, states.data_ptr(), slices, stream_of(logits));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return slices == 1 ? torch::stable::select(states, 0, 0) : merge_row_states(states, reverse_kl);
+  return slices == 1 ? states : merge_row_states(states, reverse_kl);
 }
 
 Tensor finalize_row_states(const Tensor& states, const Tensor& labels, int64_t ignore_index, double temperature,
