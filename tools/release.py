@@ -1,8 +1,9 @@
 """Builds what a release consists of, and tests a wheel in several releases of torch.
 
-python tools/release.py sdist              the source distribution
-python tools/release.py wheel              the wheel for CPUs and, where nvcc is found, one for its CUDA release
-python tools/release.py test WHEEL TORCH [TORCH ...]   the library's tests in a fresh environment for each requirement
+python tools/release.py sdist                  the source distribution
+python tools/release.py wheel [cpu] [cuda]     a wheel for CPUs and, where nvcc is found, one for its CUDA release
+python tools/release.py test TORCH [TORCH ...] the library's tests of one wheel, in a fresh environment for each torch
+python tools/release.py check-tag TAG          fails unless the tag is "v" and the version of pyproject.toml
 
 `dist` receives the files. Wheels are without the optional module _brgemm, and auditwheel gives them the manylinux tag
 of the oldest system that they run on; torch's own libraries and the CUDA runtime, which torch loads, stay outside.
@@ -39,6 +40,13 @@ def build_sdist() -> Path:
     return DIST / done.stdout.splitlines()[-1]
 
 
+def package_version() -> str:
+    """The version in pyproject.toml, from which every other place takes it."""
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
 def cuda_major() -> str | None:
     """The major CUDA release of nvcc, where one is found."""
     home = os.environ.get("CUDA_HOME")
@@ -66,6 +74,20 @@ def build_wheel(cuda: str | None) -> Path:
         (wheel,) = repaired.glob("*.whl")
         DIST.mkdir(exist_ok=True)
         return Path(shutil.move(wheel, DIST / wheel.name))
+
+
+def build_wheels(kinds: list[str], required: bool) -> list[Path]:
+    """The wheels of these kinds; without nvcc "cuda" is left out, or an error where it is required."""
+    if unknown := set(kinds) - {"cpu", "cuda"}:
+        raise SystemExit(f"unknown kind of wheel: {', '.join(sorted(unknown))}; allowed are cpu and cuda")
+    wheels = [build_wheel(None)] if "cpu" in kinds else []
+    if "cuda" in kinds:
+        cuda = cuda_major()
+        if cuda is not None:
+            wheels.append(build_wheel(cuda))
+        elif required:
+            raise SystemExit("a wheel with CUDA kernels was asked for, but nvcc was not found")
+    return wheels
 
 
 def test_wheel(wheel: Path, torch: str, folder: Path) -> dict[str, str | int | float]:
@@ -114,21 +136,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sdist")
-    commands.add_parser("wheel")
+    wheel = commands.add_parser("wheel")
+    wheel.add_argument("kinds", nargs="*", metavar="KIND", help="cpu or cuda; both unless given")
     test = commands.add_parser("test")
-    test.add_argument("wheel", type=Path)
     test.add_argument("torches", nargs="+", metavar="TORCH", help="a requirement, such as 'torch==2.11.*'")
+    test.add_argument("--wheel", type=Path, help="the wheel to test (default: a new one for CPUs)")
     test.add_argument("--json", type=Path, help="file for the counts")
+    commands.add_parser("check-tag").add_argument("tag")
     arguments = parser.parse_args()
     if arguments.command == "sdist":
         print(build_sdist())
     elif arguments.command == "wheel":
-        kinds: set[str | None] = {None, cuda_major()}
-        for kind in sorted(kinds, key=str):
-            wheel = build_wheel(kind)
-            print(f"{wheel} ({wheel.stat().st_size:,} bytes)")
-    else:
-        return test_in_torches(arguments.wheel.resolve(), arguments.torches, arguments.json)
+        print(*build_wheels(arguments.kinds or ["cpu", "cuda"], required=bool(arguments.kinds)), sep="\n")
+    elif arguments.command == "test":
+        wheel_file = arguments.wheel or build_wheel(None)
+        return test_in_torches(wheel_file.resolve(), arguments.torches, arguments.json)
+    elif arguments.tag != f"v{package_version()}":
+        raise SystemExit(f"the tag is {arguments.tag} but pyproject.toml has version {package_version()}")
     return 0
 
 
