@@ -17,22 +17,27 @@ import sys
 _QUERY = """
 import importlib.util, json, sys
 has_torch = importlib.util.find_spec("torch") is not None
-print(json.dumps({"has_torch": has_torch, "path": [entry for entry in sys.path if entry]}))
+path = [entry for entry in sys.path if entry]
+print(json.dumps({"has_torch": has_torch, "path": path, "python": list(sys.version_info[:2])}))
 """
 
 
-def _target_interpreter() -> str:
-    # pip runs the build with the target's interpreter. uv runs it in a separate environment; the target is then the
-    # activated environment, if there is one.
-    activated = os.path.join(os.environ.get("VIRTUAL_ENV", ""), "bin", "python")
-    return activated if "VIRTUAL_ENV" in os.environ and os.path.exists(activated) else sys.executable
+def _target_interpreters() -> list[str]:
+    """The interpreters of the environments that may be the target, the likeliest first.
+
+    pip runs the build with the target's interpreter. uv runs it in an environment of its own and activates that one; the
+    target, if it was activated, comes after it on the PATH.
+    """
+    activated = [os.environ.get("VIRTUAL_ENV", ""), *map(os.path.dirname, os.get_exec_path())]
+    environments = [folder for folder in activated if folder and os.path.exists(os.path.join(folder, "pyvenv.cfg"))]
+    return list(dict.fromkeys([sys.executable, *(os.path.join(folder, "bin", "python") for folder in environments)]))
 
 
-def _query_target() -> dict:
+def _query(interpreter: str) -> dict:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run([_target_interpreter(), "-c", _QUERY], env=clean, capture_output=True, text=True, cwd="/")
+    done = subprocess.run([interpreter, "-c", _QUERY], env=clean, capture_output=True, text=True, cwd="/")
     if done.returncode != 0:
-        return {"has_torch": False, "path": []}
+        return {"has_torch": False}
     return json.loads(done.stdout)
 
 
@@ -40,12 +45,13 @@ def _find_torch() -> bool:
     """Whether torch can be imported, after adding the target environment's paths if need be."""
     if importlib.util.find_spec("torch") is not None:
         return True
-    target = _query_target()
-    if not target["has_torch"]:
-        return False
-    sys.path.extend(entry for entry in target["path"] if entry not in sys.path)
-    importlib.invalidate_caches()
-    return True
+    for interpreter in _target_interpreters():
+        target = _query(interpreter)
+        if target["has_torch"] and target["python"] == list(sys.version_info[:2]):
+            sys.path.extend(entry for entry in target["path"] if entry not in sys.path)
+            importlib.invalidate_caches()
+            return True
+    return False
 
 
 def _runs(program: str) -> bool:

@@ -146,6 +146,21 @@ def test_a_build_without_isolation_names_what_is_missing(missing, monkeypatch):
     assert f"pip install {' '.join(requirements[name] for name in missing)}` first" in str(refused.value)
 
 
+@pytest.mark.parametrize("activated", [True, False])
+def test_a_build_in_an_environment_of_its_own_finds_the_activated_torch(tmp_path, activated):
+    """As uv builds: its own environment is activated, and the user's comes after it on the PATH."""
+    for name in ("own", "users"):
+        assert run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / name)).returncode == 0
+    site = next((tmp_path / "users").glob("lib/python*/site-packages"))
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
+    path = [str(tmp_path / name / "bin") for name in (["own", "users"] if activated else ["own"])]
+    environment = {"PATH": os.pathsep.join([*path, "/usr/bin", "/bin"]), "VIRTUAL_ENV": str(tmp_path / "own")}
+    code = "import build_backend; print(build_backend._find_torch())"
+    environment["PYTHONPATH"] = str(Path(build_backend.__file__).parent)
+    done = run(str(tmp_path / "own" / "bin" / "python"), "-c", code, env=environment, cwd=tmp_path)
+    assert done.stdout.strip() == str(activated), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_kernels_of_lesser_processors(capability):
