@@ -185,7 +185,7 @@ def _preference_loss(
         call.rows.pair_lengths,
         call.sizes,
         call.budget,
-        can_defer=margin_loss is not None or not call.sizes.needs_grad,
+        can_defer=margin_loss is not None,
         device_type=call.inputs.device.type,
     )
     if isinstance(plan, ChunkedPlan):

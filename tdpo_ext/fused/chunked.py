@@ -4,16 +4,19 @@ A preference loss couples only the rows of one pair, so a chunk of whole pairs c
 finished gradients at once: logits, row states, the objective's own small autograd for dL/dlogps and dL/dkl, dz (written
 over the logits where it has their dtype), then dhidden = dz W and dW += dz^T hidden.
 
-A pair that is too long for the budget is taken a block of rows at a time. The gradient of a `MarginLoss` by every row
-is one number of the pair, link'(margin), times a gradient with coefficients that are known at once. So each block's
-gradients are accumulated unscaled, and that number is multiplied in when the pair is complete ("deferred").
+A pair that is too long for the budget is taken a block of rows at a time ("deferred"). The gradient of a `MarginLoss`
+by every row is one number of the pair, link'(margin), times a gradient with coefficients that are known at once. So a
+block's dz is formed without that number. It waits until the pair is complete, and the number is multiplied into the
+rows of hidden; or, where the pair is too long for that, dhidden and dW are accumulated unscaled and multiplied then.
+
+Products for gradients are taken over all rows whose dz is kept, since each reads a whole weight matrix.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +26,22 @@ from ..losses import Objective
 from ..ops import memory, operators
 from ..ops.memory import Buffer
 from ..vocab_parallel import Exchange
-from .gradients import BiasGradient, Block, DeferredGradients, Gradients, HiddenGradient, Wanted, WeightGradient, slices
+from .gradients import (
+    BiasGradient,
+    Block,
+    DeferredGradients,
+    Factors,
+    Gradients,
+    HiddenGradient,
+    Wanted,
+    WholeWeightGradient,
+    slices,
+)
 from .inputs import FusedInputs, GatheredRows
 from .pair_loss import Outcome, PairLoss, column_gradient
-from .plan import ChunkedPlan, row_pitch
+from .plan import ChunkedPlan
 from .rows import Chunk, Rows
+from .sizes import row_pitch, rows_beside
 from .upstream import Coefficients, PairObjective, Upstream
 
 
@@ -48,38 +62,38 @@ class _Buffers:
 
     Attributes:
         z, r: policy and reference logits of a block.
-        dz: of a block, or of all rows where it is kept; `z` itself where it has its dtype.
-        weight_sum: the float32 sum of a low-precision dW over several blocks.
-        pair_weight: dW of a deferred pair, where there are others.
+        dz: of the rows whose dz is kept; `z` itself where those are a block's and have its dtype.
+        weight_rest: what the memory of a low-precision dW does not hold of its sum, where it is summed.
+        pair_weight: dW of a pair that is summed apart.
     """
 
     z: Tensor
     r: Tensor
     dz: Tensor
-    weight_sum: Tensor | None
+    weight_rest: Tensor | None
     pair_weight: Tensor | None
 
     @classmethod
-    def allocate(cls, inputs: FusedInputs, rows: int, plan: ChunkedPlan, wanted: Wanted) -> _Buffers:
-        pitch, weight_shape = row_pitch(inputs.vocab), tuple(inputs.policy.weight.shape)
+    def allocate(cls, inputs: FusedInputs, plan: ChunkedPlan, wanted: Wanted) -> _Buffers:
+        pitch, (vocab, width) = row_pitch(inputs.vocab), inputs.policy.weight.shape
         logits = Buffer((plan.rows, inputs.vocab), inputs.logit_dtype, pitch)
-        dz = weight_sum = pair_weight = None
-        if any(wanted) and inputs.weight_dtype != inputs.logit_dtype:
-            dz_rows = rows if plan.keeps_dz else plan.rows
-            dz = Buffer((dz_rows, inputs.vocab), inputs.weight_dtype, pitch)
-            if wanted.weight and (len(plan.chunks) > 1 or plan.deferred) and not plan.keeps_dz:
-                weight_sum = Buffer(weight_shape, inputs.logit_dtype)
-        if wanted.weight and plan.deferred and len(plan.chunks) > 1:
-            pair_weight = Buffer(weight_shape, inputs.logit_dtype)
+        dz = weight_rest = pair_weight = None
+        if any(wanted) and (inputs.weight_dtype != inputs.logit_dtype or plan.keeps_dz):
+            dz = Buffer((plan.dz_rows, inputs.vocab), inputs.weight_dtype, pitch)
+        if wanted.weight and plan.sums_weight:
+            beside = rows_beside(vocab, inputs.weight_dtype.itemsize, inputs.logit_dtype.itemsize)
+            weight_rest = Buffer((beside, width), inputs.logit_dtype)
+        if wanted.weight and plan.weight_apart:
+            pair_weight = Buffer((vocab, width), inputs.logit_dtype)
         found = memory.allocate(
-            inputs.device, {"z": logits, "r": logits, "dz": dz, "weight_sum": weight_sum, "pair_weight": pair_weight}
+            inputs.device, {"z": logits, "r": logits, "dz": dz, "weight_rest": weight_rest, "pair_weight": pair_weight}
         )
         z = found["z"]
         return cls(
             z=z,
             r=found["r"],
             dz=found.get("dz", z),
-            weight_sum=found.get("weight_sum"),
+            weight_rest=found.get("weight_rest"),
             pair_weight=found.get("pair_weight"),
         )
 
@@ -92,6 +106,19 @@ class _ForwardBlock:
     gathered: GatheredRows
     states: Tensor
     values: Tensor
+
+
+@dataclass(frozen=True)
+class _KeptBlock:
+    """A block of rows whose dz is kept: their hidden states, and the factor that dz lacks, if any."""
+
+    rows: slice
+    hidden: Tensor
+    factor: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
 
 
 @dataclass
@@ -107,6 +134,7 @@ class _Run:
     buffers: _Buffers
     gradients: Gradients
     column_grads: dict[str, list[Tensor]] = field(default_factory=dict)  # chunk by chunk
+    kept: list[_KeptBlock] = field(default_factory=list)
 
     @property
     def exchange(self) -> Exchange:
@@ -129,31 +157,54 @@ class _Run:
         states = inputs.merge_over_ranks(count, local_states)
         return _ForwardBlock(rows, gathered, states, inputs.finalize(states, gathered.labels))
 
-    def form_dz(self, block: _ForwardBlock, logps_grad: Tensor, kl_grad: Tensor) -> Tensor:
-        """dz of the block whose logits are in the buffers."""
-        count = block.rows.stop - block.rows.start
-        dz = self.buffers.dz[block.rows] if self.plan.keeps_dz else self.buffers.dz[:count]
+    @property
+    def kept_rows(self) -> int:
+        return sum(block.count for block in self.kept)
 
-        def write() -> Tensor:
-            operators.logit_gradient_out(
-                self.buffers.z[:count],
-                self.buffers.r[:count],
+    def make_room(self, rows: int, pair: DeferredGradients | None = None) -> None:
+        """Before the forward pass of rows whose dz will be kept: forms the gradients of the others, where needed."""
+        overwritten = self.buffers.dz is self.buffers.z
+        if overwritten or self.kept_rows + rows > self.plan.dz_rows:
+            self.flush(pair)
+
+    def keep_dz(self, block: _ForwardBlock, logps_grad: Tensor, kl_grad: Tensor) -> None:
+        """Forms dz of the block whose logits are in the buffers, and keeps it."""
+        kept = _KeptBlock(block.rows, block.gathered.hidden)
+        dz = self.buffers.dz[self.kept_rows :][: kept.count]
+        self.exchange.run(
+            lambda: operators.logit_gradient_out(
+                self.buffers.z[: kept.count],
+                self.buffers.r[: kept.count],
                 block.gathered.labels,
                 block.states,
                 logps_grad=logps_grad,
                 kl_grad=kl_grad,
                 options=self.inputs.options,
                 out=dz,
-            )
-            return dz
+            ),
+            lambda: None,
+        )
+        self.kept.append(kept)
 
-        return self.exchange.run(write, lambda: dz)
+    def flush(self, pair: DeferredGradients | None = None) -> None:
+        """Adds the share of the rows whose dz is kept to the gradients, or to those of a pair that is summed apart."""
+        if not self.kept:
+            return
+        rows = slice(self.kept[0].rows.start, self.kept[-1].rows.stop)
+        hidden = self.kept[0].hidden if len(self.kept) == 1 else torch.cat([block.hidden for block in self.kept])
+        block, dz = Block(rows, self.vocabulary), self.buffers.dz[: self.kept_rows]
+        if pair is None:
+            factors = Factors([(kept.count, kept.factor) for kept in self.kept])
+            self.gradients.add(block, hidden, dz, factors)
+        else:
+            pair.add(block, hidden, dz)
+        self.kept.clear()
 
 
 def _run(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
     inputs = loss.inputs
     rows = loss.rows.in_chunks(plan.chunks)
-    buffers = _Buffers.allocate(inputs, len(rows.index), plan, wanted)
+    buffers = _Buffers.allocate(inputs, plan, wanted)
     run = _Run(
         inputs=inputs,
         plan=plan,
@@ -164,7 +215,7 @@ def _run(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: froz
         buffers=buffers,
         gradients=Gradients(
             hidden=HiddenGradient(inputs, rows.index) if wanted.hidden else None,
-            weight=WeightGradient(inputs, buffers.weight_sum) if wanted.weight else None,
+            weight=WholeWeightGradient(inputs, buffers.weight_rest) if wanted.weight else None,
             bias=BiasGradient(inputs) if wanted.bias else None,
         ),
     )
@@ -173,14 +224,13 @@ def _run(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: froz
     rejected: list[Tensor] = []
     for chunk in rows.chunks:
         fits = chunk.rows.stop - chunk.rows.start <= plan.rows
-        upstream = _whole_chunk(run, chunk) if fits else _long_pair(run, chunk)
+        upstream = _whole_chunk(run, chunk) if fits else _deferred_pair(run, chunk)
         losses.append(upstream.loss)
         for side, sums in zip((chosen, rejected), upstream.sums.chunk(2, dim=1)):
             side.append(sums)
         for name, grad in upstream.columns_grad.items():
             run.column_grads.setdefault(name, []).append(grad)
-    if plan.keeps_dz and run.gradients.weight is not None and len(rows.index):
-        run.gradients.weight.add(run.vocabulary, inputs.policy.hidden[rows.index], buffers.dz)
+    run.flush()
     return Outcome(
         loss=torch.stack(losses).sum(),
         chosen=torch.cat(chosen, dim=1),
@@ -195,22 +245,22 @@ def _run(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: froz
 
 def _whole_chunk(run: _Run, chunk: Chunk) -> Upstream:
     """Whole pairs whose rows fit the buffers: adds their gradients."""
+    run.make_room(chunk.rows.stop - chunk.rows.start)
     block, columns = run.forward(chunk.rows), run.columns_of(chunk)
     upstream = run.exchange.run(
         lambda: run.objective.upstream(block.values, chunk, columns),
         lambda: run.objective.nothing(block.values, chunk),
     )
     if run.gradients.any and len(block.states):
-        dz = run.form_dz(block, upstream.logps_grad, upstream.kl_grad)
-        run.gradients.add(Block(chunk.rows, run.vocabulary), block.gathered.hidden, dz, defer_weight=run.plan.keeps_dz)
+        run.keep_dz(block, upstream.logps_grad, upstream.kl_grad)
     return upstream
 
 
-def _long_pair(run: _Run, chunk: Chunk) -> Upstream:
+def _deferred_pair(run: _Run, chunk: Chunk) -> Upstream:
     """A pair taken a block of rows at a time: adds its gradients, those of a MarginLoss, where any are wanted."""
+    count = chunk.rows.stop - chunk.rows.start
     blocks = [
-        slice(chunk.rows.start + rows.start, chunk.rows.start + rows.stop)
-        for rows in slices(chunk.rows.stop - chunk.rows.start, run.plan.rows)
+        slice(chunk.rows.start + rows.start, chunk.rows.start + rows.stop) for rows in slices(count, run.plan.rows)
     ]
     columns = run.columns_of(chunk)
     if not run.objective.differentiable:
@@ -224,21 +274,30 @@ def _long_pair(run: _Run, chunk: Chunk) -> Upstream:
         lambda: run.objective.coefficients(placeholders, chunk, columns),
         lambda: Coefficients(placeholders[0], placeholders[0]),
     )
-    pair = DeferredGradients(run.gradients, run.inputs, chunk.rows, run.buffers.pair_weight)
+    # A pair whose dz can be kept waits for its factor; that of a longer one is multiplied into sums.
+    apart = count > run.plan.dz_rows
+    run.make_room(count)
+    first_kept = len(run.kept)
+    pair = DeferredGradients(run.gradients, run.inputs, chunk.rows, run.buffers.pair_weight) if apart else None
     values_of_blocks = []
     for rows in blocks:
+        if apart:
+            run.make_room(rows.stop - rows.start, pair)
         block = run.forward(rows)
         values_of_blocks.append(block.values)
         if run.gradients.any:
             within = slice(rows.start - chunk.rows.start, rows.stop - chunk.rows.start)
-            dz = run.form_dz(block, coefficients.logps_grad[within], coefficients.kl_grad[within])
-            pair.add(Block(rows, run.vocabulary), block.gathered.hidden, dz)
+            run.keep_dz(block, coefficients.logps_grad[within], coefficients.kl_grad[within])
     values = torch.cat(values_of_blocks, dim=1)
     upstream, slope = run.exchange.run(
         lambda: run.objective.link_upstream(values, chunk, columns),
         lambda: (run.objective.nothing(values, chunk), values.new_zeros(())),
     )
-    pair.commit(slope)
+    if pair is None:
+        run.kept[first_kept:] = [replace(kept, factor=slope) for kept in run.kept[first_kept:]]
+    else:
+        run.flush(pair)
+        pair.commit(slope)
     return upstream
 
 

@@ -4,11 +4,14 @@ gradients = Gradients(hidden=..., weight=..., bias=...)  # each only where it is
 for each block of rows and columns:
     gradients.add(block, hidden, dz)
 dhidden, dW, dbias = gradients.finish()
+
+Where dz lacks a factor that was not known when it was formed, it is given as `Factors`, and multiplied into the rows of
+hidden instead, or into sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +21,8 @@ from torch import Tensor
 from ..ops import memory
 from ..ops.matmul import product
 from .inputs import FusedInputs
+
+_ROUNDED_ROWS = 8192  # of a sum that are rounded at a time
 
 
 class Wanted(NamedTuple):
@@ -41,6 +46,26 @@ def slices(total: int, size: int) -> list[slice]:
     return [slice(first, min(total, first + size)) for first in range(0, total, max(1, size))]
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What consecutive rows of dz lack: (rows, factor on the device, or None for 1) of each run of them."""
+
+    runs: Sequence[tuple[int, Tensor | None]]
+
+    @property
+    def any(self) -> bool:
+        return any(factor is not None for _, factor in self.runs)
+
+    def of_rows(self) -> Tensor:
+        """Every row's factor, (rows, 1)."""
+        dtype, device = next((factor.dtype, factor.device) for _, factor in self.runs if factor is not None)
+        one = torch.ones((), dtype=dtype, device=device)
+        return torch.cat([(one if factor is None else factor).expand(rows, 1) for rows, factor in self.runs])
+
+
+NO_FACTORS = Factors(())
+
+
 class HiddenGradient:
     """dhidden, (N, D), of rows that are complete after one block: its columns are the whole vocabulary.
 
@@ -52,13 +77,24 @@ class HiddenGradient:
         self._grad = torch.zeros_like(inputs.policy.hidden)
         self._pending: Callable[[], object] | None = None
 
-    def add(self, block: Block, dz: Tensor) -> None:
+    def add(self, block: Block, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
         weight, index = self._inputs.policy.weight, self._index[block.rows]
-        if not self._inputs.sums_hidden_grad:
+        if not (self._inputs.sums_hidden_grad or factors.any):
             self._grad.index_copy_(0, index, torch.mm(dz, weight))
             return
+        # In the logits' precision, so that it is rounded once.
         share = torch.empty(len(index), weight.shape[1], dtype=self._inputs.logit_dtype, device=weight.device)
-        total = self._inputs.exchange.start_sum(lambda out: product(dz, weight, out), share)
+
+        def multiply(out: Tensor) -> None:
+            product(dz, weight, out)
+            if factors.any:
+                out *= factors.of_rows()
+
+        if not self._inputs.sums_hidden_grad:
+            multiply(share)
+            self._grad.index_copy_(0, index, share.to(self._grad.dtype))
+            return
+        total = self._inputs.exchange.start_sum(multiply, share)
         self._pending = lambda: self._grad.index_copy_(0, index, total().to(self._grad.dtype))
 
     def wait(self) -> None:
@@ -88,7 +124,8 @@ class PartialHiddenGradient:
         shape = (len(index), inputs.policy.width)
         self._sums = torch.zeros(shape, dtype=inputs.logit_dtype, device=inputs.device)
 
-    def add(self, block: Block, dz: Tensor) -> None:
+    def add(self, block: Block, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
+        assert not factors.any
         product(dz, self._inputs.policy.weight[block.columns], self._sums[block.rows], accumulate=True)
 
     def wait(self) -> None:
@@ -123,19 +160,6 @@ class WeightGradient:
             self._columns = columns
         product(dz.t(), hidden, self._target(columns), accumulate=accumulate)
 
-    def scale(self, factor: Tensor) -> None:
-        """Multiplies what was added so far by a number on the device."""
-        if self._columns is not None:
-            self._target(self._columns).mul_(factor)
-
-    def add_scaled(self, columns: slice, total: Tensor, factor: Tensor) -> None:
-        """dW[columns] += factor * total."""
-        if self._columns is None:
-            torch.mul(total, factor, out=self._target(columns))
-            self._columns = columns
-        else:
-            self._target(columns).addcmul_(total, factor)
-
     def _target(self, columns: slice) -> Tensor:
         return self._grad[columns] if self._sums is None else self._sums[: columns.stop - columns.start]
 
@@ -150,6 +174,60 @@ class WeightGradient:
             self._grad[self._columns] = self._sums[: self._columns.stop - self._columns.start]
 
 
+class WholeWeightGradient:
+    """dW, (V, D), of blocks whose columns are the whole vocabulary, never summed in low precision.
+
+    Args:
+        rest: where a low-precision dW is added to more than once: memory, (`rows_beside`, D) in the logits' precision,
+            for the rows of its sum that the memory of dW itself does not hold. Otherwise None: dW gets it directly.
+    """
+
+    def __init__(self, inputs: FusedInputs, rest: Tensor | None):
+        weight = inputs.policy.weight
+        self._grad = memory.empty(tuple(weight.shape), weight.dtype, weight.device)
+        self._parts = [(slice(0, len(weight)), self._grad)]  # rows, and their sum
+        if rest is not None:
+            within = len(weight) - len(rest)
+            memory_of_grad = self._grad.view(-1).view(torch.uint8)
+            held = (
+                memory_of_grad[: within * rest.shape[1] * rest.element_size()]
+                .view(rest.dtype)
+                .view(within, rest.shape[1])
+            )
+            self._parts = [(slice(0, within), held), (slice(within, len(weight)), rest)]
+        self._empty = True
+
+    def add(self, columns: slice, hidden: Tensor, dz: Tensor) -> None:
+        """dW += dz^T hidden."""
+        for rows, total in self._parts:
+            product(dz[:, rows].t(), hidden, total, accumulate=not self._empty)
+        self._empty = False
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies what was added so far by a number on the device."""
+        for _, total in self._parts:
+            total.mul_(factor)
+
+    def add_scaled(self, summed: Tensor, factor: Tensor) -> None:
+        """dW += factor * summed."""
+        for rows, total in self._parts:
+            if self._empty:
+                torch.mul(summed[rows], factor, out=total)
+            else:
+                total.addcmul_(summed[rows], factor)
+        self._empty = False
+
+    def finish(self) -> Tensor:
+        if self._empty:  # no rows
+            return self._grad.zero_()
+        if len(self._parts) > 1:
+            # Rounded rows end where their sums began, or before: in ascending order none is overwritten too early.
+            for rows, total in self._parts:
+                for some in slices(len(total), _ROUNDED_ROWS):
+                    self._grad[rows][some] = total[some].to(self._grad.dtype)
+        return self._grad
+
+
 class BiasGradient:
     """dbias, (V,), summed in the logits' precision."""
 
@@ -157,12 +235,17 @@ class BiasGradient:
         self._sums = torch.zeros(inputs.vocab, dtype=inputs.logit_dtype, device=inputs.device)
         self._dtype = inputs.weight_dtype
 
-    def add(self, columns: slice, dz: Tensor) -> None:
-        self._sums[columns] += dz.sum(0, dtype=self._sums.dtype)
+    def add(self, columns: slice, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
+        if not factors.any:
+            self._sums[columns] += dz.sum(0, dtype=self._sums.dtype)
+            return
+        for run, (_, factor) in zip(dz.split([rows for rows, _ in factors.runs]), factors.runs):
+            total = run.sum(0, dtype=self._sums.dtype)
+            self._sums[columns] += total if factor is None else total * factor
 
-    def add_scaled(self, total: Tensor, factor: Tensor) -> None:
-        """dbias += factor * total."""
-        self._sums.addcmul_(total, factor)
+    def add_scaled(self, other: BiasGradient, factor: Tensor) -> None:
+        """dbias += factor * other."""
+        self._sums.addcmul_(other._sums, factor)
 
     def finish(self) -> Tensor:
         return self._sums.to(self._dtype)
@@ -173,21 +256,22 @@ class Gradients:
     """The gradients of a call that are wanted; the others are None."""
 
     hidden: HiddenGradient | PartialHiddenGradient | None
-    weight: WeightGradient | None
+    weight: WeightGradient | WholeWeightGradient | None
     bias: BiasGradient | None
 
     @property
     def any(self) -> bool:
         return not (self.hidden is None and self.weight is None and self.bias is None)
 
-    def add(self, block: Block, hidden: Tensor, dz: Tensor, *, defer_weight: bool = False) -> None:
-        """A block's share of every gradient, but that of dW if it is deferred; hidden (n, D), dz (n, columns)."""
+    def add(self, block: Block, hidden: Tensor, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
+        """A block's share of every gradient; hidden (n, D), dz (n, columns)."""
         if self.hidden is not None:
-            self.hidden.add(block, dz)
+            self.hidden.add(block, dz, factors)
         if self.bias is not None:
-            self.bias.add(block.columns, dz)
-        if self.weight is not None and not defer_weight:
-            self.weight.add(block.columns, hidden, dz)
+            self.bias.add(block.columns, dz, factors)
+        if self.weight is not None:
+            scaled = (hidden * factors.of_rows()).to(hidden.dtype) if factors.any else hidden
+            self.weight.add(block.columns, scaled, dz)
         if self.hidden is not None:
             self.hidden.wait()
 
@@ -216,9 +300,7 @@ class DeferredGradients:
 
     def __init__(self, gradients: Gradients, inputs: FusedInputs, rows: slice, weight_sum: Tensor | None):
         self._gradients, self._rows, self._weight_sum = gradients, rows, weight_sum
-        self._bias_sum = None
-        if gradients.bias is not None:
-            self._bias_sum = torch.zeros(inputs.vocab, dtype=inputs.logit_dtype, device=inputs.device)
+        self._bias = BiasGradient(inputs) if gradients.bias is not None else None
         self._empty = True
 
     def add(self, block: Block, hidden: Tensor, dz: Tensor) -> None:
@@ -226,12 +308,12 @@ class DeferredGradients:
         gradients = self._gradients
         if gradients.hidden is not None:
             gradients.hidden.add(block, dz)
-        if self._bias_sum is not None:
-            self._bias_sum += dz.sum(0, dtype=self._bias_sum.dtype)
-        if gradients.weight is not None and self._weight_sum is None:
-            gradients.weight.add(block.columns, hidden, dz)
-        elif self._weight_sum is not None:
+        if self._bias is not None:
+            self._bias.add(block.columns, dz)
+        if self._weight_sum is not None:
             product(dz.t(), hidden, self._weight_sum, accumulate=not self._empty)
+        elif gradients.weight is not None:
+            gradients.weight.add(block.columns, hidden, dz)
         if gradients.hidden is not None:
             gradients.hidden.wait()
         self._empty = False
@@ -243,9 +325,10 @@ class DeferredGradients:
             return
         if isinstance(gradients.hidden, HiddenGradient):
             gradients.hidden.scale(self._rows, factor)
-        if gradients.bias is not None and self._bias_sum is not None:
-            gradients.bias.add_scaled(self._bias_sum, factor)
-        if gradients.weight is not None and self._weight_sum is None:
-            gradients.weight.scale(factor)
-        elif gradients.weight is not None and self._weight_sum is not None:
-            gradients.weight.add_scaled(slice(0, len(self._weight_sum)), self._weight_sum, factor)
+        if gradients.bias is not None and self._bias is not None:
+            gradients.bias.add_scaled(self._bias, factor)
+        if isinstance(gradients.weight, WholeWeightGradient):
+            if self._weight_sum is None:
+                gradients.weight.scale(factor)
+            else:
+                gradients.weight.add_scaled(self._weight_sum, factor)

@@ -15,8 +15,9 @@ from ..ops.matmul import full_precision, product
 from ..ops.operators import RowOptions
 from ..vocab_parallel import Exchange, VocabShard, digest, local_tensors
 from .options import FusedOptions
-from .plan import Sizes, resolved_budget
+from .plan import resolved_budget
 from .rows import Rows, Sequences
+from .sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """Chooses how a fused loss cuts its work, so that logits and other temporaries stay within a budget of bytes.
 
-The candidates are compared by a small cost model: matrix products at a device's rate, plus the bytes that a plan moves
-beside them at the rate of its memory. Equal calls make equal plans: nothing depends on what happens to be free.
+Where whole pairs do not fit, the candidates are compared by the cost model of `costs.py`. Equal calls make equal plans:
+nothing depends on what happens to be free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .. import checks
+from .costs import ForwardSteps, MachineRates, forward_work, rates_of, streaming_work
+from .sizes import Sizes, row_pitch
 
 # Rows of a streaming block: enough for matrix products at full rate, few enough to leave room for the vocabulary.
 STREAMING_ROWS = 4096
@@ -20,11 +22,8 @@ _MIN_BLOCK_ROWS = 64
 # Columns of a streaming slice: below the first a matrix product is mostly overhead, whatever the budget; above the
 # second slices are multiples of the third, which keeps rows of logits aligned.
 _MIN_COLUMNS, _ALIGNED_FROM, _COLUMN_MULTIPLE = 256, 128, 64
-# Bytes per row beside hidden states and logits: row state, values, upstream gradients, index and label.
-_ROW_OVERHEAD = 128
-# Rows of logits are padded to a multiple of this many entries, so that an odd vocabulary does not push the products off
-# their fast path; not where the padding would be a sizeable part of a row.
-_PITCH, _PITCH_FROM = 64, 1024
+# A plan that is faster by less than this share, as far as the cost model can tell, is not worth more memory.
+_WORTH_MEMORY = 0.03
 
 
 def default_budget(device: torch.device) -> int:
@@ -57,41 +56,46 @@ def check_budget(budget: int) -> int:
     return checks.integer("logits_budget", budget, least=1)
 
 
-def row_pitch(columns: int) -> int:
-    """Entries from one row of a logits buffer to the next."""
-    return columns if columns < _PITCH_FROM else -(-columns // _PITCH) * _PITCH
-
-
 @dataclass(frozen=True)
 class ChunkedPlan:
     """Pairs in chunks whose gradients are formed in the forward pass: four matrix products, no recompute.
 
-    A chunk of whole pairs that fits the budget is taken at once ("chunked"). A pair that does not is a chunk of its
-    own, taken `rows` rows at a time; its gradients are accumulated unscaled until its loss is known ("deferred").
+    A chunk of whole pairs that fits the budget is taken at once ("chunked"). A pair that does not is a chunk alone,
+    taken `rows` rows at a time, with gradients that lack a factor until its loss is known ("deferred"): its dz is kept
+    until then where that takes no more memory than its dW; else its dW is summed apart.
 
     Attributes:
         chunks: (first, stop) of the pairs of each chunk.
-        rows: rows at a time, at most.
+        rows: rows of logits at a time, at most.
         longest: rows of the longest chunk.
+        dz_rows: rows whose dz is kept, at most, until dhidden and dW are formed from all of them at once.
         budget: bytes of temporaries that were allowed.
         bytes: bytes of temporaries that the plan needs. For a `MarginLoss`, where it saves the recompute, these may be
-            beyond the budget by the dW of one deferred pair, and by the float32 sum of a low-precision dW.
+            beyond the budget: see `make_plan`.
         reason: why, for people.
-        keeps_dz: the low-precision dz of all rows is kept, and dW is one product over all of them.
+        sums_weight: a low-precision dW is added to more than once, and so summed in float32.
+        weight_apart: the dW of a long pair is summed apart from that of the other pairs.
     """
 
     chunks: tuple[tuple[int, int], ...]
     rows: int
     longest: int
+    dz_rows: int
     budget: int
     bytes: int
     reason: str
-    keeps_dz: bool = False
+    sums_weight: bool = False
+    weight_apart: bool = False
 
     @property
     def deferred(self) -> bool:
         """Whether some pair is taken in several blocks of rows."""
         return self.longest > self.rows
+
+    @property
+    def keeps_dz(self) -> bool:
+        """Whether dz of more rows is kept than there are logits of."""
+        return self.dz_rows > self.rows
 
     def __str__(self) -> str:
         return f"{'deferred' if self.deferred else 'chunked'}: {self.reason}"
@@ -119,81 +123,27 @@ class StreamingPlan:
         return f"streaming: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What decides a plan: widths, vocabulary, bytes of an element of the weights and of a logit, and gradients."""
-
-    vocab: int
-    width: int
-    ref_width: int
-    weight_bytes: int
-    logit_bytes: int
-    needs_weight_grad: bool
-    needs_grad: bool = True
-
-    @property
-    def low_precision(self) -> bool:
-        """Whether logits are wider than weights, so that dz and sums need memory of their own."""
-        return self.weight_bytes != self.logit_bytes
-
-    @property
-    def entry(self) -> int:
-        """Bytes of a vocabulary entry of a row: both logits, and dz where it can't overwrite them."""
-        return 2 * self.logit_bytes + (self.weight_bytes if self.needs_grad and self.low_precision else 0)
-
-    @property
-    def row(self) -> int:
-        """Bytes of a row beside its logits: gathered hidden states and their gradient."""
-        return self.weight_bytes * (2 * self.width + self.ref_width) + _ROW_OVERHEAD
-
-    @property
-    def whole_row(self) -> int:
-        """Bytes of a row with its logits over the whole vocabulary."""
-        return row_pitch(self.vocab) * self.entry + self.row
-
-    @property
-    def weight_sum(self) -> int:
-        """Bytes of the float32 sum of a low-precision dW over several chunks; 0 where none is needed."""
-        return self.accumulated_weight if self.low_precision else 0
-
-    @property
-    def accumulated_weight(self) -> int:
-        """Bytes of a dW in the precision that it is accumulated in; 0 for a frozen head."""
-        return self.vocab * self.width * self.logit_bytes if self.needs_weight_grad else 0
-
-    def kept_dz(self, rows: int) -> int:
-        """Bytes of the dz of all rows, in the weights' precision."""
-        return rows * row_pitch(self.vocab) * self.weight_bytes
-
-
-@dataclass(frozen=True)
-class MachineRates:
-    """What the cost model knows of a device: multiply-adds and bytes a second. Only their ratio matters."""
-
-    products: float
-    memory: float
-
-
-# Two cores of an AMD EPYC with AVX-512 (benchmarks/results/bench_linear.json: 90e9 float32 multiply-adds a second by
-# matmul_float32, 30e9 bytes); an H100 by its data sheet, bfloat16.
-_RATES = {"cpu": MachineRates(products=90e9, memory=30e9), "cuda": MachineRates(products=350e12, memory=3e12)}
-
-
 def make_plan(
     pair_lengths: Sequence[int], sizes: Sizes, budget: int, *, can_defer: bool = False, device_type: str = "cpu"
 ) -> ChunkedPlan | StreamingPlan:
     """The plan for pairs of `pair_lengths` rows (both responses together) within `budget` bytes.
 
+    Where whole pairs do not fit, and `can_defer`, temporaries may take one dW in the logits' precision more than the
+    budget: for dz that is kept, for the float32 sum of a low-precision dW, or for the dW of a pair. Only where both of
+    the last are needed (several pairs too long for their dz to be kept, low-precision weights), they take half a dW
+    beyond that.
+
     Args:
-        can_defer: the objective is a `MarginLoss`, or no gradient is wanted.
+        can_defer: the objective is a `MarginLoss`.
         device_type: whose rates the cost model takes.
     """
-    rows, longest = sum(pair_lengths), max(pair_lengths, default=0)
+    rows = sum(pair_lengths)
     if rows * sizes.whole_row <= budget:
         return ChunkedPlan(
             chunks=((0, len(pair_lengths)),),
             rows=rows,
             longest=rows,
+            dz_rows=rows,
             budget=budget,
             bytes=rows * sizes.whole_row,
             reason=f"all {rows} rows fit the budget at once",
@@ -201,23 +151,39 @@ def make_plan(
     chunked = _chunked_plan(pair_lengths, sizes, budget)
     if chunked is not None:
         return chunked
+    longest = max(pair_lengths)
     need = longest * sizes.whole_row
     why = (
         f"the logits of a pair of {longest} rows need {need:,} bytes"
         if need > budget
-        else (f"chunks of whole pairs need {sizes.weight_sum:,} bytes for the weight gradient beside their logits")
+        else f"chunks of whole pairs need {sizes.weight_sum:,} bytes for the weight gradient beside their logits"
     )
     why += f", more than the budget of {budget:,}"
     streamed = streaming_plan(rows, sizes, budget, why)
-    deferred = _deferred_plan(pair_lengths, sizes, budget, why) if can_defer else None
-    if deferred is None:
+    if not can_defer:
         return streamed
-    rates = _RATES.get(device_type, _RATES["cuda"])
-    costs = {
-        "deferred": _deferred_seconds(deferred, pair_lengths, sizes, rates),
-        "streaming": _streaming_seconds(streamed, rows, sizes, rates),
-    }
-    return deferred if costs["deferred"] <= costs["streaming"] else streamed
+    return _fastest(_deferred_plans(pair_lengths, sizes, budget, why), streamed, pair_lengths, sizes, device_type)
+
+
+def _fastest(
+    deferred: Sequence[ChunkedPlan],
+    streamed: StreamingPlan,
+    pair_lengths: Sequence[int],
+    sizes: Sizes,
+    device_type: str,
+) -> ChunkedPlan | StreamingPlan:
+    """The plan that the cost model takes to be fastest; of nearly equal ones, that with the least memory."""
+    rates = rates_of(device_type, sizes)
+    streaming_seconds = _streaming_seconds(streamed, sum(pair_lengths), sizes, rates)
+    seconds = {plan: _forward_seconds(plan, pair_lengths, sizes, rates) for plan in deferred}
+    least = min(seconds.values(), default=streaming_seconds)
+    if not deferred or least > streaming_seconds:
+        compared = f"; forward gradients would take {least / streaming_seconds:.2f}x the time" if deferred else ""
+        return replace(streamed, reason=streamed.reason + compared)
+    near = [plan for plan in deferred if seconds[plan] <= (1 + _WORTH_MEMORY) * least]
+    plan = min(near, key=lambda plan: plan.bytes)
+    compared = f"; streaming would take {streaming_seconds / seconds[plan]:.2f}x the time"
+    return replace(plan, reason=plan.reason + compared)
 
 
 def _chunked_plan(pair_lengths: Sequence[int], sizes: Sizes, budget: int) -> ChunkedPlan | None:
@@ -226,75 +192,118 @@ def _chunked_plan(pair_lengths: Sequence[int], sizes: Sizes, budget: int) -> Chu
     # A low-precision dW of several chunks is never summed in low precision: either the dz of all rows are kept for one
     # product, or dW is summed in float32, whichever is smaller.
     fixed = sizes.weight_sum
-    keeps_dz = 0 < sizes.kept_dz(rows) <= fixed
+    keeps_dz = 0 < rows * sizes.dz_row <= fixed
     if keeps_dz:
-        fixed = sizes.kept_dz(rows)
-        row_bytes -= row_pitch(sizes.vocab) * sizes.weight_bytes
+        fixed = rows * sizes.dz_row
+        row_bytes = sizes.row_without_dz
     if max(pair_lengths) * row_bytes > budget - fixed:
         return None
     chunks = _balanced(pair_lengths, (budget - fixed) // row_bytes)
-    most = max(sum(pair_lengths[first:stop]) for first, stop in chunks)
+    most = max(_chunk_rows(chunks, pair_lengths))
     return ChunkedPlan(
         chunks=chunks,
         rows=most,
         longest=most,
+        dz_rows=rows if keeps_dz else most,
         budget=budget,
         bytes=fixed + most * row_bytes,
         reason=f"{len(pair_lengths)} pairs in {len(chunks)} chunks of at most {most} rows",
-        keeps_dz=keeps_dz,
+        sums_weight=fixed > 0 and not keeps_dz,
     )
 
 
-def _deferred_plan(pair_lengths: Sequence[int], sizes: Sizes, budget: int, why: str) -> ChunkedPlan | None:
-    """Chunks of whole pairs, and blocks of the pairs that are too long for that; None below a few rows."""
-    most = budget // sizes.whole_row
-    if most < min(_MIN_BLOCK_ROWS, max(pair_lengths)):
+def _deferred_plans(pair_lengths: Sequence[int], sizes: Sizes, budget: int, why: str) -> list[ChunkedPlan]:
+    """Chunks of whole pairs, and blocks of the pairs that are too long for that; none below a few rows.
+
+    The candidates differ in the rows whose dz is kept: those of a block, within the budget, or as many as fit beside.
+    """
+    plans = [_deferred_plan(pair_lengths, sizes, budget, why, sizes.whole_row, 0)]
+    if sizes.dz_row <= sizes.accumulated_weight:
+        rows = sum(pair_lengths)
+        kept = sizes.accumulated_weight // sizes.dz_row
+        if kept < rows:  # then dW is added to more than once
+            kept = (sizes.accumulated_weight - sizes.weight_sum) // sizes.dz_row
+        plans.append(_deferred_plan(pair_lengths, sizes, budget, why, sizes.row_without_dz, min(kept, rows)))
+    return [plan for plan in plans if plan is not None]
+
+
+def _deferred_plan(
+    pair_lengths: Sequence[int], sizes: Sizes, budget: int, why: str, row_bytes: int, kept: int
+) -> ChunkedPlan | None:
+    """One of them: `kept` rows of dz are kept beside the budget; 0: those of a block are part of `row_bytes`."""
+    most = budget // row_bytes
+    longest = max(pair_lengths)
+    if most < min(_MIN_BLOCK_ROWS, longest):
         return None
     chunks = _balanced(pair_lengths, most)
-    longest = max(sum(pair_lengths[first:stop]) for first, stop in chunks)
+    chunk_rows = _chunk_rows(chunks, pair_lengths)
+    longest = max(chunk_rows)
     block = -(-longest // -(-longest // most))  # the longest chunk in equal blocks
-    beyond = 0
-    if len(chunks) > 1 or longest > block:
-        beyond += sizes.weight_sum
-    if len(chunks) > 1 and longest > block:
-        beyond += sizes.accumulated_weight
-    return ChunkedPlan(
+    if 0 < kept < min(block, longest) or (kept and longest > kept and len(chunks) > 1):
+        return None  # dz of a pair must be kept whole, or its dW needs memory of its own
+    dz_rows = block
+    if kept:
+        dz_rows = max(kept_together(chunk_rows, kept)) if longest <= kept else kept // block * block
+    plan = ChunkedPlan(
         chunks=chunks,
         rows=block,
         longest=longest,
+        dz_rows=dz_rows,
         budget=budget,
-        bytes=block * sizes.whole_row + beyond,
+        bytes=0,
         reason=f"{why}; {block} rows at a time",
     )
+    steps = _steps(plan, chunk_rows)
+    plan = replace(
+        plan,
+        sums_weight=sizes.weight_sum > 0 and steps.gradient_products > 1,
+        weight_apart=sizes.needs_weight_grad and steps.pairs_apart > 0,
+    )
+    beside = dz_rows * sizes.dz_row if kept else 0
+    beside += sizes.weight_sum * plan.sums_weight + sizes.accumulated_weight * plan.weight_apart
+    return replace(plan, bytes=block * row_bytes + beside)
 
 
-def _deferred_seconds(plan: ChunkedPlan, pair_lengths: Sequence[int], sizes: Sizes, rates: MachineRates) -> float:
-    blocks = sum(-(-sum(pair_lengths[first:stop]) // plan.rows) for first, stop in plan.chunks)
-    # Each block reads and writes the accumulated dW; each pair is added to the total.
-    moved = (2 * blocks + 3 * (len(plan.chunks) > 1) * len(plan.chunks)) * sizes.accumulated_weight
-    products = _products(sum(pair_lengths), sizes, recompute=False)
-    return products / rates.products + moved / rates.memory
+def kept_together(chunk_rows: Sequence[int], most: int) -> list[int]:
+    """Rows whose dz are kept together, where chunks of at most `most` rows are kept until the next would not fit."""
+    kept: list[int] = []
+    for rows in chunk_rows:
+        if kept and kept[-1] + rows <= most:
+            kept[-1] += rows
+        else:
+            kept.append(rows)
+    return kept
+
+
+def _chunk_rows(chunks: Sequence[tuple[int, int]], pair_lengths: Sequence[int]) -> list[int]:
+    return [sum(pair_lengths[first:stop]) for first, stop in chunks]
+
+
+def _steps(plan: ChunkedPlan, chunk_rows: Sequence[int]) -> ForwardSteps:
+    blocks = sum(-(-rows // plan.rows) for rows in chunk_rows)
+    if not plan.keeps_dz:
+        apart = sum(rows > plan.rows for rows in chunk_rows) if len(chunk_rows) > 1 else 0
+        return ForwardSteps(blocks, blocks, apart)
+    if plan.longest > plan.dz_rows:
+        return ForwardSteps(blocks, -(-sum(chunk_rows) // plan.dz_rows), 0)
+    return ForwardSteps(blocks, len(kept_together(chunk_rows, plan.dz_rows)), 0)
+
+
+def _forward_seconds(plan: ChunkedPlan, pair_lengths: Sequence[int], sizes: Sizes, rates: MachineRates) -> float:
+    steps = _steps(plan, _chunk_rows(plan.chunks, pair_lengths))
+    return forward_work(sizes, sum(pair_lengths), steps).seconds(rates)
 
 
 def _streaming_seconds(plan: StreamingPlan, rows: int, sizes: Sizes, rates: MachineRates) -> float:
-    blocks = -(-rows // plan.rows)
-    column_slices = -(-sizes.vocab // plan.columns)
-    # Each block reads and writes its slice of the accumulated dW; each slice reads and writes the float32 dhidden.
-    moved = 2 * (blocks - 1) * sizes.accumulated_weight + 2 * column_slices * rows * sizes.width * sizes.logit_bytes
-    return _products(rows, sizes, recompute=True) / rates.products + moved / rates.memory
-
-
-def _products(rows: int, sizes: Sizes, *, recompute: bool) -> int:
-    """Multiply-adds of a plan's matrix products."""
-    logits = sizes.width + sizes.ref_width
-    gradients = sizes.needs_grad * sizes.width + sizes.needs_weight_grad * sizes.width
-    return rows * sizes.vocab * (logits * (2 if recompute and sizes.needs_grad else 1) + gradients)
+    blocks, slices = -(-rows // plan.rows), -(-sizes.vocab // plan.columns)
+    return streaming_work(sizes, rows, blocks, slices).seconds(rates)
 
 
 def streaming_plan(rows: int, sizes: Sizes, budget: int, reason: str) -> StreamingPlan:
     """Blocks of rows and slices of the vocabulary whose logits, and slice of dW, fit the budget."""
     block = max(1, min(rows, STREAMING_ROWS))
-    column_bytes = block * sizes.entry + (sizes.width * 4 if sizes.weight_sum else 0)
+    summed = sizes.low_precision and sizes.needs_weight_grad
+    column_bytes = block * sizes.entry + (sizes.width * 4 if summed else 0)
     fixed = block * sizes.row + (rows * sizes.width * 4 if sizes.low_precision else 0)
     columns = min(sizes.vocab, max(_MIN_COLUMNS, (budget - fixed) // column_bytes))
     if _ALIGNED_FROM <= columns < sizes.vocab:

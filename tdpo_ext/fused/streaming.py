@@ -24,8 +24,9 @@ from ..vocab_parallel import Exchange, digest
 from .gradients import BiasGradient, Block, Gradients, PartialHiddenGradient, Wanted, WeightGradient, slices
 from .inputs import FusedInputs, GatheredRows, LMHead
 from .pair_loss import Outcome, PairLoss, column_gradient
-from .plan import StreamingPlan, row_pitch
+from .plan import StreamingPlan
 from .rows import Rows, reading_is_free
+from .sizes import row_pitch
 
 
 def streamed_loss(

@@ -1,0 +1,77 @@
+"""What decides a plan: the sizes of a call, and the bytes that its parts need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Bytes per row beside hidden states and logits: row state, values, upstream gradients, index and label.
+_ROW_OVERHEAD = 128
+# Rows of logits are padded to a multiple of this many entries, so that an odd vocabulary does not push the products off
+# their fast path; not where the padding would be a sizeable part of a row.
+_PITCH, _PITCH_FROM = 64, 1024
+
+
+def row_pitch(columns: int) -> int:
+    """Entries from one row of a logits buffer to the next."""
+    return columns if columns < _PITCH_FROM else -(-columns // _PITCH) * _PITCH
+
+
+def rows_beside(vocab: int, weight_bytes: int, logit_bytes: int) -> int:
+    """Rows of the sum of a low-precision dW that the memory of dW itself does not hold."""
+    return vocab - vocab * weight_bytes // logit_bytes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths, vocabulary, bytes of an element of the weights and of a logit, and which gradients are wanted."""
+
+    vocab: int
+    width: int
+    ref_width: int
+    weight_bytes: int
+    logit_bytes: int
+    needs_weight_grad: bool
+    needs_grad: bool = True
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether logits are wider than weights, so that dz and sums need memory of their own."""
+        return self.weight_bytes != self.logit_bytes
+
+    @property
+    def entry(self) -> int:
+        """Bytes of a vocabulary entry of a row: both logits, and dz where it can't overwrite them."""
+        return 2 * self.logit_bytes + (self.weight_bytes if self.needs_grad and self.low_precision else 0)
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row beside its logits: gathered hidden states and their gradient."""
+        return self.weight_bytes * (2 * self.width + self.ref_width) + _ROW_OVERHEAD
+
+    @property
+    def whole_row(self) -> int:
+        """Bytes of a row with its logits over the whole vocabulary."""
+        return row_pitch(self.vocab) * self.entry + self.row
+
+    @property
+    def row_without_dz(self) -> int:
+        """Bytes of a row with both logits over the whole vocabulary, where dz has memory elsewhere."""
+        return row_pitch(self.vocab) * 2 * self.logit_bytes + self.row
+
+    @property
+    def dz_row(self) -> int:
+        """Bytes of a row's dz over the whole vocabulary, in the weights' precision."""
+        return row_pitch(self.vocab) * self.weight_bytes
+
+    @property
+    def accumulated_weight(self) -> int:
+        """Bytes of a dW in the precision that it is accumulated in; 0 for a frozen head."""
+        return self.vocab * self.width * self.logit_bytes if self.needs_weight_grad else 0
+
+    @property
+    def weight_sum(self) -> int:
+        """Bytes beside dW of its float32 sum, which is needed where dW has low precision and is added to more than
+        once. The memory of dW itself holds as much of the sum as it can (`gradients.WholeWeightGradient`)."""
+        if not (self.low_precision and self.needs_weight_grad):
+            return 0
+        return rows_beside(self.vocab, self.weight_bytes, self.logit_bytes) * self.width * self.logit_bytes
