@@ -65,22 +65,23 @@ bool has_brgemm() {
 
 // out[i][j] = in[j][i] for a square as wide as one register: after log2(lanes) rounds of interleaving row r with row
 // r + lanes / 2, rows have become columns.
-template <typename T>
+template <typename T, int kBytes = 16>
 struct Square {
-  static constexpr int lanes = 16 / sizeof(T);
-  typedef T Register __attribute__((vector_size(16)));
+  static constexpr int lanes = kBytes / sizeof(T);
+  typedef T Register __attribute__((vector_size(kBytes)));
   typedef std::conditional_t<sizeof(T) == 2, int16_t, int32_t> Index;
-  typedef Index Indices __attribute__((vector_size(16)));
+  typedef Index Indices __attribute__((vector_size(kBytes)));
 
-  // `in_stride` in bytes, `out_stride` in entries.
-  static void transpose(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
+  // `in_stride` in bytes, `out_stride` in entries. Inlined, so that it is compiled for the caller's instruction set.
+  __attribute__((always_inline)) static void transpose(const void* in, int64_t in_stride, void* out,
+                                                       int64_t out_stride) {
     Indices low, high;
     for (int i = 0; i < lanes; ++i) {
       low[i] = i / 2 + i % 2 * lanes;
       high[i] = low[i] + lanes / 2;
     }
     Register rows[lanes], mixed[lanes];
-    for (int r = 0; r < lanes; ++r) std::memcpy(&rows[r], static_cast<const char*>(in) + r * in_stride, 16);
+    for (int r = 0; r < lanes; ++r) std::memcpy(&rows[r], static_cast<const char*>(in) + r * in_stride, kBytes);
     for (int round = lanes; round > 1; round /= 2) {
       for (int r = 0; r < lanes / 2; ++r) {
         mixed[2 * r] = __builtin_shuffle(rows[r], rows[r + lanes / 2], low);
@@ -88,7 +89,7 @@ struct Square {
       }
       for (int r = 0; r < lanes; ++r) rows[r] = mixed[r];
     }
-    for (int r = 0; r < lanes; ++r) std::memcpy(static_cast<T*>(out) + r * out_stride, &rows[r], 16);
+    for (int r = 0; r < lanes; ++r) std::memcpy(static_cast<T*>(out) + r * out_stride, &rows[r], kBytes);
   }
 };
 
@@ -115,27 +116,47 @@ void pack_block(const Matrix<BFloat16>& b, Range k, int64_t padded_depth, Range 
   }
 }
 
+// Transposes a matrix of 32-bit words in squares of kBytes wide; whatever is left over, word by word. `stride` in
+// bytes.
+template <int kBytes>
+__attribute__((always_inline)) inline void transpose_words(const char* source, int64_t stride, int64_t words,
+                                                           int64_t columns, uint32_t* out) {
+  using Words = Square<uint32_t, kBytes>;
+  const auto copy_word = [&](int64_t i, int64_t j) {
+    std::memcpy(out + i * columns + j, source + j * stride + i * sizeof(uint32_t), sizeof(uint32_t));
+  };
+  int64_t j = 0;
+  for (; j + Words::lanes <= columns; j += Words::lanes) {
+    int64_t i = 0;
+    for (; i + Words::lanes <= words; i += Words::lanes)
+      Words::transpose(source + j * stride + i * sizeof(uint32_t), stride, out + i * columns + j, columns);
+    for (; i < words; ++i)
+      for (int64_t lane = j; lane < j + Words::lanes; ++lane) copy_word(i, lane);
+  }
+  for (; j < columns; ++j)
+    for (int64_t i = 0; i < words; ++i) copy_word(i, j);
+}
+
+#ifdef TDPO_X86
+// With registers of 64 bytes, which fill a cache line at a time: twice as fast.
+__attribute__((target("avx512f"))) void transpose_words_avx512(const char* source, int64_t stride, int64_t words,
+                                                               int64_t columns, uint32_t* out) {
+  transpose_words<64>(source, stride, words, columns, out);
+}
+#endif
+
 // pack_block for a transposed operand (a weight) of even depth. What is contiguous in its columns, a float or a pair of
 // bfloat16, moves as one 32-bit word.
 template <typename T>
 void pack_transposed_block(const Matrix<T>& b, Range k, Range n, T* packed) {
-  using Words = Square<uint32_t>;
   const auto* source = reinterpret_cast<const char*>(b.at(k.begin, n.begin));
   const int64_t stride = b.column_stride * sizeof(T), words = k.size * sizeof(T) / sizeof(uint32_t);
   auto* const out = reinterpret_cast<uint32_t*>(packed);
-  const auto copy_word = [&](int64_t i, int64_t j) {
-    std::memcpy(out + i * n.size + j, source + j * stride + i * sizeof(uint32_t), sizeof(uint32_t));
-  };
-  int64_t j = 0;
-  for (; j + Words::lanes <= n.size; j += Words::lanes) {
-    int64_t i = 0;
-    for (; i + Words::lanes <= words; i += Words::lanes)
-      Words::transpose(source + j * stride + i * sizeof(uint32_t), stride, out + i * n.size + j, n.size);
-    for (; i < words; ++i)
-      for (int64_t lane = j; lane < j + Words::lanes; ++lane) copy_word(i, lane);
-  }
-  for (; j < n.size; ++j)
-    for (int64_t i = 0; i < words; ++i) copy_word(i, j);
+#ifdef TDPO_X86
+  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
+  if (has_avx512) return transpose_words_avx512(source, stride, words, n.size, out);
+#endif
+  transpose_words<16>(source, stride, words, n.size, out);
 }
 
 // Packs rows `m` and columns `k` of `a` into dense rows of `padded_depth` entries, in squares that keep both sides in
