@@ -1,12 +1,17 @@
 """Pairs that are too long for the budget: the deferred plan against the streaming plan and the matrix products alone.
 
-    python benchmarks/bench_long_pairs.py [--rounds 2]
+    python benchmarks/bench_long_pairs.py [--rounds 2] [--shapes 0 1 2 ...]
 
 Step: forward and backward of TDPO2 at a budget of 256 MiB, bfloat16, D 512, pairs of 512, 2,048 and 8,192 rows at V
-50,257, 151,936 and 262,144, all candidates in turn in one run. "deferred": as planned. "streaming": the same objective
-as an ordinary function, which the planner can't defer. "products": the four products alone, by torch.mm in bfloat16,
-512 rows at a time. Each candidate's plan is stored. Extra memory is beyond inputs and gradients, each measured
-in a process of its own. Results go to benchmarks/results/bench_long_pairs.json.
+50,257, 151,936 and 262,144, all candidates in turn in one run. "deferred": as planned for a margin loss. "streaming":
+the same objective as an ordinary function, which the planner can't defer. "frozen head": as planned, without a gradient
+of the weight. "products" and "three products": the four products that a step needs at least and, with a frozen head,
+three, by torch.mm in bfloat16, 512 rows at a time. Each candidate's plan is stored.
+
+Seconds are those of the wall clock and, as a machine that others use makes them depend on the others, CPU seconds of
+both threads together; the median and the least of the rounds, after a small warm-up. Extra memory is the peak beyond
+inputs and gradients of the same run, by the kernel's account (Linux). The script is apart from bench_linear.py, and
+takes longer than it, because nine shapes need minutes each. Results go to benchmarks/results/bench_long_pairs.json.
 """
 
 from __future__ import annotations
@@ -14,12 +19,14 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
-import subprocess
-import sys
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from common import medians, peak_extra_bytes, save, text_table
+from common import save, text_table
 
 import tdpo_ext.linear
 from tdpo_ext import linear_preference_loss, tdpo_loss
@@ -28,8 +35,8 @@ from tdpo_ext.fused.plan import make_plan
 BUDGET, WIDTH = 256 << 20, 512
 SHAPES = [
     (pairs, pair_rows, vocab)
-    for vocab in (50257, 151936, 262144)
     for pairs, pair_rows in ((4, 512), (2, 2048), (1, 8192))
+    for vocab in (50257, 151936, 262144)
 ]
 DEFERRED = functools.partial(tdpo_loss, beta=0.1)
 
@@ -59,86 +66,114 @@ class Step:
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
-    def run(self, objective, budget: int) -> None:
+    def run(self, objective, frozen_head: bool = False) -> None:
         def recorded(*arguments, **options):
             plan = make_plan(*arguments, **options)
             self.plan = str(plan)
             return plan
 
+        inputs = {**self.inputs, "weight": self.weight.detach()} if frozen_head else self.inputs
         tdpo_ext.linear.make_plan = recorded
-        linear_preference_loss(objective, **self.inputs, logits_budget=budget)[0].backward()
+        linear_preference_loss(objective, **inputs, logits_budget=BUDGET)[0].backward()
 
-    def products(self) -> None:
+    def products(self, frozen_head: bool = False) -> None:
         hidden, weight = self.hidden.detach().flatten(0, 1), self.weight.detach()
         ref_hidden, ref_weight = self.inputs["ref_hidden"].flatten(0, 1), self.inputs["ref_weight"]
         logits = torch.empty(512, len(weight), dtype=torch.bfloat16)
-        dweight = torch.zeros_like(weight)
+        dweight = None if frozen_head else torch.zeros_like(weight)
         for first in range(0, len(hidden), 512):
             rows = slice(first, first + 512)
             torch.mm(hidden[rows], weight.t(), out=logits)
             torch.mm(ref_hidden[rows], ref_weight.t(), out=logits)
             torch.mm(logits, weight)
-            dweight.addmm_(logits.t(), hidden[rows])
+            if dweight is not None:
+                dweight.addmm_(logits.t(), hidden[rows])
 
 
-def candidates(step: Step) -> dict:
+def candidates(step: Step) -> dict[str, Callable[[], None]]:
     return {
-        "deferred": functools.partial(step.run, DEFERRED, BUDGET),
-        "streaming": functools.partial(step.run, not_a_margin_loss, BUDGET),
+        "deferred": functools.partial(step.run, DEFERRED),
+        "streaming": functools.partial(step.run, not_a_margin_loss),
         "products": step.products,
+        "frozen head": functools.partial(step.run, DEFERRED, frozen_head=True),
+        "three products": functools.partial(step.products, frozen_head=True),
     }
 
 
-def extra_mb(shape: tuple[int, int, int], name: str) -> float:
-    """Peak memory of one candidate, in a fresh process."""
-    command = [sys.executable, __file__, "--memory", name, *map(str, shape)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+FLOOR = {"deferred": "products", "streaming": "products", "frozen head": "three products"}
+
+
+def peak_resident(reset: bool = False) -> int:
+    """Peak resident bytes since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def timed(run: Callable[[], None]) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds and peak extra bytes of a run that starts without scratch memory."""
+    gc.collect()
+    tdpo_ext.release_scratch()
+    before = peak_resident(reset=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu, peak_resident() - before
 
 
 def measure(shape: tuple[int, int, int], rounds: int) -> dict:
     pairs, pair_rows, vocab = shape
     step = Step(*shape)
-    runs = candidates(step)
-    seconds = medians(runs, rounds, prepare=step.clear)
+    runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in candidates(step)}
+    plans, load = {}, []
+    for _ in range(rounds):
+        for name, run in candidates(step).items():
+            step.clear()
+            step.plan = ""
+            load.append(os.getloadavg()[0])
+            runs[name].append(timed(run))
+            plans[name] = step.plan
+    least = {name: min(cpu for _, cpu, _ in series) for name, series in runs.items()}
     rows = []
-    for name in runs:
-        step.clear()
-        step.plan = ""
-        if name != "products":
-            runs[name]()
+    for name, series in runs.items():
+        gradients = step.hidden.nbytes + (0 if name == "frozen head" else step.weight.nbytes)
         rows.append(
             {
                 "candidate": name,
-                "plan": step.plan,
-                "seconds": seconds[name],
-                "over_products": seconds[name] / seconds["products"],
-                "extra_mb": None if name == "products" else extra_mb(shape, name),
+                "plan": plans[name],
+                "wall_seconds": statistics.median(wall for wall, _, _ in series),
+                "least_wall_seconds": min(wall for wall, _, _ in series),
+                "cpu_seconds": statistics.median(cpu for _, cpu, _ in series),
+                "least_cpu_seconds": least[name],
+                "over_products": least[name] / least[FLOOR.get(name, name)],
+                "extra_mb": (max(extra for _, _, extra in series) - gradients) / 2**20 if name in FLOOR else None,
             }
         )
-    del step, runs
-    gc.collect()
-    return {"pairs": pairs, "pair_rows": pair_rows, "vocab": vocab, "candidates": rows}
+    return {
+        "pairs": pairs,
+        "pair_rows": pair_rows,
+        "vocab": vocab,
+        "rounds": rounds,
+        "load": [round(value, 1) for value in load],
+        "candidates": rows,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="timed rounds; medians are reported")
-    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds")
+    parser.add_argument(
+        "--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="which of the nine, by number"
+    )
     arguments = parser.parse_args()
-    if arguments.memory:
-        name, *shape = arguments.memory
-        step = Step(*map(int, shape))
-        gradients = step.hidden.nbytes + step.weight.nbytes
-        extra = peak_extra_bytes(candidates(step)[name]) - gradients
-        print(json.dumps(extra / 2**20))
-        return
+    measure((1, 64, 50257), 1)  # warm-up
     results: dict = {"budget": BUDGET, "width": WIDTH, "dtype": "bfloat16", "steps": []}
-    for shape in SHAPES:
-        result = measure(shape, arguments.rounds)
+    for index in arguments.shapes:
+        result = measure(SHAPES[index], arguments.rounds)
         results["steps"].append(result)
-        print("\n{pairs} pairs of {pair_rows} rows, V {vocab}".format(**result))
-        print(text_table(result["candidates"], ["candidate", "seconds", "over_products", "extra_mb"]), flush=True)
+        print("\n{pairs} pairs of {pair_rows} rows, V {vocab}, load {load}".format(**result))
+        columns = ["candidate", "wall_seconds", "cpu_seconds", "over_products", "extra_mb"]
+        print(text_table(result["candidates"], columns), flush=True)
         save("bench_long_pairs", results)  # shape by shape: an interrupted run loses one
 
 

@@ -28,11 +28,12 @@ class MachineRates:
     memory: float
 
 
-# CPU: benchmarks/results/bench_rates.json (2 cores of an AMD EPYC with AVX-512), by whether weights have low precision.
+# CPU: benchmarks/results/bench_rates.json (2 cores of an AMD EPYC with AVX-512), by whether weights have low precision;
+# the rate of memory is that of its bfloat16 fit, as the float32 one can't be told from nothing.
 # GPU: an H100's data sheet; float32 products as bfloat16 ones in TF32, at half the rate.
 RATES = {
-    ("cpu", True): MachineRates(products=210e9, weights=11e9, memory=30e9),
-    ("cpu", False): MachineRates(products=90e9, weights=11e9, memory=30e9),
+    ("cpu", True): MachineRates(products=205e9, weights=19e9, memory=50e9),
+    ("cpu", False): MachineRates(products=100e9, weights=15e9, memory=50e9),
     ("cuda", True): MachineRates(products=350e12, weights=3e12, memory=3e12),
     ("cuda", False): MachineRates(products=175e12, weights=3e12, memory=3e12),
 }
