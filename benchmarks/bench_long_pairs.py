@@ -9,8 +9,8 @@ of the weight. "products" and "three products": the four products that a step ne
 three, by torch.mm in bfloat16, 512 rows at a time. Each candidate's plan is stored.
 
 Seconds are those of the wall clock and, as a machine that others use makes them depend on the others, CPU seconds of
-both threads together; the median and the least of the rounds, after a small warm-up. Extra memory is the peak beyond
-inputs and gradients of the same run, by the kernel's account (Linux). The script is apart from bench_linear.py, and
+both threads together; the median and the least of the rounds. A round before them, without scratch memory of earlier
+calls, measures extra memory: the peak beyond inputs and gradients, by the kernel's account (Linux). The script is apart from bench_linear.py, and
 takes longer than it, because nine shapes need minutes each. Results go to benchmarks/results/bench_long_pairs.json.
 """
 
@@ -111,29 +111,38 @@ def peak_resident(reset: bool = False) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def timed(run: Callable[[], None]) -> tuple[float, float, int]:
-    """Wall seconds, CPU seconds and peak extra bytes of a run that starts without scratch memory."""
+def peak_extra(run: Callable[[], None]) -> int:
+    """Peak bytes of a run that starts without scratch memory."""
     gc.collect()
     tdpo_ext.release_scratch()
     before = peak_resident(reset=True)
+    run()
+    return peak_resident() - before
+
+
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Wall seconds and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - wall, time.process_time() - cpu, peak_resident() - before
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def measure(shape: tuple[int, int, int], rounds: int) -> dict:
     pairs, pair_rows, vocab = shape
     step = Step(*shape)
-    runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in candidates(step)}
-    plans, load = {}, []
-    for _ in range(rounds):
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates(step)}
+    plans, extra, load = {}, {}, []
+    for index in range(rounds + 1):
         for name, run in candidates(step).items():
             step.clear()
             step.plan = ""
-            load.append(os.getloadavg()[0])
-            runs[name].append(timed(run))
-            plans[name] = step.plan
-    least = {name: min(cpu for _, cpu, _ in series) for name, series in runs.items()}
+            if index == 0:
+                extra[name] = peak_extra(run)
+                plans[name] = step.plan
+            else:
+                load.append(os.getloadavg()[0])
+                runs[name].append(timed(run))
+    least = {name: min(cpu for _, cpu in series) for name, series in runs.items()}
     rows = []
     for name, series in runs.items():
         gradients = step.hidden.nbytes + (0 if name == "frozen head" else step.weight.nbytes)
@@ -141,12 +150,12 @@ def measure(shape: tuple[int, int, int], rounds: int) -> dict:
             {
                 "candidate": name,
                 "plan": plans[name],
-                "wall_seconds": statistics.median(wall for wall, _, _ in series),
-                "least_wall_seconds": min(wall for wall, _, _ in series),
-                "cpu_seconds": statistics.median(cpu for _, cpu, _ in series),
+                "wall_seconds": statistics.median(wall for wall, _ in series),
+                "least_wall_seconds": min(wall for wall, _ in series),
+                "cpu_seconds": statistics.median(cpu for _, cpu in series),
                 "least_cpu_seconds": least[name],
                 "over_products": least[name] / least[FLOOR.get(name, name)],
-                "extra_mb": (max(extra for _, _, extra in series) - gradients) / 2**20 if name in FLOOR else None,
+                "extra_mb": (extra[name] - gradients) / 2**20 if name in FLOOR else None,
             }
         )
     return {
@@ -166,7 +175,6 @@ def main() -> None:
         "--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="which of the nine, by number"
     )
     arguments = parser.parse_args()
-    measure((1, 64, 50257), 1)  # warm-up
     results: dict = {"budget": BUDGET, "width": WIDTH, "dtype": "bfloat16", "steps": []}
     for index in arguments.shapes:
         result = measure(SHAPES[index], arguments.rounds)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from linear_cases import OBJECTIVES, Case, loss_and_gradients, make_case
 
 import tdpo_ext.linear
-from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, tdpo_loss
-from tdpo_ext.fused.plan import ChunkedPlan, Sizes, StreamingPlan, make_plan
+from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token, tdpo_loss
+from tdpo_ext.fused.plan import ChunkedPlan, StreamingPlan, make_plan
+from tdpo_ext.fused.sizes import Sizes
 
 
 def logratio_margin(chosen, rejected):
@@ -120,15 +121,70 @@ def test_frozen_tensors(frozen, plans):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
 
 
-def test_no_gradient_needs_no_margin_loss(plans):
+def test_without_gradients_nothing_is_recomputed_by_either_plan(plans):
+    """Under no_grad the streaming plan takes its first pass alone; where leaves need no gradient, blocks go forward."""
     case = make_case(pairs=2, tokens=150)
     with torch.no_grad():
-        loss, _, _ = linear_preference_loss(lambda w, l: (w.logratio - l.logratio).square(), **case.tensors())
-        blocks, _, _ = linear_preference_loss(
-            lambda w, l: (w.logratio - l.logratio).square(), **case.tensors(), logits_budget=300_000
-        )
-    assert [plan.deferred for plan in plans] == [False, True]
+        loss, _, _ = linear_preference_loss(OBJECTIVES["tdpo2"], **case.tensors())
+        streamed, _, _ = linear_preference_loss(OBJECTIVES["tdpo2"], **case.tensors(), logits_budget=300_000)
+    frozen = {name: tensor if tensor is None else tensor.detach() for name, tensor in case.tensors().items()}
+    blocks, _, _ = linear_preference_loss(OBJECTIVES["tdpo2"], **frozen, logits_budget=300_000)
+    assert [type(plan) for plan in plans] == [ChunkedPlan, StreamingPlan, ChunkedPlan]
+    assert plans[-1].deferred
+    torch.testing.assert_close(streamed, loss)
     torch.testing.assert_close(blocks, loss)
+
+
+# (width, budget, pairs): dz of a pair is kept until its factor is known; its dW is summed apart, or alone in dW.
+WAYS = {"kept": (300, 700_000, 3), "apart": (16, 500_000, 3), "alone": (16, 500_000, 1)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kl_direction": "reverse"}, {"softcap": 4.0, "temperature": 1.3, "logit_scale": 0.5, "ref_logit_scale": 0.7}],
+    ids=["forward", "reverse", "scales"],
+)
+def test_every_way_to_wait_for_the_factor_equals_the_oracle(way, dtype, options, plans):
+    width, budget, pairs = WAYS[way]
+    case = make_case(dtype, pairs=pairs, tokens=150, width=width, bias=True, ignored=0.1)
+    objective = MARGIN_LOSSES["smoothed dpo" if options else "tdpo1"]
+    _, sides, grads = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget, **options)
+    assert plans[-1].deferred
+    assert plans[-1].weight_apart == (way == "apart")
+    assert (plans[-1].dz_rows >= plans[-1].longest) == (way == "kept")
+    _, true_sides, true_grads = loss_and_gradients(
+        eager.linear_preference_loss, case, objective, dtype=torch.float64, **options
+    )
+    torch.testing.assert_close(sides[0].kl.double(), true_sides[0].kl, rtol=1e-4, atol=1e-5)
+    assert_gradients_match(grads, true_grads, 1e-4 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_token_weights_of_packed_rows(way, plans):
+    """Weights of 0 among them, and pairs of which one fits a block whole."""
+    width, budget, pairs = WAYS[way]
+    lengths = [150, 9, 130, 140, 12, 150][: 2 * pairs] if pairs > 1 else [150, 140]
+    case = make_case(torch.float64, pairs=1, tokens=sum(lengths) // 2 + 1, width=width, ignored=0.0)
+    rows = sum(lengths)
+    flat = {name: getattr(case, name).flatten(0, 1)[:rows] for name in ("hidden", "ref_hidden", "labels")}
+    packed = Case(**{**vars(case), **flat})
+    weights = torch.rand(rows, dtype=torch.float64) * (torch.rand(rows) < 0.7)
+
+    @per_token
+    def margin(chosen, rejected):
+        w, l = chosen.columns["weight"], rejected.columns["weight"]
+        return chosen.sum(w * chosen.logratio) - rejected.mean(l * (rejected.logratio + 0.5 * rejected.kl))
+
+    objective = MarginLoss(margin, lambda margins: torch.nn.functional.softplus(-0.1 * margins))
+    options = {"row_lengths": lengths, "token_columns": {"weight": weights}}
+    loss, _, grads = loss_and_gradients(linear_preference_loss, packed, objective, logits_budget=2 * budget, **options)
+    assert plans[-1].deferred
+    whole_loss, _, whole = loss_and_gradients(linear_preference_loss, packed, objective, **options)
+    assert not plans[-1].deferred
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=1e-12)
+    assert_gradients_match(grads, whole, 1e-11)
 
 
 def test_gradients_accumulate(plans):

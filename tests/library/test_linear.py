@@ -12,7 +12,8 @@ from linear_cases import BUDGETS, OBJECTIVES, ipo_loss, loss_and_gradients, make
 import tdpo_ext.fused.plan
 import tdpo_ext.linear
 from tdpo_ext import LinearTDPOLoss, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
-from tdpo_ext.fused.plan import ChunkedPlan, Sizes, make_plan
+from tdpo_ext.fused.plan import ChunkedPlan, make_plan
+from tdpo_ext.fused.sizes import Sizes
 
 
 def assert_matches_oracle(case, objective, **options):

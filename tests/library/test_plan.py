@@ -1,6 +1,8 @@
 """The planner, and the memory that plans run in."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tdpo_ext
+from tdpo_ext.fused.costs import RATES
 from tdpo_ext.fused.plan import (
     ChunkedPlan,
-    Sizes,
     StreamingPlan,
     cuda_budget,
     make_plan,
-    row_pitch,
     streaming_plan,
 )
+from tdpo_ext.fused.sizes import Sizes, row_pitch
 from tdpo_ext.ops import memory
 
+ROOT = Path(__file__).parent.parent.parent
 SIZES = Sizes(vocab=1000, width=64, ref_width=64, weight_bytes=4, logit_bytes=4, needs_weight_grad=True)
 LOW_PRECISION = Sizes(vocab=1000, width=64, ref_width=64, weight_bytes=2, logit_bytes=4, needs_weight_grad=True)
 
@@ -41,17 +44,17 @@ def test_plan_kinds():
 def test_low_precision_accumulator_is_part_of_the_budget():
     budget = 1000 * 64 * 4 + 40 * (1000 * LOW_PRECISION.entry + LOW_PRECISION.row)
     assert isinstance(make_plan([30] * 10, LOW_PRECISION, budget), ChunkedPlan)
-    streamed = make_plan([30] * 10, LOW_PRECISION, budget - 20 * 1000 * LOW_PRECISION.entry)
+    streamed = make_plan([30] * 10, LOW_PRECISION, budget - 25 * 1000 * LOW_PRECISION.entry)
     assert isinstance(streamed, StreamingPlan)
     assert "weight gradient" in str(streamed)
 
 
 def test_few_rows_keep_their_dz():
-    kept = make_plan([30, 30], LOW_PRECISION, LOW_PRECISION.kept_dz(60) + 35 * (1000 * 8 + LOW_PRECISION.row))
+    kept = make_plan([30, 30], LOW_PRECISION, 60 * LOW_PRECISION.dz_row + 35 * (1000 * 8 + LOW_PRECISION.row))
     assert isinstance(kept, ChunkedPlan)
     assert kept.keeps_dz
     assert len(kept.chunks) == 2
-    budget = 1000 * 64 * 4 + 40 * (1000 * LOW_PRECISION.entry + LOW_PRECISION.row)
+    budget = 500 * 64 * 4 + 40 * (1000 * LOW_PRECISION.entry + LOW_PRECISION.row)
     summed = make_plan([30] * 10, LOW_PRECISION, budget)
     assert isinstance(summed, ChunkedPlan)
     assert not summed.keeps_dz
@@ -89,12 +92,12 @@ def test_plans_cover_all_pairs_within_the_budget(lengths, rows, weight_bytes, ne
     chunk_rows = [sum(lengths[first:stop]) for first, stop in plan.chunks]
     assert plan.longest == max(chunk_rows)
     assert plan.deferred == (max(chunk_rows) > plan.rows)
-    logits = plan.rows * sizes.whole_row
-    if plan.keeps_dz:
-        logits = plan.rows * (sizes.whole_row - 1000 * weight_bytes) + sizes.kept_dz(sum(lengths))
-    assert logits <= plan.budget
-    beyond = sizes.weight_sum + sizes.accumulated_weight * plan.deferred if can_defer else 0
+    assert plan.rows * sizes.row_without_dz <= plan.budget
+    # One dW, and half of one where a pair's and the float32 sum of the others' are both needed.
+    beyond = sizes.accumulated_weight + sizes.weight_sum * plan.weight_apart if can_defer else 0
     assert plan.bytes <= plan.budget + beyond
+    if plan.weight_apart:
+        assert plan.dz_rows < plan.longest
 
 
 def test_row_bytes_by_hand():
@@ -134,6 +137,51 @@ GIB = 1 << 30
 )
 def test_the_default_budget_follows_a_device_s_total_memory(memory, budget):
     assert cuda_budget(memory) == budget
+
+
+def test_the_constants_are_those_that_were_measured():
+    results = json.loads((ROOT / "benchmarks/results/bench_rates.json").read_text())["results"]
+    for measured in results:
+        low_precision = measured["dtype"] == "bfloat16"
+        rates = RATES["cpu", low_precision]
+        assert rates.products == pytest.approx(measured["products"], rel=0.05)
+        assert rates.weights == pytest.approx(measured["weights"], rel=0.05)
+        if low_precision:
+            assert rates.memory == pytest.approx(measured["memory"], rel=0.1)
+
+
+def test_bytes_of_deferred_plans_by_hand():
+    """V 151,936, D 512, bfloat16, 256 MiB: the plans of benchmarks/bench_long_pairs.py."""
+    sizes, budget = llm_sizes(151_936, width=512), 256 << 20
+    weight, logits = 151_936 * 512 * 4, 151_936 * 8 + sizes.row
+    # Each pair's dz is kept, 2 bytes an entry; half of the sum of dW has no room in dW's own memory.
+    short = make_plan([512] * 4, sizes, budget, can_defer=True)
+    assert (short.rows, short.dz_rows, short.sums_weight, short.weight_apart) == (171, 512, True, False)
+    assert short.bytes == 171 * logits + 512 * 151_936 * 2 + weight // 2 <= budget + weight
+    # dz of a longer pair would take more than its dW, which is summed apart from that of the other.
+    long = make_plan([2048] * 2, sizes, budget, can_defer=True)
+    assert (long.rows, long.dz_rows, long.sums_weight, long.weight_apart) == (171, 171, True, True)
+    assert long.bytes == 171 * sizes.whole_row + weight // 2 + weight
+    # A single pair's dW is the call's.
+    single = make_plan([8192], sizes, budget, can_defer=True)
+    assert single.sums_weight
+    assert not single.weight_apart
+    assert single.bytes <= budget + weight
+    # Nothing is summed for a frozen head.
+    frozen = make_plan([2048] * 2, replace(sizes, needs_weight_grad=False), budget, can_defer=True)
+    assert not frozen.sums_weight
+    assert not frozen.weight_apart
+    assert frozen.bytes <= budget
+    assert "streaming would take" in str(short)
+
+
+def test_a_slower_deferred_plan_is_not_chosen():
+    """64 rows at a time on a GPU: every block's sum of dW costs more than computing logits twice."""
+    sizes = llm_sizes(151_936)
+    budget = 64 * sizes.whole_row
+    plan = make_plan([16_384] * 2, sizes, budget, can_defer=True, device_type="cuda")
+    assert isinstance(plan, StreamingPlan)
+    assert "forward gradients would take" in str(plan)
 
 
 def llm_sizes(vocab, width=4096):
