@@ -9,9 +9,11 @@ of the weight. "products" and "three products": the four products that a step ne
 three, by torch.mm in bfloat16, 512 rows at a time. Each candidate's plan is stored.
 
 Seconds are those of the wall clock and, as a machine that others use makes them depend on the others, CPU seconds of
-both threads together; the median and the least of the rounds. A round before them, without scratch memory of earlier
-calls, measures extra memory: the peak beyond inputs and gradients, by the kernel's account (Linux). The script is apart from bench_linear.py, and
-takes longer than it, because nine shapes need minutes each. Results go to benchmarks/results/bench_long_pairs.json.
+both threads together; the median and the least of the rounds. Before each timed run, the same run without scratch memory
+of earlier calls is its warm-up, as one training step is of the next, and measures extra memory: the peak beyond inputs
+and gradients, by the kernel's account (Linux). The script is apart
+from bench_linear.py because nine shapes take it a quarter of an hour on idle cores. Results go to
+benchmarks/results/bench_long_pairs.json.
 """
 
 from __future__ import annotations
@@ -132,16 +134,15 @@ def measure(shape: tuple[int, int, int], rounds: int) -> dict:
     step = Step(*shape)
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates(step)}
     plans, extra, load = {}, {}, []
-    for index in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in candidates(step).items():
             step.clear()
             step.plan = ""
-            if index == 0:
-                extra[name] = peak_extra(run)
-                plans[name] = step.plan
-            else:
-                load.append(os.getloadavg()[0])
-                runs[name].append(timed(run))
+            extra[name] = peak_extra(run)
+            plans[name] = step.plan
+            step.clear()
+            load.append(os.getloadavg()[0])
+            runs[name].append(timed(run))
     least = {name: min(cpu for _, cpu in series) for name, series in runs.items()}
     rows = []
     for name, series in runs.items():
