@@ -89,6 +89,8 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_logits.py
 	$(BIN)/python benchmarks/bench_linear.py
+	$(BIN)/python benchmarks/bench_rates.py
+	$(BIN)/python benchmarks/bench_long_pairs.py
 	$(BIN)/python benchmarks/bench_vocab_parallel.py
 	$(BIN)/python benchmarks/bench_trainer.py
 	$(BIN)/python benchmarks/tables.py

@@ -9,9 +9,9 @@ of the weight. "products" and "three products": the four products that a step ne
 three, by torch.mm in bfloat16, 512 rows at a time. Each candidate's plan is stored.
 
 Seconds are those of the wall clock and, as a machine that others use makes them depend on the others, CPU seconds of
-both threads together; the median and the least of the rounds. Before each timed run, the same run without scratch memory
-of earlier calls is its warm-up, as one training step is of the next, and measures extra memory: the peak beyond inputs
-and gradients, by the kernel's account (Linux). The script is apart
+both threads together; the median and the least of the rounds. Before each timed run, the same run without scratch
+memory of earlier calls is its warm-up, as one training step is of the next, and measures extra memory: the peak beyond
+inputs and gradients, by the kernel's account (Linux). The script is apart
 from bench_linear.py because nine shapes take it a quarter of an hour on idle cores. Results go to
 benchmarks/results/bench_long_pairs.json.
 """

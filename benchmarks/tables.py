@@ -195,21 +195,36 @@ def frontier_end() -> str:
 @table
 def long_pairs() -> str:
     """Pairs that are too long for the budget."""
-    rows = []
-    for step in load("bench_long_pairs")["steps"]:
+    rows, results = [], load("bench_long_pairs")
+    for step in results["steps"]:
         by_name = {row["candidate"]: row for row in step["candidates"]}
         deferred, streaming = by_name["deferred"], by_name["streaming"]
         rows.append(
             [
                 f"{step['pairs']} x {step['pair_rows']:,}",
                 f"{step['vocab']:,}",
-                *(f"{row['over_products']:.2f}" for row in (deferred, streaming)),
-                f"{streaming['seconds'] / deferred['seconds']:.2f}x",
+                *(f"{row['over_products']:.2f}" for row in (deferred, streaming, by_name["frozen head"])),
                 *(f"{row['extra_mb']:,.0f}" for row in (deferred, streaming)),
+                f"{(results['budget'] + 4 * step['vocab'] * results['width']) / 2**20 + 64:,.0f}",
             ]
         )
-    header = ["pairs x rows", "V", "deferred: over products", "streaming: over products", "faster"]
-    return markdown([*header, "deferred: extra MiB", "streaming: extra MiB"], rows)
+    header = ["pairs x rows", "V", "deferred: over products", "streaming: over products", "frozen head: over three"]
+    return markdown([*header, "deferred: extra MiB", "streaming: extra MiB", "aim: MiB"], rows)
+
+
+@table
+def rates() -> str:
+    """The constants of the planner's cost model."""
+    rows = [
+        [
+            row["dtype"],
+            f"{row['products'] / 1e9:,.0f}e9",
+            f"{row['weights'] / 1e9:.0f}e9",
+            f"{row['memory'] / 1e9:.0f}e9",
+        ]
+        for row in load("bench_rates")["results"]
+    ]
+    return markdown(["weights", "multiply-adds a second", "bytes of weights", "bytes of sums"], rows)
 
 
 @table
