@@ -75,15 +75,29 @@ def logits(rank, world, device):
 def fused(rank, world, device):
     for dtype, rtol in ((torch.float64, 1e-11), (torch.float32, 3e-5), (torch.bfloat16, 1e-2)):
         case = make_case(dtype, bias=True)
-        tensors = {name: value.to(device) for name, value in vars(case).items()}
-        for name, objective in OBJECTIVES.items():
-            doubles = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
-            leaves = {n: doubles[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")}
-            truth, chosen, _ = eager.linear_preference_loss(objective, **{**doubles, **leaves})
-            truth_grads = dict(zip(leaves, torch.autograd.grad(3.0 * truth, list(leaves.values()))))
-            for shard in shards(301, rank, world):
-                for budget in (1 << 30, 40_000, 9_000, 100):
-                    compare_fused(objective, tensors, shard, budget, truth, chosen, truth_grads, rtol, name)
+        compare_case(case, OBJECTIVES, (1 << 30, 40_000, 9_000, 100), rank, world, device, rtol)
+
+
+@on_every_rank
+def deferred(rank, world, device):
+    """Pairs of many rows, whose dz is kept (wide) or whose dW is summed apart (narrow)."""
+    for width in (16, 400):
+        for dtype, rtol in ((torch.float64, 1e-11), (torch.bfloat16, 1e-2)):
+            case = make_case(dtype, bias=True, pairs=2, tokens=120, width=width)
+            budget = 70 * (301 * 10 + case.hidden.itemsize * (2 * width + 24) + 128)
+            compare_case(case, {"tdpo1": OBJECTIVES["tdpo1"]}, (budget,), rank, world, device, rtol)
+
+
+def compare_case(case, objectives, budgets, rank, world, device, rtol):
+    tensors = {name: value.to(device) for name, value in vars(case).items()}
+    for name, objective in objectives.items():
+        doubles = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+        leaves = {n: doubles[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")}
+        truth, chosen, _ = eager.linear_preference_loss(objective, **{**doubles, **leaves})
+        truth_grads = dict(zip(leaves, torch.autograd.grad(3.0 * truth, list(leaves.values()))))
+        for shard in shards(301, rank, world):
+            for budget in budgets:
+                compare_fused(objective, tensors, shard, budget, truth, chosen, truth_grads, rtol, name)
 
 
 def compare_fused(objective, tensors, shard, budget, truth, chosen, truth_grads, rtol, name):
