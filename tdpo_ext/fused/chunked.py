@@ -40,7 +40,7 @@ from .gradients import (
 from .inputs import FusedInputs, GatheredRows
 from .pair_loss import Outcome, PairLoss, column_gradient
 from .plan import ChunkedPlan
-from .rows import Chunk, Rows
+from .rows import Chunk, Rows, reading_is_free
 from .sizes import row_pitch, rows_beside
 from .upstream import Coefficients, PairObjective, Upstream
 
@@ -54,6 +54,9 @@ def chunked_loss(
     """
     loss = PairLoss(objective, inputs, rows, columns)
     return loss.apply(functools.partial(_run, loss, plan))
+
+
+_MOVED_ROWS = 16  # of dz, at a time, into the places of rows without a gradient
 
 
 @dataclass(frozen=True)
@@ -110,15 +113,28 @@ class _ForwardBlock:
 
 @dataclass(frozen=True)
 class _KeptBlock:
-    """A block of rows whose dz is kept: their hidden states, and the factor that dz lacks, if any."""
+    """A block of rows whose dz is kept: their hidden states, and the factor that dz lacks, if any.
+
+    Attributes:
+        rows: of the block.
+        counted: which of them have a gradient, counted from the block's first; None: all.
+        hidden: of these.
+    """
 
     rows: slice
     hidden: Tensor
+    counted: Tensor | None = None
     factor: Tensor | None = None
 
     @property
     def count(self) -> int:
-        return self.rows.stop - self.rows.start
+        return len(self.hidden)
+
+    @property
+    def positions(self) -> Tensor:
+        if self.counted is not None:
+            return self.rows.start + self.counted
+        return torch.arange(self.rows.start, self.rows.stop, device=self.hidden.device)
 
 
 @dataclass
@@ -168,7 +184,10 @@ class _Run:
             self.flush(pair)
 
     def keep_dz(self, block: _ForwardBlock, logps_grad: Tensor, kl_grad: Tensor) -> None:
-        """Forms dz of the block whose logits are in the buffers, and keeps it."""
+        """Forms dz of the block whose logits are in the buffers, and keeps that of the rows with a gradient.
+
+        The others are dropped where the host can look without waiting. Ranks of a shard exchange rows: they drop none.
+        """
         kept = _KeptBlock(block.rows, block.gathered.hidden)
         dz = self.buffers.dz[self.kept_rows :][: kept.count]
         self.exchange.run(
@@ -184,13 +203,22 @@ class _Run:
             ),
             lambda: None,
         )
-        self.kept.append(kept)
+        if self.exchange.shard is None and reading_is_free(dz.device):
+            counted = ((logps_grad != 0) | (kl_grad != 0)).nonzero()[:, 0]
+            if len(counted) < kept.count:
+                for some in slices(len(counted), _MOVED_ROWS):  # upwards, so that no row is overwritten too early
+                    dz[some] = dz[counted[some]]
+                kept = _KeptBlock(block.rows, block.gathered.hidden[counted], counted)
+        if kept.count:
+            self.kept.append(kept)
 
     def flush(self, pair: DeferredGradients | None = None) -> None:
         """Adds the share of the rows whose dz is kept to the gradients, or to those of a pair that is summed apart."""
         if not self.kept:
             return
-        rows = slice(self.kept[0].rows.start, self.kept[-1].rows.stop)
+        rows: slice | Tensor = slice(self.kept[0].rows.start, self.kept[-1].rows.stop)
+        if any(kept.counted is not None for kept in self.kept) or self.kept_rows < rows.stop - rows.start:
+            rows = torch.cat([kept.positions for kept in self.kept])
         hidden = self.kept[0].hidden if len(self.kept) == 1 else torch.cat([block.hidden for block in self.kept])
         block, dz = Block(rows, self.vocabulary), self.buffers.dz[: self.kept_rows]
         if pair is None:

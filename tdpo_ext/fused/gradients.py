@@ -35,9 +35,9 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows, as a slice of those that count, over some columns of this rank's vocabulary."""
+    """Some rows, as a slice of those that count or their positions, over some columns of this rank's vocabulary."""
 
-    rows: slice
+    rows: slice | Tensor
     columns: slice
 
 

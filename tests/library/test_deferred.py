@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import OBJECTIVES, Case, loss_and_gradients, make_case
 
+import tdpo_ext.fused.gradients
 import tdpo_ext.linear
 from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token, tdpo_loss
 from tdpo_ext.fused.plan import ChunkedPlan, StreamingPlan, make_plan
 from tdpo_ext.fused.sizes import Sizes
+from tdpo_ext.ops.matmul import product
 
 
 def logratio_margin(chosen, rejected):
@@ -195,6 +197,35 @@ def test_gradients_accumulate(plans):
     assert plans[-1].deferred
     _, _, grads = loss_and_gradients(linear_preference_loss, case, OBJECTIVES["tdpo2"], scale=1.0)
     torch.testing.assert_close(tensors["weight"].grad, grads["weight"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 700_000])
+def test_rows_without_a_gradient_take_no_part_in_products(budget, plans, monkeypatch):
+    case = make_case(torch.float64, pairs=2, tokens=150, ignored=0.0)
+    weights = (torch.rand(case.labels.shape) < 0.25).double()
+    multiplied = []
+
+    def counted(a, b, out, **options):
+        multiplied.append(len(b) if a.shape[0] == case.weight.shape[0] else 0)  # rows of a product for dW
+        return product(a, b, out, **options)
+
+    monkeypatch.setattr(tdpo_ext.fused.gradients, "product", counted)
+
+    @per_token
+    def margin(chosen, rejected):
+        return chosen.sum(chosen.columns["weight"] * chosen.logps) - rejected.sum(
+            rejected.columns["weight"] * rejected.logps
+        )
+
+    objective = MarginLoss(margin, lambda margins: torch.nn.functional.softplus(-0.1 * margins))
+    options = {"token_columns": {"weight": weights}, "logits_budget": budget}
+    _, sides, grads = loss_and_gradients(linear_preference_loss, case, objective, **options)
+    assert plans[-1].deferred == (budget < 1 << 30)
+    assert sum(multiplied) == weights.sum()
+    assert sides[0].tokens.tolist() == [150, 150]  # metrics are those of all rows
+    without = Case(**{**vars(case), "labels": torch.where(weights > 0, case.labels, -100)})
+    _, _, expected = loss_and_gradients(linear_preference_loss, without, objective, token_columns={"weight": weights})
+    assert_gradients_match(grads, expected, 1e-11)
 
 
 @given(

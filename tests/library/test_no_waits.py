@@ -12,6 +12,7 @@ from linear_cases import OBJECTIVES, make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tdpo_ext.fused.chunked
 import tdpo_ext.fused.rows
 import tdpo_ext.fused.streaming
 from tdpo_ext import linear_preference_loss, linear_token_divergence, per_token
@@ -23,7 +24,7 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
-    for module in (tdpo_ext.fused.rows, tdpo_ext.fused.streaming):
+    for module in (tdpo_ext.fused.rows, tdpo_ext.fused.chunked, tdpo_ext.fused.streaming):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
     monkeypatch.setattr(
         tdpo_ext.ops.memory, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
