@@ -25,8 +25,8 @@ print(json.dumps({"has_torch": has_torch, "path": path, "python": list(sys.versi
 def _target_interpreters() -> list[str]:
     """The interpreters of the environments that may be the target, the likeliest first.
 
-    pip runs the build with the target's interpreter. uv runs it in an environment of its own and activates that one; the
-    target, if it was activated, comes after it on the PATH.
+    pip runs the build with the target's interpreter. uv runs it in an environment of its own and activates that one;
+    the target, if it was activated, comes after it on the PATH.
     """
     activated = [os.environ.get("VIRTUAL_ENV", ""), *map(os.path.dirname, os.get_exec_path())]
     environments = [folder for folder in activated if folder and os.path.exists(os.path.join(folder, "pyvenv.cfg"))]
