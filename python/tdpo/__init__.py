@@ -10,6 +10,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .config import TDPOConfig as TDPOConfig
     from .data import load_preferences as load_preferences
     from .data import tokenize_preferences as tokenize_preferences
+    from .gguf import load_gguf_model as load_gguf_model
+    from .gguf import load_gguf_tokenizer as load_gguf_tokenizer
     from .reference_cache import ReferenceCache as ReferenceCache
     from .reference_cache import cache_reference as cache_reference
     from .trainer import TDPOTrainer as TDPOTrainer
@@ -21,6 +23,8 @@ _DEFINED_IN = {
     "TDPOConfig": "config",
     "TDPOTrainer": "trainer",
     "cache_reference": "reference_cache",
+    "load_gguf_model": "gguf",
+    "load_gguf_tokenizer": "gguf",
     "load_preferences": "data",
     "tokenize_preferences": "data",
 }

@@ -22,8 +22,8 @@ def _trainer(options: Options, *, train_dataset: Dataset | None, eval_dataset: D
     models = options.models
     _ = options.training.device  # sets up the processes, among which DeepSpeed may partition what is loaded
     return TDPOTrainer(
-        models.load(require(models, "model")),
-        None if models.ref_model is None else models.load(models.ref_model),
+        models.policy(),
+        models.reference(),
         options.training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -71,7 +71,7 @@ def _save_merged(models: ModelOptions, out: Path) -> None:
     """Merges the saved adapters into the policy as it started, in its own precision: never into 4-bit weights."""
     from peft import PeftModel
 
-    base = replace(models, load_in_4bit=False, tp_plan=None).load(require(models, "model"))
+    base = replace(models, load_in_4bit=False, tp_plan=None).policy()
     PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
 
 
@@ -117,12 +117,12 @@ def evaluate(options: Options) -> None:
 def cache(options: Options) -> None:
     """Runs the reference over the data and caches its hidden states for training with `--precompute_reference`."""
     models, data, args = options
-    model_name = require(models, "model")
+    require(models, "model")
     splits = {"train": (require(data, "dataset"), data.split)}
     if data.eval_dataset is not None:
         splits["eval"] = (data.eval_dataset, data.eval_split)
     tokenizer = models.tokenizer()
-    model = models.load(models.ref_model or model_name).to(args.device)
+    model = (models.reference() or models.policy()).to(args.device)
     for name, (source, split) in splits.items():
         tokens = tokenize_preferences(
             load_preferences(source, split), tokenizer, args.max_length, args.max_prompt_length, args.overlong

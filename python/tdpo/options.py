@@ -15,6 +15,7 @@ import yaml
 
 from .fields import option
 from .files import read_json
+from .gguf import load_gguf_model, load_gguf_tokenizer
 from .help import HELP_FLAGS, print_help, usage
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ class ModelOptions:
     """The models, and adapters to train instead of the whole policy."""
 
     model: str | None = option(None, "Policy: a folder or a hub name. Required.")
+    gguf_file: str | None = option(None, "File in the policy's folder to load, dequantized; its tokenizer is used too.")
     ref_model: str | None = option(None, "Reference: a folder or a hub name (default: the policy as it starts).")
+    ref_gguf_file: str | None = option(None, "File in the reference's folder to load, dequantized.")
     dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's), float32, bfloat16 or float16.")
     attn_implementation: str | None = option(None, "Attention of the model: eager, sdpa, flash_attention_2, ...")
     tp_plan: str | None = option(None, "Split every layer over the processes: auto, by transformers' plan for it.")
@@ -42,15 +45,34 @@ class ModelOptions:
     load_in_4bit: bool = option(False, "Quantize the frozen weights to 4 bits (QLoRA; needs bitsandbytes).")
     merge_adapters: bool = option(False, "Also save the policy with its adapters merged, to merged in output_dir.")
 
-    def load(self, name: str) -> Any:
-        """The causal language model `name`."""
+    def policy(self) -> Any:
+        """The causal language model to train or to evaluate."""
+        return self._load("model", "gguf_file")
+
+    def reference(self) -> Any:
+        """The frozen reference, or None where no model is named for it.
+
+        Raises:
+            ValueError: `ref_gguf_file` is given without the folder that holds it.
+        """
+        if self.ref_model is not None:
+            return self._load("ref_model", "ref_gguf_file")
+        if self.ref_gguf_file is not None:
+            raise ValueError(f"ref_gguf_file is {self.ref_gguf_file}, but its folder, ref_model, is missing")
+        return None
+
+    def _load(self, model_option: str, gguf_option: str) -> Any:
         import torch
         from transformers import AutoModelForCausalLM
 
+        name, gguf_file = require(self, model_option), getattr(self, gguf_option)
         options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         for option_name in ("attn_implementation", "tp_plan"):
             if getattr(self, option_name) is not None:
                 options[option_name] = getattr(self, option_name)
+        if gguf_file is not None:
+            self._check_dense(gguf_option)
+            return _loaded("model", load_gguf_model, name, gguf_file=gguf_file, **options)
         if self.load_in_4bit:
             from transformers import BitsAndBytesConfig
 
@@ -63,7 +85,22 @@ class ModelOptions:
         """The policy's tokenizer."""
         from transformers import AutoTokenizer
 
-        return _loaded("tokenizer", AutoTokenizer.from_pretrained, self.model, trust_remote_code=self.trust_remote_code)
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf_file is not None:
+            return _loaded("tokenizer", load_gguf_tokenizer, self.model, gguf_file=self.gguf_file, **options)
+        return _loaded("tokenizer", AutoTokenizer.from_pretrained, self.model, **options)
+
+    def _check_dense(self, gguf_option: str) -> None:
+        """Refuses, beside a GGUF file, what loads the weights in any other form than whole and dense."""
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        given = f"{gguf_option} is {getattr(self, gguf_option)}"
+        if self.load_in_4bit:
+            raise ValueError(f"load_in_4bit is True, but {given}, whose weights are dequantized: leave one of them out")
+        if self.tp_plan is not None:
+            raise ValueError(f"tp_plan is {self.tp_plan}, but {given}, which is loaded whole: leave one of them out")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(f"{given}, which ZeRO-3 can't partition: load and save it first, then train that folder")
 
     def adapters(self) -> Any:
         """The peft config that these options name, or None."""
@@ -102,7 +139,8 @@ def _loaded(what: str, load: Callable[..., Any], name: str | None, **options: An
         reason = " ".join(str(error).split()) or type(error).__name__
         if not Path(name or "").exists():
             reason = f"there is no such folder here, and a hub gave none: {reason}"
-        raise ValueError(f"the {what} {_unreadable_file(name) or name} could not be loaded: {reason}") from error
+        source = _unreadable_file(name) or Path(name or "", options.get("gguf_file", ""))
+        raise ValueError(f"the {what} {source} could not be loaded: {reason}") from error
 
 
 def _looks_like_path(name: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .causal_lm import unwrap_peft
 from .data import tokens_digest
 from .files import read_json, write_json
 
@@ -36,11 +37,17 @@ def record_of(trainer: TDPOTrainer) -> dict[str, Any]:
     for adapters in getattr(model, "peft_config", {}).values():
         options |= {f"adapters' {name}": _plain(getattr(adapters, name, None)) for name in _ADAPTERS}
     options["processes"] = trainer.accelerator.num_processes
-    options["model"] = getattr(model.config, "_name_or_path", "")
+    options["model"] = _name(model)
     if trainer.ref_model is not None:
-        reference = trainer.accelerator.unwrap_model(trainer.ref_model)
-        options["ref_model"] = getattr(reference.config, "_name_or_path", "")
+        options["ref_model"] = _name(trainer.accelerator.unwrap_model(trainer.ref_model))
     return {"options": options, "training data": tokens_digest(trainer.train_dataset)}
+
+
+def _name(model: Any) -> str:
+    """A model's folder or hub name, and the GGUF file in it."""
+    name = getattr(model.config, "_name_or_path", "")
+    gguf_file = getattr(unwrap_peft(model), "gguf_file", None)
+    return name if gguf_file is None else f"{name}/{gguf_file}"
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 CACHE, CHECKPOINTS, CLI = "trainer/test_reference_cache.py", "trainer/test_checkpoints.py", "trainer/test_cli.py"
 CONFIG, DATA, EVALUATION = "trainer/test_config.py", "trainer/test_data.py", "trainer/test_evaluation.py"
 FEATURES, METRICS, TRL = "trainer/test_trainer_features.py", "trainer/test_metrics.py", "trainer/test_trl.py"
-NAMED, TOKENS = "trainer/test_objectives_by_name.py", "trainer/test_token_data.py"
+GGUF, NAMED, TOKENS = "trainer/test_gguf.py", "trainer/test_objectives_by_name.py", "trainer/test_token_data.py"
 MESSAGES, TRAINER = "trainer/test_messages.py", "trainer/test_trainer.py"
 FAST_CACHE = [f"{CACHE}::test_{name}" for name in (
     "flipped_bits_are_detected_or_harmless",
@@ -215,7 +215,7 @@ MUTATIONS = [
             'evaluation = load_preferences(require(data, "eval_dataset"), data.split)',
             [CLI],
         ),
-        ("models.load(models.ref_model or model_name)", "models.load(model_name)", [CLI]),
+        ("models.reference() or models.policy()", "models.policy()", [CLI]),
         ("args.max_prompt_length, args.overlong", "args.max_prompt_length", [CLI]),
     ),
     *_of(
@@ -228,7 +228,13 @@ MUTATIONS = [
         ),
         ("except yaml.YAMLError as error:", "except ZeroDivisionError as error:", [CLI]),
         ("        check(name)\n", "        pass\n", [CLI]),
-        ("{_unreadable_file(name) or name}", "{name}", [CLI]),
+        ("_unreadable_file(name) or Path(", "Path(", [CLI]),
+        ('self._load("ref_model", "ref_gguf_file")', 'self._load("ref_model", "gguf_file")', [GGUF]),
+    ),
+    *_of(
+        "gguf.py",
+        ("GgufConfig(dequantize=True)", "None", [GGUF]),
+        ("    model.gguf_file = gguf_file  #", "    #", [GGUF]),
     ),
     *_of(
         "cli.py",
