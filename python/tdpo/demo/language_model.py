@@ -1,10 +1,9 @@
-"""A small GPT-2 and its tokenizer, trained from scratch on sentences; and sampling from it."""
+"""A small GPT-2 and its tokenizer, trained from scratch on sentences."""
 
 from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
@@ -62,28 +61,3 @@ def pretrain(texts: list[str], tokenizer: PreTrainedTokenizerFast, steps: int, s
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.2f}")
     return model.eval()
-
-
-@torch.no_grad()
-def sample(
-    model: GPT2LMHeadModel, prompts: Tensor, tokens: int, seed: int, desc: str | None = None, batch: int = 512
-) -> Tensor:
-    """Responses sampled at temperature 1: prompts (n, P) -> (n, tokens). Equal seeds give equal responses."""
-    was_training = model.training
-    model.eval()
-    responses = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for part in tqdm(prompts.split(batch), desc=desc, disable=desc is None):
-            sequences = model.generate(
-                part,
-                attention_mask=torch.ones_like(part),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                pad_token_id=model.config.eos_token_id,
-            )
-            responses.append(sequences[:, part.shape[1] :])
-    model.train(was_training)
-    return torch.cat(responses)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 
-from .settings import DemoSettings
+from ..files import write_json
+from .judge import Example
+from .settings import METHODS, DemoSettings
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,7 +48,19 @@ def _plot(curves: dict[str, list[Point]], path: Path) -> None:
     plt.close(figure)
 
 
-def report(settings: DemoSettings, out: Path, examples: dict[str, list[str]], seconds: float) -> None:
+def verdict(matched: list[dict[str, float]], error: float) -> str:
+    """What the rewards at the largest matched KL say of TDPO2 and DPO, in a sentence."""
+    last = matched[-1]
+    difference = last["tdpo2"] - last["dpo"]
+    how = "higher than" if difference > 0 else "not higher than"
+    size = "more" if abs(difference) > 2 * error else "less"
+    return (
+        f"At KL {last['kl']:.2f} the reward of TDPO2 is {how} that of DPO at the same beta ({difference:+.3f}), by "
+        f"{size} than two standard errors of the samples ({error:.3f} each)."
+    )
+
+
+def report(settings: DemoSettings, out: Path, examples: dict[str, list[Example]], seconds: float) -> None:
     """Prints the results and writes results.json and frontier.png beside the models."""
     curves = {method: json.loads((out / method / "frontier.json").read_text()) for method in settings.methods}
     print("\nReward (probability of a positive review) and sequence KL by step")
@@ -60,16 +75,25 @@ def report(settings: DemoSettings, out: Path, examples: dict[str, list[str]], se
     for row in matched:
         cells = "   ".join(f"{method.upper()} {row[method]:.3f}" for method in curves)
         print(f"  KL {row['kl']:5.2f}   {cells}")
+    results: dict[str, Any] = {"curves": curves, "matched_kl": matched, "examples": examples, "seconds": seconds}
+    if {"dpo", "tdpo2"} <= curves.keys():
+        error = float(np.hypot(*(curves[method][-1]["reward_error"] for method in ("dpo", "tdpo2"))))
+        results["verdict"] = verdict(matched, error)
+        print(f"\n{results['verdict']}")
 
-    print("\nSamples")
-    for index in range(len(examples["before"])):
-        for name, texts in examples.items():
-            print(f"  {name:>6s}: {' '.join(texts[index].split())}")
-        print()
+    print("\nSamples, each with its reward")
+    for rows in zip(*examples.values()):
+        print(f"\n  {_one_line(rows[0].prompt)} ...")
+        for name, example in zip(examples, rows):
+            shown = name.upper() if name in METHODS else name
+            print(f"  {shown:>7s} {example.reward:.2f}  {_one_line(example.continuation)}")
 
     _plot(curves, out / "frontier.png")
-    results = {"curves": curves, "matched_kl": matched, "examples": examples}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"Saved under {out}:")
+    write_json(out / "results.json", results)
+    print(f"\nSaved under {out}:")
     print("  frontier.png, results.json; base/ (where all methods start from); pairs.json (the preference data);")
     print(f"  {', '.join(curves)}: model/, checkpoints/, frontier.json, log.json. {seconds:.0f} s in all.")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

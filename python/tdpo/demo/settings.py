@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..fields import option
 
 METHODS = ("dpo", "tdpo1", "tdpo2")
+SMOLLM2, FROM_SCRATCH = "smollm2", "scratch"
+# Defaults of the small model that is trained from scratch, where they are others than those of a pretrained model.
+SCRATCH: dict[str, Any] = {
+    "lora_r": 0,
+    "pretrain_steps": 450,
+    "prompts": 1200,
+    "prompt_tokens": 5,
+    "steps": 80,
+    "eval_every": 20,
+    "eval_prompts": 256,
+    "batch_pairs": 32,
+    "learning_rate": 5e-4,
+}
+_MAY_BE_ZERO = ("seed", "lora_r", "pretrain_steps")
+
+
+class Method(NamedTuple):
+    """A loss and its numbers."""
+
+    variant: str
+    beta: float
+    alpha: float
 
 
 @dataclass(frozen=True)
@@ -18,18 +42,25 @@ class DemoSettings:
     """
 
     out: str = option("out/demo", "directory for models, data, results and the plot")
+    model: str = option(
+        SMOLLM2,
+        "where all methods start: smollm2 (SmolLM2-135M-Instruct), scratch (a small GPT-2 that is trained first, for "
+        "tests and machines without the package) or the folder of a model of your own",
+    )
     seed: int = option(0, "seed of all random numbers")
     reviews: int = option(15_000, "IMDb reviews to use, 25,000 at most")
     methods: tuple[str, ...] = option(METHODS, "losses to compare: dpo, tdpo1, tdpo2")
-    pretrain_steps: int = option(450, "steps of 32 x 64 tokens for the GPT-2 trained from scratch")
-    prompts: int = option(1200, "prompts for which preference pairs are sampled")
+    lora_r: int = option(16, "rank of the LoRA adapters that are trained; 0 trains the whole model")
+    pretrain_steps: int = option(0, "steps of 32 x 64 tokens for the model from scratch")
+    prompts: int = option(200, "prompts for which preference pairs are sampled")
+    prompt_tokens: int = option(8, "tokens of a prompt, which is the beginning of a sentence")
     samples: int = option(4, "responses sampled per prompt; the best and the worst make a pair")
     response_tokens: int = option(24, "tokens of a sampled response")
-    steps: int = option(80, "training steps of each method")
-    eval_every: int = option(20, "steps between evaluations and checkpoints")
-    eval_prompts: int = option(256, "prompts sampled at each evaluation")
-    batch_pairs: int = option(32, "preference pairs per step")
-    learning_rate: float = option(5e-4, "learning rate of each method")
+    steps: int = option(20, "training steps of each method")
+    eval_every: int = option(5, "steps between evaluations and checkpoints")
+    eval_prompts: int = option(128, "prompts sampled at each evaluation")
+    batch_pairs: int = option(8, "preference pairs per step")
+    learning_rate: float = option(1e-3, "learning rate of each method")
     beta: float = option(0.1, "strength of the KL constraint")
     alpha: float = option(0.5, "weight of the sequence-KL difference in tdpo2")
 
@@ -38,7 +69,18 @@ class DemoSettings:
         if unknown:
             raise ValueError(f"methods holds {', '.join(unknown)}; allowed are {', '.join(METHODS)}")
         for name, value in asdict(self).items():
-            if isinstance(value, (int, float)) and name != "seed" and value <= 0:
+            if isinstance(value, (int, float)) and (value < 0 or (value == 0 and name not in _MAY_BE_ZERO)):
                 raise ValueError(f"{name} is {value}; it must be positive")
         if self.samples < 2:
             raise ValueError("samples is 1; it must be at least 2, as a pair has two responses")
+        if (self.model == FROM_SCRATCH) != (self.pretrain_steps > 0):
+            raise ValueError(
+                f"pretrain_steps is {self.pretrain_steps} and model is {self.model}; it must be positive for "
+                f"{FROM_SCRATCH}, and 0 for a model that is trained already"
+            )
+        if self.model not in (SMOLLM2, FROM_SCRATCH) and not Path(self.model).is_dir():
+            raise ValueError(f"model is {self.model}; {SMOLLM2}, {FROM_SCRATCH} or an existing folder is needed")
+
+    def method(self, variant: str) -> Method:
+        """A loss with the demo's numbers."""
+        return Method(variant, self.beta, self.alpha)
