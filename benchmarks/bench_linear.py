@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table
-from peers import published, published_linear, token_values
+from peers import published, published_linear, trl_linear
 
-from tdpo_ext import TokenDivergence, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
+from tdpo_ext import eager, linear_preference_loss, linear_token_divergence, tdpo_loss
 
 
 class Shape(NamedTuple):
@@ -101,24 +101,8 @@ class Step:
         loss(hidden, self.weight, ref_hidden, self.ref_weight, self.labels.view(-1)).backward()
 
     def trl(self) -> None:
-        """TDPO2 from TRL's streamed kernels: the forward KL, and log-probabilities of the policy and the reference."""
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-        hidden, ref_hidden = self.hidden.flatten(0, 1), self.ref_hidden.flatten(0, 1)
-        labels = self.labels.view(-1)
-
-        def logps(hidden, weight):
-            return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
-
-        both_heads = (hidden, self.weight, None, ref_hidden, self.ref_weight, None)
-        kl, _ = ChunkedDivergenceFunction.apply(*both_heads, 0.0, 1.0, 1.0, None, 1.0, None)  # 0.0: the forward KL
-        with torch.no_grad():
-            ref_logps = logps(ref_hidden, self.ref_weight)
-        policy_logps = logps(hidden, self.weight)
-        rows = token_values(policy_logps, ref_logps, kl)
-        rows = TokenDivergence(*(values.view(self.labels.shape) for values in rows))
-        OBJECTIVE(*rows.per_sequence().chunk(2)).mean().backward()
+        """TDPO2 from TRL's streamed kernels."""
+        OBJECTIVE(*trl_linear(**self.inputs).per_sequence().chunk(2)).mean().backward()
 
     def one_head(self, loss) -> None:
         loss(self.hidden.flatten(0, 1), self.weight, self.labels.view(-1)).backward()

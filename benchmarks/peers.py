@@ -1,4 +1,4 @@
-"""The published implementation that `tdpo_ext` is measured against."""
+"""What `tdpo_ext` is measured against: the published arithmetic, and TRL's streamed kernels."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ def published_linear(objective, hidden, weight, ref_hidden, ref_weight, labels):
     logits, ref_logits = F.linear(hidden, weight), F.linear(ref_hidden, ref_weight)
     chosen, rejected = published(logits, ref_logits, labels).per_sequence().chunk(2)
     return objective(chosen, rejected).mean(), chosen, rejected
+
+
+def trl_linear(hidden, weight, ref_hidden, ref_weight, labels):
+    """Per-token values by TRL's streamed kernels: the forward KL, and log-probabilities of policy and reference.
+
+    hidden (..., D), weight (V, D), labels (...), none of them ignored.
+    """
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    rows, ref_rows, shape = hidden.flatten(0, -2), ref_hidden.flatten(0, -2), labels.shape
+
+    def logps(hidden, weight):
+        return ChunkedLogProbFunction.apply(hidden, weight, None, labels.flatten(), 1.0, 32768, None, 1.0, ())[0]
+
+    both_heads = (rows, weight, None, ref_rows, ref_weight, None)
+    kl, _ = ChunkedDivergenceFunction.apply(*both_heads, 0.0, 1.0, 1.0, None, 1.0, None)  # 0.0: the forward KL
+    with torch.no_grad():
+        ref_logps = logps(ref_rows, ref_weight)
+    return token_values(logps(rows, weight).view(shape), ref_logps.view(shape), kl.view(shape))

@@ -1,11 +1,12 @@
-"""The paper's controlled-sentiment figures at small scale: reward over sequence KL, and KL over steps, several seeds.
+"""The paper's controlled-sentiment figures (arXiv 2404.11999, section 5.1): reward over sequence KL, and KL over steps.
 
-    python benchmarks/sentiment_frontier.py [--seeds 3] [--out out/frontier] [--report-only]
+    python benchmarks/sentiment_frontier.py [--methods dpo-0.1 tdpo2-0.5 ...] [--seeds 0 1 2] [--report-only] [--tiny]
 
-For every seed, a classifier, a GPT-2 trained from scratch and preference pairs; then DPO, TDPO1 and TDPO2 with alpha
-0.1, 0.3, 0.5 and 0.7 from the same initial policy, through the public trainer (arXiv 2404.11999, section 5.1). An
-interrupted run resumes from the last checkpoint. Results go to benchmarks/results/sentiment_frontier.json and .png.
-Takes about an hour on 2 cores.
+Every seed has its own classifier split and its own preference pairs, sampled from SmolLM2; every method starts from
+SmolLM2 and trains LoRA through the public trainer: DPO at beta 0.05, 0.1, 0.3 and 1; TDPO1; TDPO2 at alpha 0.3, 0.5,
+0.7 and 1, at beta 0.1. A (method, seed) pair is a run of its own: it resumes where it was interrupted, and its results
+are added to benchmarks/results/frontier.json, from which table and picture are drawn again. So runs can be spread
+over days and machines. One takes six minutes on two quiet cores, all 27 two and a half hours.
 """
 
 from __future__ import annotations
@@ -16,72 +17,59 @@ from pathlib import Path
 
 import numpy as np
 from common import RESULTS, save, text_table
-from tdpo.demo.report import reward_at
-from tdpo.demo.settings import DemoSettings
+from tdpo.demo.report import Point, reward_at
+from tdpo.demo.settings import DemoSettings, Method
 
-METHODS = {"dpo": ("dpo", 0.5), "tdpo1": ("tdpo1", 0.5)}
-METHODS |= {f"tdpo2-{alpha}": ("tdpo2", alpha) for alpha in (0.1, 0.3, 0.5, 0.7)}
-SETTINGS = {"pretrain_steps": 800, "prompts": 1500, "steps": 120, "eval_every": 15, "eval_prompts": 512}
-
-
-def run(out: Path, seeds: int) -> None:
-    from tdpo.demo.experiment import Experiment
-
-    for seed in range(seeds):
-        experiment = Experiment(DemoSettings(out=str(out / f"seed-{seed}"), seed=seed, **SETTINGS))
-        for name, (variant, alpha) in METHODS.items():
-            experiment.train(name, variant, alpha)
+METHODS = {f"dpo-{beta:g}": Method("dpo", beta, 0.5) for beta in (0.05, 0.1, 0.3, 1.0)}
+METHODS |= {"tdpo1": Method("tdpo1", 0.1, 0.5)}
+METHODS |= {f"tdpo2-{alpha:g}": Method("tdpo2", 0.1, alpha) for alpha in (0.3, 0.5, 0.7, 1.0)}
+SETTINGS = {"prompts": 600, "steps": 30, "eval_every": 6, "eval_prompts": 512}
+TINY = {"reviews": 1000, "prompts": 12, "steps": 2, "eval_every": 1, "eval_prompts": 4, "response_tokens": 6}
+LEVELS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)  # sequence KLs at which rewards are compared
+Runs = dict[str, dict[str, dict]]  # method -> seed -> {"frontier": [point], "kl": [step of training]}
 
 
-def collect(out: Path) -> dict:
-    """Every finished run's frontier and KL series: {method: {"frontiers": [seed][point], "kl": [seed][step]}}."""
-    curves: dict = {name: {"frontiers": [], "kl": []} for name in METHODS}
-    for seed_folder in sorted(out.glob("seed-*")):
-        for name, method in curves.items():
-            log = seed_folder / name / "log.json"
-            if not log.exists():
-                continue
-            method["frontiers"].append(json.loads((seed_folder / name / "frontier.json").read_text()))
-            entries = [entry for entry in json.loads(log.read_text()) if "kl/chosen" in entry]
-            method["kl"].append(
-                [{key: entry[key] for key in ("step", "kl/chosen", "kl/rejected", "kl/margin")} for entry in entries]
-            )
-    return curves
+def run(experiment, name: str) -> dict:
+    """Trains a method unless that is done: its frontier, and the KL of its batches over the steps."""
+    frontier = experiment.train(name, METHODS[name])
+    log = json.loads((experiment.out / name / "log.json").read_text())
+    keys = ("step", "kl/chosen", "kl/rejected", "kl/margin")
+    return {"frontier": frontier, "kl": [{key: entry[key] for key in keys} for entry in log if "kl/chosen" in entry]}
 
 
-def matched(curves: dict) -> list[dict]:
-    """Mean and standard deviation over seeds of every method's reward at sequence KLs that all runs reach."""
-    largest = min(max(p["kl"] for p in points) for method in curves.values() for points in method["frontiers"])
+def reward_within(points: list[Point], kl: float) -> float | None:
+    """A run's reward at a sequence KL, interpolated; None if it never went that far."""
+    return reward_at(points, kl) if max(point["kl"] for point in points) >= kl else None
+
+
+def matched(runs: Runs) -> list[dict]:
+    """Mean, standard deviation and number of seeds of every method's reward at each level that it reached."""
     rows = []
-    for share in (0.4, 0.6, 0.8, 1.0):
-        row: dict = {"kl": share * largest}
-        for name, method in curves.items():
-            rewards = [reward_at(points, share * largest) for points in method["frontiers"]]
-            row[name], row[f"{name} sd"] = float(np.mean(rewards)), float(np.std(rewards))
+    for level in LEVELS:
+        row: dict = {"kl": level}
+        for name, seeds in runs.items():
+            rewards = [reward_within(results["frontier"], level) for results in seeds.values()]
+            reached = [reward for reward in rewards if reward is not None]
+            if reached:
+                row[name] = {"mean": float(np.mean(reached)), "sd": float(np.std(reached)), "seeds": len(reached)}
         rows.append(row)
     return rows
 
 
-def plot(curves: dict, path: Path) -> None:
+def plot(runs: Runs, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for index, (name, method) in enumerate(curves.items()):
-        kl, reward = (np.array([[p[key] for p in run] for run in method["frontiers"]]) for key in ("kl", "reward"))
-        axes[0].plot(kl.mean(0), reward.mean(0), marker="o", ms=3, color=f"C{index}", label=name)
-        axes[0].fill_between(
-            kl.mean(0), reward.mean(0) - reward.std(0), reward.mean(0) + reward.std(0), color=f"C{index}", alpha=0.12
-        )
-        steps = [entry["step"] for entry in method["kl"][0]]
+    for index, (name, seeds) in enumerate(runs.items()):
+        style = {"color": f"C{index}", "label": name, "ls": "--" if name.startswith("dpo") else "-"}
+        frontiers = [results["frontier"] for results in seeds.values()]
+        _band(axes[0], *([[point[key] for point in run] for run in frontiers] for key in ("kl", "reward")), style)
         for axis, key in ((axes[1], "kl/chosen"), (axes[2], "kl/rejected")):
-            series = np.array([[entry[key] for entry in run] for run in method["kl"]])
-            axis.plot(steps, series.mean(0), color=f"C{index}", label=name)
-            axis.fill_between(
-                steps, series.mean(0) - series.std(0), series.mean(0) + series.std(0), color=f"C{index}", alpha=0.12
-            )
+            series = [results["kl"] for results in seeds.values()]
+            _band(axis, *([[entry[of] for entry in run] for run in series] for of in ("step", key)), style)
     axes[0].set(xlabel="sequence KL(reference || policy), nats", ylabel="reward: P(positive)", title="samples")
     axes[1].set(xlabel="step", ylabel="sequence KL, nats", title="chosen responses, training pairs")
     axes[2].set(xlabel="step", title="rejected responses, training pairs")
@@ -89,22 +77,51 @@ def plot(curves: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _band(axis, x: list[list[float]], y: list[list[float]], style: dict) -> None:
+    """The mean over runs, and one standard deviation around it."""
+    across, mean, spread = np.mean(x, 0), np.mean(y, 0), np.std(y, 0)
+    axis.plot(across, mean, lw=1.4, **style)
+    axis.fill_between(across, mean - spread, mean + spread, color=style["color"], alpha=0.12)
+
+
+def report(runs: Runs, settings: dict, folder: Path) -> None:
+    ordered = {name: runs[name] for name in METHODS if name in runs}
+    rows = matched(ordered)
+    if ordered:
+        plot(ordered, folder / "frontier.png")
+    methods = {name: method._asdict() for name, method in METHODS.items()}
+    path = save("frontier", {"settings": settings, "methods": methods, "matched_kl": rows, "runs": ordered}, folder)
+    shown = [{name: cell["mean"] if isinstance(cell, dict) else cell for name, cell in row.items()} for row in rows]
+    print(f"{text_table(shown, ['kl', *ordered])}\nsaved {path}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="repeat everything with seeds 0, 1, ...")
-    parser.add_argument("--out", type=Path, default=Path("out/frontier"), help="output folder of the runs")
-    parser.add_argument("--report-only", action="store_true", help="train nothing; report the finished runs")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("out/frontier"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of frontier.json")
+    parser.add_argument("--report-only", action="store_true", help="train nothing; report the runs that are there")
+    parser.add_argument("--tiny", action="store_true", help="tiny settings: rehearses the script, measures nothing")
     arguments = parser.parse_args()
-    if not arguments.report_only:
-        run(arguments.out, arguments.seeds)
-    curves = collect(arguments.out)
-    rows = matched(curves)
-    print(text_table(rows, list(rows[0])))
-    results = {"settings": SETTINGS, "methods": METHODS, "matched_kl": rows, "curves": curves}
-    plot(curves, RESULTS / "sentiment_frontier.png")
-    print(f"saved {save('sentiment_frontier', results)}")
+    settings, path = TINY if arguments.tiny else SETTINGS, arguments.results / "frontier.json"
+    before = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
+    if before["settings"] != settings:
+        raise SystemExit(f"{path} holds runs with other settings, {before['settings']}: give another folder of results")
+    runs: Runs = before["runs"]
+    for seed in [] if arguments.report_only else arguments.seeds:
+        from tdpo.demo.experiment import Experiment
+
+        missing = [name for name in arguments.methods if str(seed) not in runs.get(name, {})]
+        if missing:
+            experiment = Experiment(DemoSettings(out=str(arguments.out / f"seed-{seed}"), seed=seed, **settings))
+        for name in missing:
+            runs.setdefault(name, {})[str(seed)] = run(experiment, name)
+            report(runs, settings, arguments.results)
+    report(runs, settings, arguments.results)
 
 
 if __name__ == "__main__":

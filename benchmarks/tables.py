@@ -193,6 +193,32 @@ def frontier_end() -> str:
 
 
 @table
+def demo() -> str:
+    """The demo's rewards at matched KL."""
+    results = load("demo")
+    methods = list(results["curves"])
+    rows = [[f"{row['kl']:.2f}", *(f"{row[method]:.3f}" for method in methods)] for row in results["matched_kl"]]
+    start = next(iter(results["curves"].values()))[0]
+    table = markdown(
+        ["sequence KL", *map(str.upper, methods)], [["0 (before)", *[f"{start['reward']:.3f}"] * 3], *rows]
+    )
+    minutes = results["processor_seconds"] / 60
+    return f"{table}\n\n{results['verdict']} This run took {minutes:.1f} minutes of processor time."
+
+
+@table
+def demo_samples() -> str:
+    """What the demo's models write, with its reward."""
+    examples = load("demo")["examples"]
+    rows = []
+    for name, continued in examples.items():
+        cells = [f"{' '.join(text.split())} ({reward:.2f})" for _, text, reward in continued[:2]]
+        rows.append([name if name == "before" else name.upper(), *cells])
+    prompts = [f"{' '.join(prompt.split())} ..." for prompt, _, _ in examples["before"][:2]]
+    return markdown(["", *prompts], rows)
+
+
+@table
 def long_pairs() -> str:
     """Pairs that are too long for the budget."""
     rows, results = [], load("bench_long_pairs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def report(settings: DemoSettings, out: Path, examples: dict[str, list[Example]]
     for row in matched:
         cells = "   ".join(f"{method.upper()} {row[method]:.3f}" for method in curves)
         print(f"  KL {row['kl']:5.2f}   {cells}")
-    results: dict[str, Any] = {"curves": curves, "matched_kl": matched, "examples": examples, "seconds": seconds}
+    results: dict[str, Any] = {"curves": curves, "matched_kl": matched, "examples": examples}
+    results |= {"seconds": seconds, "processor_seconds": time.process_time()}
     if {"dpo", "tdpo2"} <= curves.keys():
         error = float(np.hypot(*(curves[method][-1]["reward_error"] for method in ("dpo", "tdpo2"))))
         results["verdict"] = verdict(matched, error)

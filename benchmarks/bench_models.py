@@ -1,0 +1,323 @@
+"""The training step on pretrained models with real vocabularies and real text, against the published code and TRL.
+
+    python benchmarks/bench_models.py [--models smollm2 gemma3] [--rounds 2] [--pairs 2] [--skip-lengths] [...]
+
+Forward and backward of TDPO2 in bfloat16 on pairs of IMDb reviews: a prompt of 64 tokens, and responses of 32 to 128.
+The reference is the same model; the policy's weights are perturbed by 1e-2 of their standard deviation. Candidates:
+
+* published: both models' logits of a padded batch, then the published arithmetic, everything materialised.
+* trl kernels: hidden states of a padded batch, then TRL's streamed divergence and log-probabilities, composed to TDPO2.
+* trl DPOTrainer: its own step with its own loss, DPO, which needs no KL: for scale.
+* tdpo: our trainer's step: padded, packed (padding_free), with shared prompts, and the last with the reference's hidden
+  states cached (they are in memory here, where a training reads them from disk).
+
+steps: median seconds of alternating candidates, response and prompt tokens a second, and peak resident memory beyond
+models and gradients. heads: the same from given hidden states, without the backbones. lengths: peak memory of one pair
+over the length of its responses, and the longest that a line through the points allows in 8 GiB. head_errors: loss,
+gradients of one pair of 32 tokens against float64 on the same hidden states; model_errors: of the whole step against
+the models in float64 (SmolLM2 only), which adds what bfloat16 costs in the backbones.
+
+The models and their terms: benchmarks/real_models.py. Results go to benchmarks/results/bench_models.json after
+every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import real_models
+import torch
+import torch.nn.functional as F
+from common import medians, peak_extra_bytes, save, text_table
+from datasets import Dataset
+from peers import published, trl_linear
+from tdpo import CausalLM, PreferenceCollator
+from tdpo.causal_lm import CachedReferenceHead
+from tdpo.loss import PreferenceLoss
+from torch import Tensor
+
+from tdpo_ext import TokenDivergence, eager, linear_preference_loss, tdpo_loss
+
+PROMPT, SHORTEST, LONGEST = 64, 32, 128
+OBJECTIVE = functools.partial(tdpo_loss, beta=0.1)
+MEMORY = 8 << 30  # bytes beyond models and gradients, for the longest sequence
+LENGTHS = (128, 256, 512)
+SIDES = ("chosen", "rejected")
+
+
+def pairs_of_reviews(tokenizer, count: int, responses: tuple[int, int]) -> list[dict]:
+    """Token ids of `count` pairs, whose responses have lengths evenly spread between two bounds."""
+    needed = PROMPT + responses[1]
+    encoded = (tokenizer(text)["input_ids"] for text in real_models.review_texts(6 * needed, 12 * needed))
+    reviews = [ids for ids in encoded if len(ids) >= needed][: 2 * count]
+    if len(reviews) < 2 * count:
+        raise ValueError(f"pairs is {count}; there are {len(reviews)} reviews of {needed} tokens")
+    lengths = np.linspace(*responses, 2 * count).astype(int).tolist()
+    return [
+        {
+            "prompt_ids": reviews[pair][:PROMPT],
+            "chosen_ids": reviews[pair][PROMPT : PROMPT + lengths[2 * pair]],
+            "rejected_ids": reviews[count + pair][PROMPT : PROMPT + lengths[2 * count - 1 - 2 * pair]],
+        }
+        for pair in range(count)
+    ]
+
+
+class Step:
+    """One training step of a policy and a reference, by every candidate."""
+
+    def __init__(self, name: str, rows: list[dict], dtype: torch.dtype = torch.bfloat16, models: tuple | None = None):
+        if models is None:
+            policy, tokenizer = real_models.load(name, torch.bfloat16)
+            real_models.perturb(policy, 1e-2)
+            models = policy, real_models.load(name, torch.bfloat16).model, tokenizer
+        policy, reference, self.tokenizer = models
+        self.policy_model, self.reference_model = policy.to(dtype), reference.to(dtype).requires_grad_(False)
+        self.policy, self.reference, self.rows = CausalLM.of(self.policy_model), CausalLM.of(self.reference_model), rows
+        self.loss = PreferenceLoss(self.policy, self.reference, OBJECTIVE)
+        self.cached = PreferenceLoss(self.policy, CachedReferenceHead.copy_of(self.reference), OBJECTIVE)
+
+    def clear(self) -> None:
+        self.policy_model.zero_grad(set_to_none=True)
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and responses, as separate sequences."""
+        return sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in self.rows)
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.policy_model.parameters())
+
+    def batch(self, **options: bool) -> dict[str, Any]:
+        return PreferenceCollator(self.tokenizer.pad_token_id or 0, **options)(self.rows)
+
+    def candidates(self, *, trainer: bool = True) -> dict[str, Callable[[], Tensor]]:
+        """Functions that compute a loss, to be differentiated; `trainer`: TRL's own too."""
+        padded, packed = self.batch(), self.batch(padding_free=True)
+        shared = self.batch(padding_free=True, shared_prompts=True)
+        with torch.no_grad():
+            ref_hidden = self.reference.backbone(shared).last_hidden_state.flatten(0, 1)[shared["rows"]]
+        candidates = {
+            "published": functools.partial(self.published, padded),
+            "trl kernels": functools.partial(self.trl_kernels, padded),
+            "tdpo, padded": lambda: self.loss(padded).loss,
+            "tdpo, packed": lambda: self.loss(packed).loss,
+            "tdpo, shared prompts": lambda: self.loss(shared).loss,
+            "tdpo, shared prompts, cached reference": lambda: self.cached({**shared, "ref_hidden": ref_hidden}).loss,
+        }
+        if find_spec("trl") is None:
+            print("trl is not installed: its candidates are skipped")
+            del candidates["trl kernels"]
+        elif trainer:
+            candidates["trl DPOTrainer (DPO)"] = self.trl_trainer()
+        return candidates
+
+    def published(self, batch: dict) -> Tensor:
+        """Logits of whole padded sequences, as the published code computes them; its loss sums response tokens."""
+        with torch.no_grad():
+            ref_logits = self.reference.logits(**batch)[:, :-1]
+        logits = self.policy.logits(**batch)[:, :-1]
+        counts = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
+        counts[batch["rows"]] = True
+        counts = counts.view_as(batch["input_ids"])[:, :-1]
+        tokens = published(logits, ref_logits, batch["input_ids"][:, 1:])
+        chosen, rejected = TokenDivergence(*(values * counts for values in tokens)).per_sequence().chunk(2)
+        return OBJECTIVE(chosen, rejected).mean()
+
+    def trl_kernels(self, batch: dict) -> Tensor:
+        with torch.no_grad():
+            ref_hidden = self.reference.hidden(**batch).flatten(0, 1)[batch["rows"]]
+        hidden = self.policy.hidden(**batch).flatten(0, 1)[batch["rows"]]
+        tokens = trl_linear(hidden, self.policy.weight, ref_hidden, self.reference.weight, batch["targets"])
+        return _loss_of_rows(tokens, batch["row_lengths"])
+
+    def trl_trainer(self) -> Callable[[], Tensor]:
+        from trl import DPOConfig, DPOTrainer
+
+        texts = [{name: self.tokenizer.decode(row[f"{name}_ids"]) for name in ("prompt", *SIDES)} for row in self.rows]
+        args = DPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=len(texts),
+            max_length=None,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        )
+        data = Dataset.from_list(texts)
+        models = self.policy_model, self.reference_model
+        trainer = DPOTrainer(*models, args=args, train_dataset=data, processing_class=self.tokenizer)
+        batch = next(iter(trainer.get_train_dataloader()))
+        return lambda: trainer.compute_loss(trainer.model, dict(batch))
+
+    def heads(self) -> dict[str, Callable[[], Tensor]]:
+        """The losses from given hidden states of the response rows."""
+        batch = self.batch()
+        with torch.no_grad():
+            hidden, ref_hidden = (
+                model.hidden(**batch).flatten(0, 1)[batch["rows"]] for model in (self.policy, self.reference)
+            )
+        hidden, weight = hidden.requires_grad_(), self.policy.weight.detach().clone().requires_grad_()
+        ref_weight, labels, lengths = self.reference.weight, batch["targets"], batch["row_lengths"]
+
+        def ours() -> Tensor:
+            return linear_preference_loss(
+                OBJECTIVE, hidden, weight, ref_hidden, ref_weight, labels, cu_seqlens=batch["cu_seqlens"]
+            )[0]
+
+        def theirs(function: Callable) -> Tensor:
+            return _loss_of_rows(function(hidden, weight, ref_hidden, ref_weight, labels), lengths)
+
+        def from_logits(hidden, weight, ref_hidden, ref_weight, labels) -> TokenDivergence:
+            return published(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight), labels)
+
+        self.head_leaves, self.ref_head = (hidden, weight), (ref_hidden, ref_weight)
+        candidates = {"published": functools.partial(theirs, from_logits), "tdpo": ours}
+        if find_spec("trl") is not None:
+            candidates["trl kernels"] = functools.partial(theirs, trl_linear)
+        return candidates
+
+
+def _loss_of_rows(tokens: TokenDivergence, lengths: list[int]) -> Tensor:
+    sums = TokenDivergence(*(torch.stack([part.sum() for part in values.split(lengths)]) for values in tokens))
+    return OBJECTIVE(*sums.chunk(2)).mean()
+
+
+def backward(loss: Callable[[], Tensor]) -> None:
+    loss().backward()
+
+
+def measure(losses: dict, rounds: int, clear: Callable[[], object], gradient_bytes: int, tokens: int) -> list[dict]:
+    """Seconds, tokens a second and extra memory of every candidate."""
+    runs = {name: functools.partial(backward, loss) for name, loss in losses.items()}
+    seconds = medians(runs, rounds, prepare=clear)
+    rows = []
+    for name, run in runs.items():
+        clear()
+        extra = peak_extra_bytes(run) - gradient_bytes
+        speed = {"seconds": seconds[name], "tokens_per_second": tokens / seconds[name]}
+        faster = seconds["published"] / seconds[name]
+        rows.append({"candidate": name, **speed, "faster": faster, "extra_mb": extra / 2**20})
+    return rows
+
+
+def lengths(name: str) -> list[dict]:
+    """Peak memory over the length of both responses of a pair, and the longest that fits `MEMORY`."""
+    extra: dict[str, list[float]] = {}
+    tokenizer = real_models.load(name, torch.bfloat16).tokenizer
+    step = Step(name, [])
+    for length in LENGTHS:
+        step.rows = pairs_of_reviews(tokenizer, 1, (length, length))
+        losses = step.candidates(trainer=False)
+        for candidate in ("published", "trl kernels", "tdpo, padded", "tdpo, shared prompts"):
+            if candidate in losses:
+                step.clear()
+                peak = peak_extra_bytes(functools.partial(backward, losses[candidate])) - step.gradient_bytes
+                extra.setdefault(candidate, []).append(peak / 2**20)
+    rows = []
+    for candidate, megabytes in extra.items():
+        slope, offset = np.polyfit(LENGTHS, megabytes, 1)
+        longest = int((MEMORY / 2**20 - offset) / slope)
+        rows.append({"candidate": candidate, "extra_mb": megabytes, "mb_per_token": slope, "longest_response": longest})
+    return rows
+
+
+def head_errors(step: Step) -> list[dict]:
+    """Errors of the loss and of its two gradients against float64 on the same hidden states and heads."""
+    losses, leaves = step.heads(), step.head_leaves
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    true_loss = _exact_loss(*exact, *(tensor.double() for tensor in step.ref_head), step.batch())
+    true_loss.backward()
+    results = []
+    for candidate, loss in losses.items():
+        for leaf in leaves:
+            leaf.grad = None
+        value = loss()
+        value.backward()
+        dhidden, dweight = (_error([leaf.grad], [true.grad]) for leaf, true in zip(leaves, exact))
+        margin = abs(value.item() - true_loss.item())
+        results.append({"candidate": candidate, "loss": margin, "dhidden": dhidden, "dweight": dweight})
+    return results
+
+
+def model_errors(name: str, rows: list[dict]) -> list[dict]:
+    """Errors of the loss and of the gradient of all weights, backbones included, against the same models in float64."""
+    step, exact = Step(name, rows), Step(name, rows, dtype=torch.float64)
+    batch = exact.batch()
+    with torch.no_grad():
+        ref_hidden = exact.reference.hidden(**batch).flatten(0, 1)[batch["rows"]]
+    hidden = exact.policy.hidden(**batch).flatten(0, 1)[batch["rows"]]
+    true_loss = _exact_loss(hidden, exact.policy.weight, ref_hidden, exact.reference.weight, batch)
+    true_loss.backward()
+    truth = [parameter.grad for parameter in exact.policy_model.parameters()]
+    results = []
+    for candidate, loss in step.candidates(trainer=False).items():
+        step.clear()
+        value = loss()
+        value.backward()
+        error = _error([parameter.grad for parameter in step.policy_model.parameters()], truth)
+        margin = abs(value.item() - true_loss.item())
+        results.append({"candidate": candidate, "loss": margin, "gradient": error})
+    return results
+
+
+def _exact_loss(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, batch: dict) -> Tensor:
+    tokens = eager.linear_token_divergence(hidden, weight, ref_hidden, ref_weight, batch["targets"])
+    return _loss_of_rows(tokens, batch["row_lengths"])
+
+
+def _error(gradients: list[Tensor], truth: list[Tensor]) -> float:
+    """Relative, of all tensors together."""
+    difference = sum((mine.double() - true).square().sum().item() for mine, true in zip(gradients, truth))
+    return (difference / sum(true.square().sum().item() for true in truth)) ** 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=real_models.available(), choices=real_models.available())
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds; medians are reported")
+    parser.add_argument("--pairs", type=int, default=2, help="of a batch")
+    parser.add_argument("--skip-lengths", action="store_true", help="measure no memory over lengths")
+    parser.add_argument("--skip-errors", action="store_true", help="compare nothing with float64")
+    arguments = parser.parse_args()
+    results: dict = {"pairs": arguments.pairs, "load_before": os.getloadavg()[0], "models": {}}
+    for name in arguments.models:
+        tokenizer = real_models.load(name, torch.bfloat16).tokenizer
+        step = Step(name, pairs_of_reviews(tokenizer, arguments.pairs, (SHORTEST, LONGEST)))
+        parts = results["models"][name] = {"tokens": step.tokens, "vocab": step.policy.vocab_size}
+
+        def report(part: str, rows: list[dict], name: str = name, parts: dict = parts) -> None:
+            parts[part] = rows
+            print(f"\n{name}: {part}\n{text_table(rows, list(rows[0]))}", flush=True)
+            save("bench_models", {**results, "load_after": os.getloadavg()[0]})
+
+        heads = step.heads()
+        head_bytes = sum(leaf.nbytes for leaf in step.head_leaves)
+
+        def clear_heads(step: Step = step) -> None:
+            for leaf in step.head_leaves:
+                leaf.grad = None
+
+        report("heads", measure(heads, arguments.rounds, clear_heads, head_bytes, sum(step.batch()["row_lengths"])))
+        losses = step.candidates()
+        report("steps", measure(losses, arguments.rounds, step.clear, step.gradient_bytes, step.tokens))
+        del step, losses, heads
+        if not arguments.skip_lengths:
+            report("lengths", lengths(name))
+        if not arguments.skip_errors:
+            few = pairs_of_reviews(tokenizer, 1, (32, 32))
+            report("head_errors", head_errors(Step(name, few)))
+            if name == "smollm2":
+                report("model_errors", model_errors(name, few))
+
+
+if __name__ == "__main__":
+    main()
