@@ -11,20 +11,23 @@ The reference is the same model; the policy's weights are perturbed by 1e-2 of t
 * tdpo: our trainer's step: padded, packed (padding_free), with shared prompts, and the last with the reference's hidden
   states cached (they are in memory here, where a training reads them from disk).
 
-steps: median seconds of alternating candidates, response and prompt tokens a second, and peak resident memory beyond
-models and gradients. heads: the same from given hidden states, without the backbones. lengths: peak memory of one pair
-over the length of its responses, and the longest that a line through the points allows in 8 GiB. head_errors: loss,
-gradients of one pair of 32 tokens against float64 on the same hidden states; model_errors: of the whole step against
-the models in float64 (SmolLM2 only), which adds what bfloat16 costs in the backbones.
+heads: from given hidden states of the response rows, median seconds of alternating candidates, by the clock and of the
+processor (all threads: other work on the machine hardly changes these, which "faster" compares), rows a second, and
+peak resident memory beyond models and gradients. steps: the same of the whole step, with prompts among the tokens.
+lengths: peak memory of one pair over the length of its responses, and the longest that a line through the points allows
+in 8 GiB. head_errors: loss and gradients of one pair of 32 tokens against float64 on the same hidden states;
+model_errors: of the whole step against the models in float64 (SmolLM2 only), which adds what bfloat16 costs in the
+backbones.
 
-The models and their terms: benchmarks/real_models.py. Results go to benchmarks/results/bench_models.json after
-every part.
+The models and their terms: benchmarks/real_models.py. Results are added to benchmarks/results/bench_models.json
+after every part.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -35,7 +38,7 @@ import numpy as np
 import real_models
 import torch
 import torch.nn.functional as F
-from common import medians, peak_extra_bytes, save, text_table
+from common import RESULTS, peak_extra_bytes, processor_medians, save, text_table
 from datasets import Dataset
 from peers import published, trl_linear
 from tdpo import CausalLM, PreferenceCollator
@@ -198,14 +201,15 @@ def backward(loss: Callable[[], Tensor]) -> None:
 def measure(losses: dict, rounds: int, clear: Callable[[], object], gradient_bytes: int, tokens: int) -> list[dict]:
     """Seconds, tokens a second and extra memory of every candidate."""
     runs = {name: functools.partial(backward, loss) for name, loss in losses.items()}
-    seconds = medians(runs, rounds, prepare=clear)
-    rows = []
-    for name, run in runs.items():
+    rows, extra = [], {}
+    for name, run in runs.items():  # which is a warm-up too
         clear()
-        extra = peak_extra_bytes(run) - gradient_bytes
-        speed = {"seconds": seconds[name], "tokens_per_second": tokens / seconds[name]}
-        faster = seconds["published"] / seconds[name]
-        rows.append({"candidate": name, **speed, "faster": faster, "extra_mb": extra / 2**20})
+        extra[name] = (peak_extra_bytes(run) - gradient_bytes) / 2**20
+    seconds = processor_medians(runs, rounds, prepare=clear)
+    for name, (wall, processor) in seconds.items():
+        speed = {"seconds": wall, "processor_seconds": processor, "tokens_per_second": tokens / wall}
+        faster = {"faster": seconds["published"][1] / processor}
+        rows.append({"candidate": name, **speed, **faster, "extra_mb": extra[name]})
     return rows
 
 
@@ -288,16 +292,20 @@ def main() -> None:
     parser.add_argument("--skip-lengths", action="store_true", help="measure no memory over lengths")
     parser.add_argument("--skip-errors", action="store_true", help="compare nothing with float64")
     arguments = parser.parse_args()
-    results: dict = {"pairs": arguments.pairs, "load_before": os.getloadavg()[0], "models": {}}
+    path = RESULTS / "bench_models.json"
+    results: dict = json.loads(path.read_text()) if path.exists() else {"models": {}}
     for name in arguments.models:
         tokenizer = real_models.load(name, torch.bfloat16).tokenizer
         step = Step(name, pairs_of_reviews(tokenizer, arguments.pairs, (SHORTEST, LONGEST)))
-        parts = results["models"][name] = {"tokens": step.tokens, "vocab": step.policy.vocab_size}
+        parts = {"pairs": arguments.pairs, "tokens": step.tokens, "vocab": step.policy.vocab_size}
+        parts["load_before"] = os.getloadavg()[0]
+        results["models"][name] = parts
 
         def report(part: str, rows: list[dict], name: str = name, parts: dict = parts) -> None:
             parts[part] = rows
             print(f"\n{name}: {part}\n{text_table(rows, list(rows[0]))}", flush=True)
-            save("bench_models", {**results, "load_after": os.getloadavg()[0]})
+            parts["load_after"] = os.getloadavg()[0]
+            save("bench_models", {"models": results["models"]})
 
         heads = step.heads()
         head_bytes = sum(leaf.nbytes for leaf in step.head_leaves)

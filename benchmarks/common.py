@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import platform
 import statistics
@@ -69,6 +71,20 @@ def medians(
     return {name: statistics.median(series) for name, series in times.items()}
 
 
+def processor_medians(candidates: dict[str, Callable[[], object]], rounds: int, prepare: Callable[[], object]) -> dict:
+    """As `medians`: seconds of this process's threads together, which other work on the machine hardly changes."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    walls: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            prepare()
+            gc.collect()
+            start = time.process_time()
+            walls[name].append(_seconds(run))
+            times[name].append(time.process_time() - start)
+    return {name: (statistics.median(walls[name]), statistics.median(times[name])) for name in candidates}
+
+
 def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -109,7 +125,7 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     process = psutil.Process()
-    tdpo_ext.release_scratch()
+    _return_free_memory()
     before = process.memory_info().rss
     peak, done = before, threading.Event()
 
@@ -127,6 +143,14 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         done.set()
         watcher.join()
     return peak - before
+
+
+def _return_free_memory() -> None:
+    """Gives back what earlier runs left: counted as in use before, it would hide as much of the next run's peak."""
+    gc.collect()
+    tdpo_ext.release_scratch()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def text_table(rows: list[dict], columns: list[str]) -> str:

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 NAMES = {
     "published, eager": "eager",
     "published, compiled": "torch.compile",
+    "trl divergence and log-probabilities": "TRL's streamed kernels",
     "liger chunked jsd": "Liger chunked JSD",
     "tdpo_ext streaming": "tdpo_ext streaming",
     "tdpo_ext chunked": "tdpo_ext",

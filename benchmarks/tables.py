@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("performance", "paper", "reliability", "building"))]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("models", "performance", "paper", "reliability", "building"))]
 Table = Callable[[], str]
 TABLES: dict[str, Table] = {}
 
@@ -190,6 +190,81 @@ def frontier_end() -> str:
         ]
         rows.append([name, f"{mean[0]:.3f}", *(f"{value:.2f}" for value in mean[1:])])
     return markdown(["", "reward", "KL of samples", "KL of chosen", "KL of rejected"], rows)
+
+
+_MODELS = {"smollm2": "SmolLM2", "gemma3": "Gemma 3"}
+_CANDIDATES = {"tdpo_ext": "tdpo_ext", "published": "published", "trl": "TRL"}
+
+
+@table
+def precision() -> str:
+    """Errors of the KL on real text."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in load("bench_precision")["rows"]:
+        cases.setdefault((row["model"], row["perturbation"], row["inputs"]), {})[row["candidate"]] = row
+    rows = []
+    for (model, size, inputs), errors in cases.items():
+        cells = [
+            f"{errors[name]['median']:.1e}; {errors[name]['99th percentile']:.1e}" if name in errors else ""
+            for name in _CANDIDATES
+        ]
+        rows.append([_MODELS[model], f"{size:g}", inputs, f"{errors['published']['median_kl']:.1e}", *cells])
+    return markdown(["model", "noise", "inputs", "median KL", *_CANDIDATES.values()], rows)
+
+
+@table
+def precision_steps() -> str:
+    """Errors of the mean KL over the first steps of a training."""
+    steps = load("bench_precision")["steps"]
+    rows = []
+    for name, title in _CANDIDATES.items():
+        errors = sorted(abs(step[name] / step["float64"] - 1) for step in steps)
+        rows.append([title, f"{errors[len(errors) // 2]:.1e}", f"{errors[-1]:.1e}"])
+    return markdown(["relative error of the mean KL", "median of the steps", "largest"], rows)
+
+
+def _of_models(part: str) -> str:
+    rows = []
+    for model, parts in load("bench_models")["models"].items():
+        for row in parts.get(part, []):
+            numbers = [f"{row['processor_seconds']:.2f}", f"{row['faster']:.2f}x", f"{row['extra_mb']:,.0f}"]
+            rows.append([_MODELS[model], row["candidate"], *numbers])
+    return markdown(["model", "", "processor seconds", "faster", "extra MiB"], rows)
+
+
+@table
+def model_steps() -> str:
+    """Whole training steps of pretrained models."""
+    return _of_models("steps")
+
+
+@table
+def model_heads() -> str:
+    """Heads and loss of pretrained models."""
+    return _of_models("heads")
+
+
+@table
+def model_lengths() -> str:
+    """Memory over the length of responses."""
+    rows = []
+    for model, parts in load("bench_models")["models"].items():
+        for row in parts.get("lengths", []):
+            cells = [f"{row['mb_per_token']:.2f}", f"{row['longest_response']:,}"]
+            rows.append([_MODELS[model], row["candidate"], *(f"{mb:,.0f}" for mb in row["extra_mb"]), *cells])
+    header = [f"extra MiB, responses of {length}" for length in (128, 256, 512)]
+    return markdown(["model", "", *header, "MiB a token", "longest in 8 GiB"], rows)
+
+
+@table
+def model_errors() -> str:
+    """Errors of loss and gradients against float64."""
+    rows = []
+    for model, parts in load("bench_models")["models"].items():
+        for row in parts.get("head_errors", []):
+            errors = [f"{row[key]:.1e}" for key in ("loss", "dhidden", "dweight")]
+            rows.append([_MODELS[model], row["candidate"], *errors])
+    return markdown(["model", "", "loss", "dL/dhidden", "dL/dweight"], rows)
 
 
 @table
