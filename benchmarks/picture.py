@@ -6,7 +6,7 @@ python benchmarks/picture.py
 from __future__ import annotations
 
 import matplotlib
-from tables import ROOT, load
+from table_kit import ROOT, load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -112,16 +112,17 @@ def main() -> None:
     if before["settings"] != settings:
         raise SystemExit(f"{path} holds runs with other settings, {before['settings']}: give another folder of results")
     runs: Runs = before["runs"]
-    for seed in [] if arguments.report_only else arguments.seeds:
-        from tdpo.demo.experiment import Experiment
+    if arguments.report_only:
+        return report(runs, settings, arguments.results)
+    from tdpo.demo.experiment import Experiment
 
+    for seed in arguments.seeds:
         missing = [name for name in arguments.methods if str(seed) not in runs.get(name, {})]
         if missing:
             experiment = Experiment(DemoSettings(out=str(arguments.out / f"seed-{seed}"), seed=seed, **settings))
         for name in missing:
             runs.setdefault(name, {})[str(seed)] = run(experiment, name)
             report(runs, settings, arguments.results)
-    report(runs, settings, arguments.results)
 
 
 if __name__ == "__main__":

@@ -2,38 +2,21 @@
 
     python benchmarks/tables.py [--check]
 
-The text between `<!-- table: NAME -->` and `<!-- end -->` on a page is the output of the function NAME in this file.
-With --check nothing is written, and a page that differs is an error: figures can't drift from the measurements.
+The text between `<!-- table: NAME -->` and `<!-- end -->` on a page is the output of the function NAME here or in
+model_tables.py. With --check nothing is written, and a page that differs is an error: figures can't drift from the
+measurements.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import model_tables  # noqa: F401 (registers its tables)
+from table_kit import ROOT, TABLES, load, markdown, table
+
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("models", "performance", "paper", "reliability", "building"))]
-Table = Callable[[], str]
-TABLES: dict[str, Table] = {}
-
-
-def table(function: Table) -> Table:
-    """Registers a function as the table of its name."""
-    TABLES[function.__name__] = function
-    return function
-
-
-def load(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 @table
@@ -190,107 +173,6 @@ def frontier_end() -> str:
         ]
         rows.append([name, f"{mean[0]:.3f}", *(f"{value:.2f}" for value in mean[1:])])
     return markdown(["", "reward", "KL of samples", "KL of chosen", "KL of rejected"], rows)
-
-
-_MODELS = {"smollm2": "SmolLM2", "gemma3": "Gemma 3"}
-_CANDIDATES = {"tdpo_ext": "tdpo_ext", "published": "published", "trl": "TRL"}
-
-
-@table
-def precision() -> str:
-    """Errors of the KL on real text."""
-    cases: dict[tuple, dict[str, dict]] = {}
-    for row in load("bench_precision")["rows"]:
-        cases.setdefault((row["model"], row["perturbation"], row["inputs"]), {})[row["candidate"]] = row
-    rows = []
-    for (model, size, inputs), errors in cases.items():
-        cells = [
-            f"{errors[name]['median']:.1e}; {errors[name]['99th percentile']:.1e}" if name in errors else ""
-            for name in _CANDIDATES
-        ]
-        rows.append([_MODELS[model], f"{size:g}", inputs, f"{errors['published']['median_kl']:.1e}", *cells])
-    return markdown(["model", "noise", "inputs", "median KL", *_CANDIDATES.values()], rows)
-
-
-@table
-def precision_steps() -> str:
-    """Errors of the mean KL over the first steps of a training."""
-    steps = load("bench_precision")["steps"]
-    rows = []
-    for name, title in _CANDIDATES.items():
-        errors = sorted(abs(step[name] / step["float64"] - 1) for step in steps)
-        rows.append([title, f"{errors[len(errors) // 2]:.1e}", f"{errors[-1]:.1e}"])
-    return markdown(["relative error of the mean KL", "median of the steps", "largest"], rows)
-
-
-def _of_models(part: str) -> str:
-    rows = []
-    for model, parts in load("bench_models")["models"].items():
-        for row in parts.get(part, []):
-            numbers = [f"{row['processor_seconds']:.2f}", f"{row['faster']:.2f}x", f"{row['extra_mb']:,.0f}"]
-            rows.append([_MODELS[model], row["candidate"], *numbers])
-    return markdown(["model", "", "processor seconds", "faster", "extra MiB"], rows)
-
-
-@table
-def model_steps() -> str:
-    """Whole training steps of pretrained models."""
-    return _of_models("steps")
-
-
-@table
-def model_heads() -> str:
-    """Heads and loss of pretrained models."""
-    return _of_models("heads")
-
-
-@table
-def model_lengths() -> str:
-    """Memory over the length of responses."""
-    rows = []
-    for model, parts in load("bench_models")["models"].items():
-        for row in parts.get("lengths", []):
-            cells = [f"{row['mb_per_token']:.2f}", f"{row['longest_response']:,}"]
-            rows.append([_MODELS[model], row["candidate"], *(f"{mb:,.0f}" for mb in row["extra_mb"]), *cells])
-    header = [f"extra MiB, responses of {length}" for length in (128, 256, 512)]
-    return markdown(["model", "", *header, "MiB a token", "longest in 8 GiB"], rows)
-
-
-@table
-def model_errors() -> str:
-    """Errors of loss and gradients against float64."""
-    rows = []
-    for model, parts in load("bench_models")["models"].items():
-        for row in parts.get("head_errors", []):
-            errors = [f"{row[key]:.1e}" for key in ("loss", "dhidden", "dweight")]
-            rows.append([_MODELS[model], row["candidate"], *errors])
-    return markdown(["model", "", "loss", "dL/dhidden", "dL/dweight"], rows)
-
-
-@table
-def demo() -> str:
-    """The demo's rewards at matched KL."""
-    results = load("demo")
-    methods = list(results["curves"])
-    rows = [[f"{row['kl']:.2f}", *(f"{row[method]:.3f}" for method in methods)] for row in results["matched_kl"]]
-    start = next(iter(results["curves"].values()))[0]
-    table = markdown(
-        ["sequence KL", *map(str.upper, methods)], [["0 (before)", *[f"{start['reward']:.3f}"] * 3], *rows]
-    )
-    minutes = results["processor_seconds"] / 60
-    return f"{table}\n\n{results['verdict']} This run took {minutes:.1f} minutes of processor time."
-
-
-@table
-def demo_samples() -> str:
-    """What the demo's models write, with its reward."""
-    examples = load("demo")["examples"]
-    rows = []
-    for name, continued in examples.items():
-        cells = [f"{' '.join(text.split())} ({reward:.2f})" for _, text, reward in continued[:2]]
-        rows.append([name if name == "before" else name.upper(), *cells])
-    prompts = [f"{' '.join(prompt.split())} ..." for prompt, _, _ in examples["before"][:2]]
-    return markdown(["", *prompts], rows)
 
 
 @table

@@ -1,0 +1,52 @@
+"""The report of benchmarks/sentiment_frontier.py: rewards at matched KL, and runs that are added to earlier ones."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def frontier(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sentiment_frontier
+
+    return sentiment_frontier
+
+
+def results(*points):
+    curve = [{"step": step, "kl": kl, "reward": reward} for step, (kl, reward) in enumerate(points)]
+    series = [
+        {"step": step, "kl/chosen": kl, "kl/rejected": kl, "kl/margin": 0.0} for step, (kl, _) in enumerate(points)
+    ]
+    return {"frontier": curve, "kl": series}
+
+
+def test_rewards_are_interpolated_between_neighbours_and_never_beyond_a_run(frontier):
+    far, near = results((0.0, 0.5), (1.0, 0.7)), results((0.0, 0.5), (0.5, 0.54))
+    rows = {row["kl"]: row for row in frontier.matched({"dpo-0.1": {"0": far, "1": near}})}
+    both = rows[0.25]["dpo-0.1"]
+    assert both["mean"] == pytest.approx((0.55 + 0.52) / 2)
+    assert both["sd"] == pytest.approx(0.015)
+    assert both["seeds"] == 2
+    assert rows[1.0]["dpo-0.1"] == {"mean": pytest.approx(0.7), "sd": 0, "seeds": 1}
+    assert "dpo-0.1" not in rows[1.5]
+
+
+def test_runs_are_added_and_other_settings_refused(frontier, tmp_path, monkeypatch):
+    run = results((0.0, 0.5), (1.0, 0.7))
+    monkeypatch.setattr(frontier, "run", lambda experiment, name: run)
+    monkeypatch.setattr("tdpo.demo.experiment.Experiment", lambda settings: settings)
+    call = ["frontier", "--results", str(tmp_path), "--tiny"]
+    for methods in (["dpo-1"], ["dpo-1", "tdpo2-0.5"]):
+        monkeypatch.setattr(sys, "argv", [*call, "--seeds", "0", "--methods", *methods])
+        frontier.main()
+    saved = json.loads((tmp_path / "frontier.json").read_text())
+    assert {name: list(seeds) for name, seeds in saved["runs"].items()} == {"dpo-1": ["0"], "tdpo2-0.5": ["0"]}
+    assert (tmp_path / "frontier.png").exists()
+    monkeypatch.setattr(sys, "argv", [part for part in call if part != "--tiny"])
+    with pytest.raises(SystemExit, match="runs with other settings"):
+        frontier.main()
