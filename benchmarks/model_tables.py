@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from table_kit import load, markdown, table
 
-_MODELS = {"smollm2": "SmolLM2", "gemma3": "Gemma 3"}
+_MODELS = {"smollm2": "SmolLM2 (V 49,152)", "gemma3": "Gemma 3 (V 262,144)"}
 _CANDIDATES = {"tdpo_ext": "tdpo_ext", "published": "published", "trl": "TRL"}
 
 
@@ -44,6 +44,26 @@ def _of_models(part: str) -> str:
     return markdown(["model", "", "processor seconds", "faster", "extra MiB"], rows)
 
 
+def summary_rows() -> list[list[str]]:
+    """What the README says of the training step."""
+    rows = []
+    for name, title in _MODELS.items():
+        parts = load("bench_models")["models"][name]
+        steps = {row["candidate"]: row for row in parts["steps"]}
+        ours, cached, published = (
+            steps[candidate]
+            for candidate in ("tdpo, shared prompts", "tdpo, shared prompts, cached reference", "published")
+        )
+        gains = (
+            f"{ours['faster']:.1f}x faster than the published code ({cached['faster']:.1f}x with a cached reference)"
+        )
+        memory = (
+            f"in {ours['extra_mb']:,.0f} MiB beyond models and gradients; published: {published['extra_mb']:,.0f} MiB"
+        )
+        rows.append([f"training step of {title}, bfloat16", f"{gains}, {memory}"])
+    return rows
+
+
 @table
 def model_steps() -> str:
     """Whole training steps of pretrained models."""
@@ -77,6 +97,14 @@ def model_errors() -> str:
             errors = [f"{row[key]:.1e}" for key in ("loss", "dhidden", "dweight")]
             rows.append([_MODELS[model], row["candidate"], *errors])
     return markdown(["model", "", "loss", "dL/dhidden", "dL/dweight"], rows)
+
+
+@table
+def model_whole_errors() -> str:
+    """Errors of the gradient of all weights, backbones included."""
+    errors = load("bench_models")["models"]["smollm2"].get("model_errors", [])
+    shown = ", ".join(f"{row['candidate']} {row['gradient']:.1e}" for row in errors)
+    return f"relative errors of the gradient of all weights of SmolLM2, against the model in float64: {shown}."
 
 
 @table

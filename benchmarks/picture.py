@@ -1,4 +1,4 @@
-"""Draws benchmarks/results/summary.png, the figure of the README, from benchmarks/results/bench_linear.json.
+"""Draws the figures of the README from the results in benchmarks/results: summary.png and models.png.
 
 python benchmarks/picture.py
 """
@@ -11,7 +11,7 @@ from table_kit import ROOT, load
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = {
+HEADS = {
     "published, eager": "eager",
     "published, compiled": "torch.compile",
     "trl divergence and log-probabilities": "TRL's streamed kernels",
@@ -19,27 +19,52 @@ NAMES = {
     "tdpo_ext streaming": "tdpo_ext streaming",
     "tdpo_ext chunked": "tdpo_ext",
 }
+STEPS = {
+    "published": "published, padded logits",
+    "trl kernels": "TRL's streamed kernels",
+    "tdpo, padded": "tdpo, padded",
+    "tdpo, packed": "tdpo, packed",
+    "tdpo, shared prompts": "tdpo, shared prompts",
+    "tdpo, shared prompts, cached reference": "tdpo, and cached reference",
+}
+Bars = dict[str, dict[str, float]]  # candidate -> column -> value
+
+
+def bars(groups: dict[str, Bars], names: dict[str, str], columns: dict[str, tuple[str, str]], file: str) -> None:
+    """A group of bars in every column's axes; `columns` maps a key of the values to a title and a number format."""
+    figure, axes = plt.subplots(1, len(columns), figsize=(10, 3), layout="constrained", sharey=True)
+    shown = [name for name in names if any(name in group for group in groups.values())]
+    for index, (label, group) in enumerate(groups.items()):
+        present = [(place, group[name]) for place, name in enumerate(shown) if name in group]
+        places = [place + 0.38 * (1 - index) for place, _ in present]
+        for axis, (key, (_, form)) in zip(axes, columns.items()):
+            values = [row[key] for _, row in present]
+            drawn = axis.barh(places, values, height=0.36, label=label, color=("#8ab6d6", "#1b5e8c")[index])
+            axis.bar_label(drawn, fmt=form, padding=3, fontsize=8)
+    axes[0].set_yticks([place + 0.19 for place in range(len(shown))], [names[name] for name in shown])
+    axes[0].axvline(1, color="black", lw=0.8, ls=":")
+    axes[-1].legend(loc="upper right", fontsize=8)
+    for axis, (title, _) in zip(axes, columns.values()):
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.12)
+    figure.savefig(ROOT / "benchmarks" / "results" / file, dpi=130)
 
 
 def main() -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharey=True)
-    for index, step in enumerate(load("bench_linear")["steps"]):
-        rows = {row["candidate"]: row for row in step["candidates"]}
-        shown = [name for name in NAMES if name in rows]
-        places = [place + 0.38 * (1 - index) for place in range(len(shown))]
-        for axis, key in zip(axes, ("over_products", "extra_mb")):
-            values = [rows[name][key] for name in shown]
-            bars = axis.barh(places, values, height=0.36, label=step["dtype"], color=("#8ab6d6", "#1b5e8c")[index])
-            axis.bar_label(bars, fmt="%.2f" if key == "over_products" else "%.0f", padding=3, fontsize=8)
-        axes[0].set_yticks([place + 0.19 for place in range(len(shown))], [NAMES[name] for name in shown])
-    axes[0].axvline(1, color="black", lw=0.8, ls=":")
-    axes[0].set_title("time, relative to the four matrix products alone", fontsize=10)
-    axes[1].set_title("MiB beyond inputs and gradients", fontsize=10)
-    axes[1].legend(loc="upper right", fontsize=8)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.12)
-    figure.savefig(ROOT / "benchmarks" / "results" / "summary.png", dpi=130)
+    steps = load("bench_linear")["steps"]
+    heads = {step["dtype"]: {row["candidate"]: row for row in step["candidates"]} for step in steps}
+    memory = ("MiB beyond inputs and gradients", "%.0f")
+    time = ("time, relative to the four matrix products alone", "%.2f")
+    bars(heads, HEADS, {"over_products": time, "extra_mb": memory}, "summary.png")
+    models = {
+        {"smollm2": "SmolLM2, V 49,152", "gemma3": "Gemma 3 270M, V 262,144"}[name]: {
+            row["candidate"]: {**row, "relative": 1 / row["faster"]} for row in parts["steps"]
+        }
+        for name, parts in load("bench_models")["models"].items()
+    }
+    time = ("processor time of a step, relative to published", "%.2f")
+    bars(models, STEPS, {"relative": time, "extra_mb": ("MiB beyond models and gradients", "%.0f")}, "models.png")
 
 
 if __name__ == "__main__":

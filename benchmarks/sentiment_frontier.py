@@ -6,7 +6,7 @@ Every seed has its own classifier split and its own preference pairs, sampled fr
 SmolLM2 and trains LoRA through the public trainer: DPO at beta 0.05, 0.1, 0.3 and 1; TDPO1; TDPO2 at alpha 0.3, 0.5,
 0.7 and 1, at beta 0.1. A (method, seed) pair is a run of its own: it resumes where it was interrupted, and its results
 are added to benchmarks/results/frontier.json, from which table and picture are drawn again. So runs can be spread
-over days and machines. One takes six minutes on two quiet cores, all 27 two and a half hours.
+over days and machines. Estimated from the demo's processor time, all 27 take about three hours on two free cores.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import argparse
 import re
 import sys
 
-import model_tables  # noqa: F401 (registers its tables)
+from model_tables import summary_rows
 from table_kit import ROOT, TABLES, load, markdown, table
 
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("models", "performance", "paper", "reliability", "building"))]
@@ -304,6 +304,7 @@ def summary() -> str:
             f"{seconds['padded, live reference'] / seconds['packed, live reference']:.2f}x faster without padding, "
             f"{seconds['padded, live reference'] / seconds['packed, cached reference']:.2f}x with the reference cached",
         ],
+        *summary_rows(),
     ]
     return markdown(["", ""], rows)
 
