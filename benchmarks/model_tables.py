@@ -104,7 +104,7 @@ def model_whole_errors() -> str:
     """Errors of the gradient of all weights, backbones included."""
     errors = load("bench_models")["models"]["smollm2"].get("model_errors", [])
     shown = ", ".join(f"{row['candidate']} {row['gradient']:.1e}" for row in errors)
-    return f"relative errors of the gradient of all weights of SmolLM2, against the model in float64: {shown}."
+    return f"Relative errors of the gradient of all weights of SmolLM2, against the model in float64: {shown}."
 
 
 @table
