@@ -39,9 +39,10 @@ def _of_models(part: str) -> str:
     rows = []
     for model, parts in load("bench_models")["models"].items():
         for row in parts.get(part, []):
-            numbers = [f"{row['processor_seconds']:.2f}", f"{row['faster']:.2f}x", f"{row['extra_mb']:,.0f}"]
-            rows.append([_MODELS[model], row["candidate"], *numbers])
-    return markdown(["model", "", "processor seconds", "faster", "extra MiB"], rows)
+            seconds = row["processor_seconds"]
+            speeds = [f"{seconds:.2f}", f"{parts['tokens'] / seconds:,.0f}", f"{row['faster']:.2f}x"]
+            rows.append([_MODELS[model], row["candidate"], *speeds, f"{row['extra_mb']:,.0f}"])
+    return markdown(["model", "", "processor seconds", "tokens a second of it", "faster", "extra MiB"], rows)
 
 
 def summary_rows() -> list[list[str]]:
