@@ -51,7 +51,7 @@ def linear_token_divergence(
             as where a bfloat16 reference stands beside float32 master weights.
         labels: int64, aligned with `hidden` (see `shift_labels`).
         logits_budget: bytes that temporaries may take (default: by device, see `fused.plan.default_budget`). It changes
-            memory and time, never results beyond rounding.
+            memory and time, never results beyond rounding (in float16, gradients may underflow: docs/math.md).
         logit_scale, ref_logit_scale: each model's logits, its bias included, are multiplied by its own before the cap
             and the temperature (Cohere and Granite scale theirs).
         ignore_index, temperature, softcap, kl_direction: as in `token_divergence`.

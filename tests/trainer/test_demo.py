@@ -127,6 +127,8 @@ def test_pairs_are_the_best_and_the_worst_sample_and_train_without_an_end(interr
         (["--model", "scratch", "--pretrain-steps", "0"], "pretrain_steps is 0 and model is scratch"),
         (["--pretrain-steps", "3"], "pretrain_steps is 3 and model is smollm2"),
         (["--steps", "0"], "steps is 0; it must be positive"),
+        (["--seed", "-1"], "seed is -1; it must not be negative"),
+        (["--learning-rate", "nan"], "learning_rate is nan; it must be positive"),
     ],
 )
 def test_demo_names_bad_settings(capsys, flags, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ class DemoSettings:
         "tests and machines without the package) or the folder of a model of your own",
     )
     seed: int = option(0, "seed of all random numbers")
-    reviews: int = option(15_000, "IMDb reviews to use, 25,000 at most")
+    reviews: int = option(15_000, "IMDb reviews to use, of the 25,000 that there are")
     methods: tuple[str, ...] = option(METHODS, "losses to compare: dpo, tdpo1, tdpo2")
     lora_r: int = option(16, "rank of the LoRA adapters that are trained; 0 trains the whole model")
     pretrain_steps: int = option(0, "steps of 32 x 64 tokens for the model from scratch")
@@ -68,9 +69,14 @@ class DemoSettings:
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown:
             raise ValueError(f"methods holds {', '.join(unknown)}; allowed are {', '.join(METHODS)}")
+        if not self.methods:
+            raise ValueError("methods is empty; at least one is needed")
         for name, value in asdict(self).items():
-            if isinstance(value, (int, float)) and (value < 0 or (value == 0 and name not in _MAY_BE_ZERO)):
-                raise ValueError(f"{name} is {value}; it must be positive")
+            if not isinstance(value, (int, float)):
+                continue
+            may_be_zero = name in _MAY_BE_ZERO
+            if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+                raise ValueError(f"{name} is {value}; it must {'not be negative' if may_be_zero else 'be positive'}")
         if self.samples < 2:
             raise ValueError("samples is 1; it must be at least 2, as a pair has two responses")
         if (self.model == FROM_SCRATCH) != (self.pretrain_steps > 0):
