@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-FOLDER = Path("out/models")  # of dequantised copies, which load faster
+FOLDER = Path("out/models")  # of dequantized copies, which load faster
 _GEMMA_PARTS = 4
 
 
@@ -37,12 +37,12 @@ def load(name: str, dtype: torch.dtype) -> RealModel:
     """A pretrained model, `smollm2` or `gemma3`, and its tokenizer."""
     folder = FOLDER / name
     if not folder.exists():
-        _dequantise(name, folder)
+        _dequantize(name, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return RealModel(model.eval(), AutoTokenizer.from_pretrained(folder))
 
 
-def _dequantise(name: str, folder: Path) -> None:
+def _dequantize(name: str, folder: Path) -> None:
     from tdpo import load_gguf_model, load_gguf_tokenizer
     from tdpo.demo.smollm2 import GGUF_FILE, smollm2_folder
     from tdpo.files import save_model

@@ -1,4 +1,4 @@
-"""Models in GGUF files, whose weights llama.cpp and others quantize: loaded dequantised, as any other checkpoint."""
+"""Models in GGUF files, whose weights llama.cpp and others quantize: loaded dequantized, as any other checkpoint."""
 
 from __future__ import annotations
 

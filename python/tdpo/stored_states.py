@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_SCALE_BYTES = torch.float32.itemsize
+
 
 @dataclass(frozen=True)
 class StoredStates:
@@ -19,7 +21,7 @@ class StoredStates:
     scaled: bool = False
 
     def bytes_per_token(self, width: int) -> int:
-        return width * self.dtype.itemsize + (torch.float32.itemsize if self.scaled else 0)
+        return width * self.dtype.itemsize + (_SCALE_BYTES if self.scaled else 0)
 
     def pack(self, states: Tensor) -> np.ndarray:
         """uint8 (tokens, bytes_per_token) of the states (tokens, D), on any device."""
@@ -35,7 +37,7 @@ class StoredStates:
         stored_bytes = torch.from_numpy(stored.copy())
         if not self.scaled:
             return stored_bytes.view(self.dtype)
-        numbers, scales = stored_bytes[:, :-4].contiguous(), stored_bytes[:, -4:].contiguous()
+        numbers, scales = stored_bytes[:, :-_SCALE_BYTES].contiguous(), stored_bytes[:, -_SCALE_BYTES:].contiguous()
         return numbers.view(self.dtype).float() * scales.view(torch.float32)
 
 

@@ -64,20 +64,20 @@ def as_built_with(tmp_path, **changes):
     (copy / "_built_with.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()))
 
 
-def test_import_with_an_older_torch(tmp_path):
-    as_built_with(tmp_path, OLDEST_TORCH="2.100")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"OLDEST_TORCH": "2.100"}, ["built for torch 2.100 and newer", "pip install 'torch>=2.100'"]),
+        ({"CUDA": "3.1"}, ["kernels for CUDA 3.1", "pip install"]),
+    ],
+    ids=["an older torch", "kernels for another CUDA"],
+)
+def test_import_where_the_build_does_not_fit(changes, said, tmp_path):
+    as_built_with(tmp_path, **changes)
     message = import_error(tmp_path)
-    assert "built for torch 2.100 and newer" in message
     assert torch.__version__ in message
-    assert "pip install 'torch>=2.100'" in message
-
-
-def test_import_of_kernels_for_another_cuda(tmp_path):
-    as_built_with(tmp_path, CUDA="3.1")
-    message = import_error(tmp_path)
-    assert "kernels for CUDA 3.1" in message
-    assert torch.__version__ in message
-    assert "pip install" in message
+    for part in said:
+        assert part in message
 
 
 WITHOUT_BRGEMM = """
