@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+
 from table_kit import load, markdown, table
 
 _MODELS = {"smollm2": "SmolLM2 (V 49,152)", "gemma3": "Gemma 3 (V 262,144)"}
+_LAST_STEPS = 8  # of a training, averaged: a batch is 8 pairs
 _CANDIDATES = {"tdpo_ext": "tdpo_ext", "published": "published", "trl": "TRL"}
 
 
@@ -132,3 +135,36 @@ def demo_samples() -> str:
         rows.append([name if name == "before" else name.upper(), *cells])
     prompts = [f"{' '.join(prompt.split())} ..." for prompt, _, _ in examples["before"][:2]]
     return markdown(["", *prompts], rows)
+
+
+@table
+def frontier() -> str:
+    """Gain in reward at matched KL, mean and standard deviation over seeds."""
+    results = load("frontier")
+    levels, seeds = results["gain_at_matched_kl"], max(len(runs) for runs in results["runs"].values())
+    rows = []
+    for name in results["runs"]:
+        cells = []
+        for level in levels:
+            cell = level.get(name)
+            partly = "" if cell is None or cell["seeds"] == seeds else f" ({cell['seeds']} of {seeds})"
+            cells.append("" if cell is None else f"{cell['mean']:.3f} ± {cell['sd']:.3f}{partly}")
+        rows.append([name, *cells])
+    return markdown(["sequence KL", *(f"{level['kl']:g}" for level in levels)], rows)
+
+
+@table
+def frontier_end() -> str:
+    """Every method after its last step: means over seeds."""
+    rows = []
+    for name, runs in load("frontier")["runs"].items():
+        gains = [run["frontier"][-1]["reward"] - run["frontier"][0]["reward"] for run in runs.values()]
+        samples = [run["frontier"][-1]["kl"] for run in runs.values()]
+        chosen, rejected = (
+            [statistics.mean(step[key] for step in run["kl"][-_LAST_STEPS:]) for run in runs.values()]
+            for key in ("kl/chosen", "kl/rejected")
+        )
+        means = [statistics.mean(values) for values in (samples, chosen, rejected)]
+        spread = f"{statistics.mean(gains):.3f} ± {statistics.pstdev(gains):.3f}"
+        rows.append([name, spread, *(f"{mean:.2f}" for mean in means)])
+    return markdown(["", "gain in reward", "KL of samples", "KL of chosen", "KL of rejected"], rows)

@@ -6,7 +6,8 @@ Every seed has its own classifier split and its own preference pairs, sampled fr
 SmolLM2 and trains LoRA through the public trainer: DPO at beta 0.05, 0.1, 0.3 and 1; TDPO1; TDPO2 at alpha 0.3, 0.5,
 0.7 and 1, at beta 0.1. A (method, seed) pair is a run of its own: it resumes where it was interrupted, and its results
 are added to benchmarks/results/frontier.json, from which table and picture are drawn again. So runs can be spread
-over days and machines. Estimated from the demo's processor time, all 27 take about three hours on two free cores.
+over days, machines and processes: on two cores, two processes with OMP_NUM_THREADS=1 and different seeds finish sooner
+than one with both threads, and all 27 runs take about two hours.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from tdpo.demo.settings import DemoSettings, Method
 METHODS = {f"dpo-{beta:g}": Method("dpo", beta, 0.5) for beta in (0.05, 0.1, 0.3, 1.0)}
 METHODS |= {"tdpo1": Method("tdpo1", 0.1, 0.5)}
 METHODS |= {f"tdpo2-{alpha:g}": Method("tdpo2", 0.1, alpha) for alpha in (0.3, 0.5, 0.7, 1.0)}
-SETTINGS = {"prompts": 600, "steps": 30, "eval_every": 6, "eval_prompts": 512}
+SETTINGS = {"prompts": 400, "steps": 32, "eval_every": 8, "eval_prompts": 512}
 TINY = {"reviews": 1000, "prompts": 12, "steps": 2, "eval_every": 1, "eval_prompts": 4, "response_tokens": 6}
-LEVELS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)  # sequence KLs at which rewards are compared
+LEVELS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # sequence KLs at which rewards are compared
+_COLORS = {"dpo": "Blues", "tdpo1": "Greens", "tdpo2": "Reds"}  # darker for a larger beta or alpha
 Runs = dict[str, dict[str, dict]]  # method -> seed -> {"frontier": [point], "kl": [step of training]}
 
 
@@ -37,19 +39,24 @@ def run(experiment, name: str) -> dict:
     return {"frontier": frontier, "kl": [{key: entry[key] for key in keys} for entry in log if "kl/chosen" in entry]}
 
 
-def reward_within(points: list[Point], kl: float) -> float | None:
-    """A run's reward at a sequence KL, interpolated; None if it never went that far."""
-    return reward_at(points, kl) if max(point["kl"] for point in points) >= kl else None
+def gain_at(points: list[Point], kl: float) -> float | None:
+    """What a run's reward has gained over the start at a sequence KL, interpolated; None if it never went that far."""
+    if max(point["kl"] for point in points) < kl:
+        return None
+    return reward_at(points, kl) - points[0]["reward"]
 
 
 def matched(runs: Runs) -> list[dict]:
-    """Mean, standard deviation and number of seeds of every method's reward at each level that it reached."""
+    """Mean, standard deviation and number of seeds of every method's gain at each level that it reached.
+
+    Gains, because the seeds start from different rewards: each has its own classifier and prompts.
+    """
     rows = []
     for level in LEVELS:
         row: dict = {"kl": level}
         for name, seeds in runs.items():
-            rewards = [reward_within(results["frontier"], level) for results in seeds.values()]
-            reached = [reward for reward in rewards if reward is not None]
+            gains = [gain_at(results["frontier"], level) for results in seeds.values()]
+            reached = [gain for gain in gains if gain is not None]
             if reached:
                 row[name] = {"mean": float(np.mean(reached)), "sd": float(np.std(reached)), "seeds": len(reached)}
         rows.append(row)
@@ -63,14 +70,18 @@ def plot(runs: Runs, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for index, (name, seeds) in enumerate(runs.items()):
-        style = {"color": f"C{index}", "label": name, "ls": "--" if name.startswith("dpo") else "-"}
+    for name, seeds in runs.items():
+        variant = METHODS[name].variant
+        family = [other for other in METHODS if METHODS[other].variant == variant]
+        shade = 0.4 + 0.5 * (family.index(name) + 1) / len(family)
+        style = {"color": plt.get_cmap(_COLORS[variant])(shade), "label": name, "ls": "--" if variant == "dpo" else "-"}
         frontiers = [results["frontier"] for results in seeds.values()]
-        _band(axes[0], *([[point[key] for point in run] for run in frontiers] for key in ("kl", "reward")), style)
+        gains = [[point["reward"] - points[0]["reward"] for point in points] for points in frontiers]
+        _band(axes[0], [[point["kl"] for point in points] for points in frontiers], gains, style)
         for axis, key in ((axes[1], "kl/chosen"), (axes[2], "kl/rejected")):
             series = [results["kl"] for results in seeds.values()]
             _band(axis, *([[entry[of] for entry in run] for run in series] for of in ("step", key)), style)
-    axes[0].set(xlabel="sequence KL(reference || policy), nats", ylabel="reward: P(positive)", title="samples")
+    axes[0].set(xlabel="sequence KL(reference || policy), nats", ylabel="gain in reward, P(positive)", title="samples")
     axes[1].set(xlabel="step", ylabel="sequence KL, nats", title="chosen responses, training pairs")
     axes[2].set(xlabel="step", title="rejected responses, training pairs")
     for axis in axes:
@@ -84,7 +95,7 @@ def _band(axis, x: list[list[float]], y: list[list[float]], style: dict) -> None
     """The mean over runs, and one standard deviation around it."""
     across, mean, spread = np.mean(x, 0), np.mean(y, 0), np.std(y, 0)
     axis.plot(across, mean, lw=1.4, **style)
-    axis.fill_between(across, mean - spread, mean + spread, color=style["color"], alpha=0.12)
+    axis.fill_between(across, mean - spread, mean + spread, color=style["color"], alpha=0.08)
 
 
 def report(runs: Runs, settings: dict, folder: Path) -> None:
@@ -93,9 +104,21 @@ def report(runs: Runs, settings: dict, folder: Path) -> None:
     if ordered:
         plot(ordered, folder / "frontier.png")
     methods = {name: method._asdict() for name, method in METHODS.items()}
-    path = save("frontier", {"settings": settings, "methods": methods, "matched_kl": rows, "runs": ordered}, folder)
+    results = {"settings": settings, "methods": methods, "gain_at_matched_kl": rows, "runs": ordered}
+    path = save("frontier", results, folder)
     shown = [{name: cell["mean"] if isinstance(cell, dict) else cell for name, cell in row.items()} for row in rows]
     print(f"{text_table(shown, ['kl', *ordered])}\nsaved {path}", flush=True)
+
+
+def saved_runs(settings: dict, folder: Path) -> Runs:
+    """The runs in frontier.json, which must have these settings; none where there is no such file."""
+    path = folder / "frontier.json"
+    if not path.exists():
+        return {}
+    saved = json.loads(path.read_text())
+    if saved["settings"] != settings:
+        raise SystemExit(f"{path} holds runs with other settings, {saved['settings']}: give another folder of results")
+    return saved["runs"]
 
 
 def main() -> None:
@@ -107,21 +130,20 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="train nothing; report the runs that are there")
     parser.add_argument("--tiny", action="store_true", help="tiny settings: rehearses the script, measures nothing")
     arguments = parser.parse_args()
-    settings, path = TINY if arguments.tiny else SETTINGS, arguments.results / "frontier.json"
-    before = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
-    if before["settings"] != settings:
-        raise SystemExit(f"{path} holds runs with other settings, {before['settings']}: give another folder of results")
-    runs: Runs = before["runs"]
+    settings = TINY if arguments.tiny else SETTINGS
     if arguments.report_only:
-        return report(runs, settings, arguments.results)
+        return report(saved_runs(settings, arguments.results), settings, arguments.results)
     from tdpo.demo.experiment import Experiment
 
     for seed in arguments.seeds:
+        runs = saved_runs(settings, arguments.results)
         missing = [name for name in arguments.methods if str(seed) not in runs.get(name, {})]
         if missing:
             experiment = Experiment(DemoSettings(out=str(arguments.out / f"seed-{seed}"), seed=seed, **settings))
         for name in missing:
-            runs.setdefault(name, {})[str(seed)] = run(experiment, name)
+            results = run(experiment, name)
+            runs = saved_runs(settings, arguments.results)  # again: another process may have added its own
+            runs.setdefault(name, {})[str(seed)] = results
             report(runs, settings, arguments.results)
 
 

@@ -149,33 +149,6 @@ def storage() -> str:
 
 
 @table
-def frontier() -> str:
-    """Reward at matched KL, mean and standard deviation over seeds."""
-    results = load("sentiment_frontier")
-    names = list(results["methods"])
-    rows = [
-        [f"{row['kl']:.2f}", *(f"{row[name]:.3f} ± {row[f'{name} sd']:.3f}" for name in names)]
-        for row in results["matched_kl"]
-    ]
-    return markdown(["sequence KL", *names], rows)
-
-
-@table
-def frontier_end() -> str:
-    """Every method after its last step."""
-    rows = []
-    for name, curves in load("sentiment_frontier")["curves"].items():
-        ends = [points[-1] for points in curves["frontiers"]]
-        last = [series[-1] for series in curves["kl"]]
-        mean = [
-            sum(end[key] for end in group) / len(group)
-            for group, key in ((ends, "reward"), (ends, "kl"), (last, "kl/chosen"), (last, "kl/rejected"))
-        ]
-        rows.append([name, f"{mean[0]:.3f}", *(f"{value:.2f}" for value in mean[1:])])
-    return markdown(["", "reward", "KL of samples", "KL of chosen", "KL of rejected"], rows)
-
-
-@table
 def long_pairs() -> str:
     """Pairs that are too long for the budget."""
     rows, results = [], load("bench_long_pairs")

@@ -25,14 +25,14 @@ def results(*points):
     return {"frontier": curve, "kl": series}
 
 
-def test_rewards_are_interpolated_between_neighbours_and_never_beyond_a_run(frontier):
-    far, near = results((0.0, 0.5), (1.0, 0.7)), results((0.0, 0.5), (0.5, 0.54))
+def test_gains_are_interpolated_between_neighbours_and_never_beyond_a_run(frontier):
+    far, near = results((0.0, 0.5), (1.0, 0.7)), results((0.0, 0.3), (0.5, 0.34))
     rows = {row["kl"]: row for row in frontier.matched({"dpo-0.1": {"0": far, "1": near}})}
     both = rows[0.25]["dpo-0.1"]
-    assert both["mean"] == pytest.approx((0.55 + 0.52) / 2)
+    assert both["mean"] == pytest.approx((0.05 + 0.02) / 2)
     assert both["sd"] == pytest.approx(0.015)
     assert both["seeds"] == 2
-    assert rows[1.0]["dpo-0.1"] == {"mean": pytest.approx(0.7), "sd": 0, "seeds": 1}
+    assert rows[1.0]["dpo-0.1"] == {"mean": pytest.approx(0.2), "sd": 0, "seeds": 1}
     assert "dpo-0.1" not in rows[1.5]
 
 

@@ -21,6 +21,7 @@ from .reviews import Reward
 from .settings import DemoSettings
 
 _SEQUENCES = 64  # of which hidden states are computed together
+_KL_SEQUENCES = 256  # of which the KL is measured: a sum of exact expectations, it needs fewer samples than the reward
 
 
 class Example(NamedTuple):
@@ -58,7 +59,8 @@ class Judge:
         was_training = model.training
         model.eval()
         policy = CausalLM.of(model)
-        kl = torch.cat([self._sequence_kl(policy, part.to(model.device)) for part in tokens.split(_SEQUENCES)])
+        parts = tokens[:_KL_SEQUENCES].split(_SEQUENCES)
+        kl = torch.cat([self._sequence_kl(policy, part.to(model.device)) for part in parts])
         model.train(was_training)
         rewards = self.reward(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
         return {
