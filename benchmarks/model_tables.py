@@ -146,9 +146,11 @@ def frontier() -> str:
     for name in results["runs"]:
         cells = []
         for level in levels:
-            cell = level.get(name)
-            partly = "" if cell is None or cell["seeds"] == seeds else f" ({cell['seeds']} of {seeds})"
-            cells.append("" if cell is None else f"{cell['mean']:.3f} ± {cell['sd']:.3f}{partly}")
+            cell = level.get(name, {"seeds": 0})
+            if cell["seeds"] == seeds:
+                cells.append(f"{cell['mean']:.3f} ± {cell['sd']:.3f}")
+            else:
+                cells.append(f"{cell['mean']:.3f} ({cell['seeds']} of {seeds})" if cell["seeds"] else "")
         rows.append([name, *cells])
     return markdown(["sequence KL", *(f"{level['kl']:g}" for level in levels)], rows)
 
@@ -156,8 +158,9 @@ def frontier() -> str:
 @table
 def frontier_end() -> str:
     """Every method after its last step: means over seeds."""
+    results = load("frontier")
     rows = []
-    for name, runs in load("frontier")["runs"].items():
+    for name, runs in results["runs"].items():
         gains = [run["frontier"][-1]["reward"] - run["frontier"][0]["reward"] for run in runs.values()]
         samples = [run["frontier"][-1]["kl"] for run in runs.values()]
         chosen, rejected = (
@@ -165,6 +168,9 @@ def frontier_end() -> str:
             for key in ("kl/chosen", "kl/rejected")
         )
         means = [statistics.mean(values) for values in (samples, chosen, rejected)]
+        differences = results["over_baseline"].get(name, {})
+        over = ", ".join(f"{difference:+.3f}" for difference in differences.values() if name != results["baseline"])
         spread = f"{statistics.mean(gains):.3f} ± {statistics.pstdev(gains):.3f}"
-        rows.append([name, spread, *(f"{mean:.2f}" for mean in means)])
-    return markdown(["", "gain in reward", "KL of samples", "KL of chosen", "KL of rejected"], rows)
+        rows.append([name, *(f"{mean:.2f}" for mean in means), spread, over])
+    columns = ["KL of samples", "KL of chosen", "KL of rejected", "gain in reward", "over dpo-0.1 at the same KL"]
+    return markdown(["", *columns], rows)

@@ -36,6 +36,13 @@ def test_gains_are_interpolated_between_neighbours_and_never_beyond_a_run(fronti
     assert "dpo-0.1" not in rows[1.5]
 
 
+def test_a_run_is_compared_with_the_baseline_of_its_seed_where_that_went_as_far(frontier):
+    baseline, better = results((0.0, 0.5), (1.0, 0.7)), results((0.0, 0.5), (0.6, 0.6), (0.5, 0.65))
+    further, alone = results((0.0, 0.5), (1.5, 0.9)), results((0.0, 0.5), (0.5, 0.6))
+    runs = {"dpo-0.1": {"0": baseline}, "dpo-0.05": {"0": further}, "tdpo2-0.5": {"0": better, "1": alone}}
+    assert frontier.over_baseline(runs) == {"dpo-0.1": {"0": 0}, "tdpo2-0.5": {"0": pytest.approx(0.05)}}
+
+
 def test_runs_are_added_and_other_settings_refused(frontier, tmp_path, monkeypatch):
     run = results((0.0, 0.5), (1.0, 0.7))
     monkeypatch.setattr(frontier, "run", lambda experiment, name: run)
