@@ -43,7 +43,8 @@ def _of_models(part: str) -> str:
     for model, parts in load("bench_models")["models"].items():
         for row in parts.get(part, []):
             seconds = row["processor_seconds"]
-            speeds = [f"{seconds:.2f}", f"{parts['tokens'] / seconds:,.0f}", f"{row['faster']:.2f}x"]
+            tokens = row["tokens_per_second"] * row["seconds"]
+            speeds = [f"{seconds:.2f}", f"{tokens / seconds:,.0f}", f"{row['faster']:.2f}x"]
             rows.append([_MODELS[model], row["candidate"], *speeds, f"{row['extra_mb']:,.0f}"])
     return markdown(["model", "", "processor seconds", "tokens a second of it", "faster", "extra MiB"], rows)
 
