@@ -12,7 +12,7 @@ Seconds are those of the wall clock and, as a machine that others use makes them
 both threads together; the median and the least of the rounds. Before each timed run, the same run without scratch
 memory of earlier calls is its warm-up, as one training step is of the next, and measures extra memory: the peak beyond
 inputs and gradients, by the kernel's account (Linux). The script is apart
-from bench_linear.py because nine shapes take it a quarter of an hour on idle cores. Results go to
+from bench_linear.py because nine shapes take it about an hour. Results go to
 benchmarks/results/bench_long_pairs.json.
 """
 
