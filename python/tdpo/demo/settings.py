@@ -58,7 +58,7 @@ class DemoSettings:
     samples: int = option(4, "responses sampled per prompt; the best and the worst make a pair")
     response_tokens: int = option(24, "tokens of a sampled response")
     steps: int = option(20, "training steps of each method")
-    eval_every: int = option(5, "steps between evaluations and checkpoints")
+    eval_every: int = option(10, "steps between evaluations and checkpoints")
     eval_prompts: int = option(128, "prompts sampled at each evaluation")
     batch_pairs: int = option(8, "preference pairs per step")
     learning_rate: float = option(1e-3, "learning rate of each method")
