@@ -11,9 +11,8 @@ three, by torch.mm in bfloat16, 512 rows at a time. Each candidate's plan is sto
 Seconds are those of the wall clock and, as a machine that others use makes them depend on the others, CPU seconds of
 both threads together; the median and the least of the rounds. Before each timed run, the same run without scratch
 memory of earlier calls is its warm-up, as one training step is of the next, and measures extra memory: the peak beyond
-inputs and gradients, by the kernel's account (Linux). The script is apart
-from bench_linear.py because nine shapes take it about an hour. Results go to
-benchmarks/results/bench_long_pairs.json.
+inputs and gradients, by the kernel's account (Linux). The script is apart from bench_linear.py because nine shapes take
+it about an hour. Results go to benchmarks/results/bench_long_pairs.json.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class DemoSettings:
     response_tokens: int = option(24, "tokens of a sampled response")
     steps: int = option(20, "training steps of each method")
     eval_every: int = option(10, "steps between evaluations and checkpoints")
-    eval_prompts: int = option(128, "prompts sampled at each evaluation")
+    eval_prompts: int = option(128, "prompts sampled at each evaluation; the KL is measured on the first 256 of them")
     batch_pairs: int = option(8, "preference pairs per step")
     learning_rate: float = option(1e-3, "learning rate of each method")
     beta: float = option(0.1, "strength of the KL constraint")
