@@ -187,8 +187,8 @@ class Exchange:
             return local()
         size = (*shape, operators.STATE_SIZE)
         states = self.run(local, lambda: torch.zeros(size, dtype=dtype, device=device))
-        gathered = self.shard.all_gather(states.reshape(-1)).reshape(-1, *size)
-        return operators.merge_row_states(gathered, reverse_kl=reverse_kl)
+        gathered = self.shard.all_gather(states.reshape(-1))
+        return operators.merge_row_states(gathered.reshape(len(gathered), *size), reverse_kl=reverse_kl)
 
     def start_sum(self, local: Callable[[Tensor], object], out: Tensor) -> Callable[[], Tensor]:
         """Starts summing over the ranks what `local` writes into `out`; the returned function waits for the sum."""
@@ -242,7 +242,7 @@ def digest(values: Tensor) -> int:
     if flat.is_floating_point():
         flat = flat.double().view(torch.int64)
     flat = flat.to(torch.int64)
-    factors = torch.arange(1, 2 * len(flat), 2, device=flat.device) * _ODD
+    factors = (2 * torch.arange(len(flat), device=flat.device) + 1) * _ODD
     return int(((flat ^ (flat >> 29)) * factors).sum()) ^ len(flat)
 
 

@@ -39,7 +39,7 @@ def streamed_loss(
 
 def _run(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
     inputs = loss.inputs
-    chunked = loss.rows.in_chunks([(0, loss.rows.pairs)])
+    chunked = loss.rows.in_chunks([range(loss.rows.pairs)])
     index, (chunk,) = chunked.index, chunked.chunks
     states = _states(inputs, index, plan)
     values = inputs.finalize(states, inputs.labels[index])
