@@ -87,12 +87,12 @@ def draw_batch(draw) -> Batch:
     torch.manual_seed(draw.randrange(1 << 30))
     dtype = draw.choice([torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16])
     ref_dtype = draw.choice([dtype, dtype, torch.float32, torch.bfloat16])
-    vocab, width = draw.choice([(2, 8), (97, 400), (97, 400), (300, 8), (300, 200), (1100, 32)])
+    vocab, width = draw.choice([(2, 8), (97, 400), (97, 400), (97, 400), (300, 8), (300, 200), (1100, 32)])
     ref_width = draw.choice([width, 24])
     longest = draw.choice([6, 60, 60, 60])
-    lengths = [
-        int(longest * 50 ** -draw.random()) for _ in range(2 * draw.choice([1, draw.randint(2, 8), draw.randint(2, 8)]))
-    ]
+    pairs = draw.choice([1, draw.randint(2, 8), draw.randint(2, 8)])
+    ratio = draw.choice([50, 50, 2])  # of the longest to the shortest, about
+    lengths = [int(longest / ratio ** draw.random()) for _ in range(2 * pairs)]
     for _ in range(draw.choice([0, 1, 2, 3])):  # a long response among short ones
         lengths[draw.randrange(len(lengths))] = draw.randint(longest, 2 * longest)
     rows = sum(lengths)
@@ -121,7 +121,8 @@ def draw_batch(draw) -> Batch:
     budget = int((rows * row_bytes + 1000) * 10 ** draw.uniform(-3.5, 0.5)) + 1
     longest_pair = max(map(sum, zip(lengths[: len(lengths) // 2], lengths[len(lengths) // 2 :])))
     if draw.random() < 0.7:  # room for some rows, but hardly for more than the longest pair
-        budget = row_bytes * draw.randint(min(66, longest_pair), longest_pair) + 1
+        fewest = min(66, longest_pair)
+        budget = row_bytes * draw.choice([fewest, draw.randint(fewest, longest_pair)]) + 1
     return Batch(
         lengths=lengths,
         tensors=tensors,
