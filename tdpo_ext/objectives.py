@@ -206,8 +206,8 @@ def check_linear(objective: MarginLoss, coefficients: Tensor, others: Tensor) ->
         ValueError: they differ, so that the margin is not linear. On a GPU a device assertion fails instead.
     """
     message = (
-        f"objective: the margin {checks.describe(objective.margin)} is not linear in logps and kl; pass the loss as an "
-        "ordinary function instead of a MarginLoss"
+        f"objective has a margin that is not linear in logps and kl, {checks.describe(objective.margin)}; "
+        "pass the loss as an ordinary function instead of a MarginLoss"
     )
     scale = torch.maximum(coefficients.abs(), 1e-2 * coefficients.abs().max())
     equal = ((coefficients - others).abs() <= 1e-4 * scale).all()

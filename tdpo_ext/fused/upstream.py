@@ -142,11 +142,12 @@ class _Sides:
     def upstream(self, loss: Tensor) -> Upstream:
         """The gradients of `loss`, for every row."""
         grads = _gradients(loss, self._value_leaves() | self.column_leaves)
+        of_rows = self._of_rows(grads)
         return Upstream(
             loss=loss.detach(),
             sums=self.sums,
-            logps_grad=self._of_rows("logps", grads),
-            kl_grad=self._of_rows("kl", grads),
+            logps_grad=of_rows.logps_grad,
+            kl_grad=of_rows.kl_grad,
             columns_grad={name: _or_zeros(grads[name], leaf) for name, leaf in self.column_leaves.items()},
             chosen_kl=grads["chosen.kl"] is not None,
             rejected_kl=grads["rejected.kl"] is not None,
@@ -154,10 +155,10 @@ class _Sides:
 
     def coefficients(self, margin: Tensor) -> Coefficients:
         """The gradients of a pair's margin, whose graph stays, for every row."""
-        grads = _gradients(margin, self._value_leaves(), retain_graph=True)
-        return Coefficients(self._of_rows("logps", grads), self._of_rows("kl", grads))
+        return self._of_rows(_gradients(margin, self._value_leaves(), retain_graph=True))
 
     def _value_leaves(self) -> dict[str, Tensor]:
+        """In the order of `_of_rows`: chosen before rejected, logps before kl."""
         return {
             "chosen.logps": self.chosen.logps,
             "rejected.logps": self.rejected.logps,
@@ -165,14 +166,13 @@ class _Sides:
             "rejected.kl": self.rejected.kl,
         }
 
-    def _of_rows(self, field: str, grads: Mapping[str, Tensor | None]) -> Tensor:
-        """The gradient by a field of both sides, for every row, (rows,)."""
-        leaves = self._value_leaves()
-        names = (f"chosen.{field}", f"rejected.{field}")
-        both = torch.cat([_or_zeros(grads[name], leaves[name]) for name in names])
+    def _of_rows(self, grads: Mapping[str, Tensor | None]) -> Coefficients:
+        """The gradients of both sides' values, for every row."""
+        both = torch.cat([_or_zeros(grads[name], leaf) for name, leaf in self._value_leaves().items()]).view(2, -1)
         if isinstance(self.chosen, TokenDivergence):
-            both = self.chunk.segments.spread(both[None])[0]
-        return both.to(self.row_dtype)
+            both = self.chunk.segments.spread(both)
+        logps_grad, kl_grad = both.to(self.row_dtype).unbind(0)
+        return Coefficients(logps_grad, kl_grad)
 
 
 def _gradients(output: Tensor, leaves: Mapping[str, Tensor], *, retain_graph: bool = False) -> dict[str, Tensor | None]:

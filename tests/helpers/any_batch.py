@@ -272,7 +272,7 @@ def checked_batches(seeds, shard_of=lambda batch, draw: None) -> Counter[str]:
         AssertionError: a batch failed; the message says which.
     """
     met: Counter[str] = Counter()
-    with _counting(met):
+    with counting(met):
         for seed in seeds:
             draw = random.Random(seed)
             batch = draw_batch(draw)
@@ -284,8 +284,8 @@ def checked_batches(seeds, shard_of=lambda batch, draw: None) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def _counting(met: Counter[str]):
-    """Counts what the fused loss does by the functions that do it."""
+def counting(met: Counter[str]):
+    """A context that counts which of KINDS the calls within it meet, by the functions that do them."""
 
     def counted(owner, name, kinds):
         original = getattr(owner, name)
