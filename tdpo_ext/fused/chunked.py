@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..divergence import TokenDivergence
-from ..losses import Objective
 from ..ops import memory, operators
 from ..ops.memory import Buffer
 from ..vocab_parallel import Exchange
@@ -38,23 +37,11 @@ from .gradients import (
     slices,
 )
 from .inputs import FusedInputs, GatheredRows
+from .objective_gradient import Coefficients, PairObjective, Upstream
 from .pair_loss import Outcome, PairLoss, column_gradient
-from .plan import ChunkedPlan, LongPair
-from .rows import Chunk, Rows, reading_is_free
-from .sizes import row_pitch, rows_beside
-from .upstream import Coefficients, PairObjective, Upstream
-
-
-def chunked_loss(
-    objective: Objective, inputs: FusedInputs, rows: Rows, plan: ChunkedPlan, columns: Mapping[str, Tensor]
-) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
-    """(mean loss over pairs, and sums of the chosen and the rejected sequences, each (B,), without a graph).
-
-    `objective` is a MarginLoss where the plan defers and a gradient is wanted.
-    """
-    loss = PairLoss(objective, inputs, rows, columns)
-    return loss.apply(functools.partial(_run, loss, plan))
-
+from .planning.plan import ChunkedPlan, LongPair
+from .planning.sizes import row_pitch, rows_beside
+from .rows import Chunk, reading_is_free
 
 _MOVED_ROWS = 16  # of dz, at a time, into the places of rows without a gradient
 
@@ -78,7 +65,7 @@ class _Buffers:
 
     @classmethod
     def allocate(cls, inputs: FusedInputs, plan: ChunkedPlan, wanted: Wanted) -> _Buffers:
-        pitch, (vocab, width) = row_pitch(inputs.vocab), inputs.policy.weight.shape
+        pitch, (vocab, width) = row_pitch(inputs.vocab), inputs.head.weight.shape
         logits = Buffer((plan.rows, inputs.vocab), inputs.logit_dtype, pitch)
         dz = weight_rest = pair_weight = None
         if any(wanted) and (inputs.weight_dtype != inputs.logit_dtype or plan.keeps_dz):
@@ -230,7 +217,11 @@ class _Run:
         self.kept.clear()
 
 
-def _run(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
+def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
+    """Loss, sums and gradients of a batch of pairs, chunk by chunk.
+
+    The objective is a MarginLoss where the plan has long pairs and a gradient is wanted.
+    """
     inputs = loss.inputs
     rows = loss.rows.in_chunks([chunk.pairs for chunk in plan.chunks])
     buffers = _Buffers.allocate(inputs, plan, wanted)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..objectives import segment_sums
+from ..divergence import segment_sums
 
 
 @dataclass(frozen=True)

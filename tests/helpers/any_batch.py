@@ -15,12 +15,12 @@ import torch
 from tdpo.objectives import OBJECTIVES as NAMED
 from tdpo.objectives import ObjectiveOptions
 
-import tdpo_ext.fused.plan
+import tdpo_ext.fused.planning.plan
 import tdpo_ext.linear
 from tdpo_ext import TokenDivergence, TokenRows, VocabShard, eager, linear_preference_loss, per_token
 from tdpo_ext.fused import chunked, streaming
-from tdpo_ext.fused.plan import LongPair
-from tdpo_ext.objectives import sees_tokens
+from tdpo_ext.fused.planning.plan import LongPair
+from tdpo_ext.losses import sees_tokens
 
 
 def squared_margin(chosen, rejected):
@@ -231,7 +231,7 @@ def _padded(rows, lengths, value):
 def check(batch: Batch, shard: VocabShard | None = None) -> None:
     """Raises AssertionError where the fused loss is not that of float64."""
     truth = float64_result(batch)
-    with mock.patch.object(tdpo_ext.fused.plan, "STREAMING_ROWS", batch.streaming_rows):
+    with mock.patch.object(tdpo_ext.fused.planning.plan, "STREAMING_ROWS", batch.streaming_rows):
         ours = fused_result(batch, shard)
     dtype = batch.tensors["hidden"].dtype
     exact = dtype == torch.float64
@@ -297,7 +297,7 @@ def counting(met: Counter[str]):
         return mock.patch.object(owner, name, wrapper)
 
     with (
-        counted(tdpo_ext.linear, "chunked_loss", lambda objective, inputs, rows, plan, columns: _kinds_of_plan(plan)),
+        counted(tdpo_ext.linear, "chunked_loss", lambda loss, plan, *_: _kinds_of_plan(plan)),
         counted(tdpo_ext.linear, "streamed_loss", lambda *_: ["plan: streaming"]),
         counted(chunked, "_whole_pairs", _kinds_of_whole_pairs),
         counted(chunked, "_long_pair", _kinds_of_long_pair),

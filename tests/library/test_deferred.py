@@ -11,8 +11,8 @@ from linear_cases import OBJECTIVES, Case, loss_and_gradients, make_case
 import tdpo_ext.fused.gradients
 import tdpo_ext.linear
 from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token, tdpo_loss
-from tdpo_ext.fused.plan import ChunkedPlan, StreamingPlan, make_plan
-from tdpo_ext.fused.sizes import Sizes
+from tdpo_ext.fused.planning.plan import ChunkedPlan, StreamingPlan, make_plan
+from tdpo_ext.fused.planning.sizes import Sizes
 from tdpo_ext.ops.matmul import product
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tdpo_ext
-from tdpo_ext.fused.costs import RATES
-from tdpo_ext.fused.plan import (
+from tdpo_ext.fused.planning.costs import RATES
+from tdpo_ext.fused.planning.plan import (
     ChunkedPlan,
     LongPair,
     StreamingPlan,
@@ -20,7 +20,7 @@ from tdpo_ext.fused.plan import (
     make_plan,
     streaming_plan,
 )
-from tdpo_ext.fused.sizes import Sizes, row_pitch
+from tdpo_ext.fused.planning.sizes import Sizes, row_pitch
 from tdpo_ext.ops import memory
 
 ROOT = Path(__file__).parent.parent.parent

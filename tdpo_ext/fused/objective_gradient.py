@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..divergence import TokenDivergence
-from ..losses import MarginLoss, Objective
-from ..objectives import TokenRows, check_linear, sees_tokens
+from ..divergence import TokenDivergence, TokenRows
+from ..losses import MarginLoss, Objective, sees_tokens
+from ..objective_checks import check_linear
 from .rows import Chunk
 
 

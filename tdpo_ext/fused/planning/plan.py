@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import checks
+from ... import checks
 from .costs import ForwardSteps, MachineRates, forward_work, rates_of, streaming_work
 from .sizes import Sizes, row_pitch
 
