@@ -27,7 +27,7 @@ from . import checkpoints
 from .collator import PreferenceCollator
 from .config import TDPOConfig
 from .data import padding_token, tokenize_preferences
-from .loss import ForgetCasts, patch_forward
+from .loss import patch_forward
 from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .model_card import model_card
 from .policy import check_arguments, prepare_policy
@@ -116,8 +116,7 @@ class TDPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         show_readable_logs(self)
         self._stop = StopAfterStep(self)
-        for callback in (self._stop, ForgetCasts(self)):
-            self.add_callback(callback)
+        self.add_callback(self._stop)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
         self.splits = _splits_by_name(self.train_dataset, self.eval_dataset)
