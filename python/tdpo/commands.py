@@ -13,6 +13,7 @@ from . import checkpoints
 from .data import load_preferences, padding_token, tokenize_preferences
 from .files import read_json
 from .options import ModelOptions, Options, require
+from .precision import autocast
 from .reference_cache import cache_reference
 from .run_record import check_same_run, write_record
 from .trainer import TDPOTrainer
@@ -128,5 +129,6 @@ def cache(options: Options) -> None:
             load_preferences(source, split), tokenizer, args.max_length, args.max_prompt_length, args.overlong
         )
         folder = args.reference_folder / name
-        cache_reference(folder, model, tokens, padding_token(tokenizer), args.reference_dtype)
+        with autocast(args):
+            cache_reference(folder, model, tokens, padding_token(tokenizer), args.reference_dtype)
         print(f"cached {len(tokens)} rows in {folder}")

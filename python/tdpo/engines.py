@@ -80,7 +80,7 @@ def prepare_reference(trainer: Trainer, model: nn.Module) -> tuple[nn.Module, nn
     """The reference, frozen, and sharded if the policy will be; and the wrapper to call it through, or None."""
     model = model.eval().requires_grad_(False)
     accelerator = trainer.accelerator
-    if trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+    if trainer.is_deepspeed_enabled:
         return model, _deepspeed_engine(model, copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config))
     if trainer.is_fsdp_enabled and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
         from accelerate.utils import fsdp2_prepare_model
@@ -91,7 +91,7 @@ def prepare_reference(trainer: Trainer, model: nn.Module) -> tuple[nn.Module, nn
 
 
 def _deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """The model in an engine that trains nothing."""
+    """The model in an engine that trains nothing, but rounds and partitions weights as the policy's does."""
     import deepspeed
 
     for name in ("optimizer", "scheduler"):
@@ -101,6 +101,8 @@ def _deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
         if value == "auto":
             config[name] = 1
     zero = config["zero_optimization"]
+    if not is_deepspeed_zero3_enabled():
+        zero["stage"] = 0  # 1 and 2 partition what belongs to an optimizer
     config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()

@@ -11,11 +11,10 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from tdpo_ext import TokenDivergence, linear_preference_loss, token_divergence
 from tdpo_ext.losses import Objective, sees_tokens
@@ -23,9 +22,6 @@ from tdpo_ext.losses import Objective, sees_tokens
 from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
 from .engines import full_tensor, gathered
 from .routers import router_loss
-
-if TYPE_CHECKING:
-    from .trainer import TDPOTrainer
 
 
 class PreferenceOutput(NamedTuple):
@@ -40,39 +36,6 @@ class PreferenceOutput(NamedTuple):
     router_loss: Tensor | None = None
 
 
-class _KeptCast(torch.autograd.Function):
-    """A tensor in another precision, of which the cast was kept from an earlier call."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cast: Tensor) -> Tensor:
-        ctx.dtype = tensor.dtype
-        return cast.view_as(cast)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient.to(ctx.dtype), None
-
-
-class _HeadCasts:
-    """Heads in the precision of autocast, cast once as long as they don't change, not once a batch."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[tuple[int, int, torch.dtype], Tensor]] = {}
-
-    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """`tensor`, which is known as `name`, as `dtype`."""
-        if tensor.dtype == dtype:
-            return tensor
-        state = (tensor.data_ptr(), tensor._version, dtype)
-        if name not in self._kept or self._kept[name][0] != state:
-            self._kept[name] = state, tensor.detach().to(dtype)
-        cast = self._kept[name][1]
-        return _KeptCast.apply(tensor, cast) if tensor.requires_grad else cast
-
-    def forget(self, name: str) -> None:
-        self._kept.pop(name, None)
-
-
 class PreferenceLoss:
     """The loss of a batch from `PreferenceCollator`: from hidden states, or from logits where a head can't be fused.
 
@@ -83,9 +46,6 @@ class PreferenceLoss:
         logits_budget: as in `tdpo_ext.linear_preference_loss`.
         without_adapters: a context in which the policy's model is the reference.
         router_coefficient: weight of the load-balancing loss that is added for a mixture of experts.
-        keep_casts: keep a head that autocast needs in another precision. `forget_casts` must then be called when the
-            policy was updated, which torch's version counters need not show; not where an engine gathers weights into
-            memory of its own.
         reference_wrapper: of the engine that shards the reference, through which it must be called.
 
     Attributes:
@@ -101,13 +61,11 @@ class PreferenceLoss:
         logits_budget: int | None = None,
         without_adapters: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         router_coefficient: float = 0.0,
-        keep_casts: bool = False,
         reference_wrapper: nn.Module | None = None,
     ):
         self.policy, self.reference, self.objective, self.kl_direction = policy, reference, objective, kl_direction
         self.logits_budget, self.without_adapters = logits_budget, without_adapters
-        self.router_coefficient, self.keep_casts, self._casts = router_coefficient, keep_casts, _HeadCasts()
-        self.reference_wrapper = reference_wrapper
+        self.router_coefficient, self.reference_wrapper = router_coefficient, reference_wrapper
         if reference_wrapper is not None and isinstance(reference, CausalLM):
             patch_forward(reference.model, lambda batch: self._response_rows(self._outputs(reference, batch), batch))
         self.fallback_reason = policy.fallback_reason or reference.fallback_reason
@@ -129,10 +87,6 @@ class PreferenceLoss:
         balance = router_loss(self.policy.model, outputs.router_logits, _token_mask(batch)).to(output.loss.device)
         return output._replace(loss=output.loss + self.router_coefficient * balance, router_loss=balance.detach())
 
-    def forget_casts(self) -> None:
-        """Casts the policy's head anew in the next call."""
-        self._casts.forget("policy")
-
     def _outputs(self, model: CausalLM, batch: dict[str, Tensor], **options: bool) -> Any:
         return (model.backbone if self.fallback_reason is None else model.whole)(batch, **options)
 
@@ -150,9 +104,6 @@ class PreferenceLoss:
         with self.without_adapters():
             return self._response_rows(self._outputs(self.reference, batch), batch)
 
-    def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._casts.cast(name, tensor, dtype) if self.keep_casts else tensor.to(dtype)
-
     def _from_hidden(self, hidden: Tensor, ref_hidden: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
         policy, device_type = self.policy, hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
@@ -165,9 +116,9 @@ class PreferenceLoss:
             loss, chosen, rejected = linear_preference_loss(
                 self.objective,
                 hidden=hidden.to(dtype),
-                weight=self._cast("policy", policy.weight, dtype),
+                weight=policy.weight.to(dtype),
                 ref_hidden=ref_hidden.to(dtype),
-                ref_weight=self._cast("reference", weight.detach(), dtype),
+                ref_weight=weight.detach().to(dtype),
                 labels=batch["targets"],
                 cu_seqlens=batch["cu_seqlens"],
                 row_lengths=batch.get("row_lengths"),
@@ -197,16 +148,6 @@ def _token_mask(batch: dict[str, Tensor]) -> Tensor | None:
     if "segments" in batch:
         return (batch["segments"] >= 0).long()
     return batch.get("attention_mask")
-
-
-class ForgetCasts(TrainerCallback):
-    """Forgets the cast of the policy's head at every optimizer step."""
-
-    def __init__(self, trainer: TDPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._trainer.loss.forget_casts()
 
 
 def patch_forward(model: nn.Module, loss: Callable[[dict[str, Tensor]], Any]) -> None:

@@ -32,7 +32,11 @@ class ModelOptions:
     gguf_file: str | None = option(None, "File in the policy's folder to load, dequantized; its tokenizer is used too.")
     ref_model: str | None = option(None, "Reference: a folder or a hub name (default: the policy as it starts).")
     ref_gguf_file: str | None = option(None, "File in the reference's folder to load, dequantized.")
-    dtype: str = option("auto", "Precision of the weights: auto (the checkpoint's), float32, bfloat16 or float16.")
+    dtype: str = option(
+        "auto",
+        "Precision of the weights: auto (float32, or the checkpoint's where adapters are trained), float32, bfloat16 "
+        "or float16.",
+    )
     attn_implementation: str | None = option(None, "Attention of the model: eager, sdpa, flash_attention_2, ...")
     tp_plan: str | None = option(None, "Split every layer over the processes: auto, by transformers' plan for it.")
     trust_remote_code: bool = option(False, "Allow models whose code comes with the checkpoint.")
@@ -44,6 +48,15 @@ class ModelOptions:
     )
     load_in_4bit: bool = option(False, "Quantize the frozen weights to 4 bits (QLoRA; needs bitsandbytes).")
     merge_adapters: bool = option(False, "Also save the policy with its adapters merged, to merged in output_dir.")
+
+    @property
+    def loaded_dtype(self) -> str:
+        """Float32 for weights that may be trained: most steps are smaller than the spacing of bfloat16 numbers.
+
+        And for the reference beside them, which must compute as the policy does to differ from it by nothing at first.
+        """
+        frozen = self.lora_r > 0 or self.load_in_4bit
+        return self.dtype if self.dtype != "auto" or frozen else "float32"
 
     def policy(self) -> Any:
         """The causal language model to train or to evaluate."""
@@ -66,7 +79,7 @@ class ModelOptions:
         from transformers import AutoModelForCausalLM
 
         name, gguf_file = require(self, model_option), getattr(self, gguf_option)
-        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        options: dict[str, Any] = {"dtype": self.loaded_dtype, "trust_remote_code": self.trust_remote_code}
         for option_name in ("attn_implementation", "tp_plan"):
             if getattr(self, option_name) is not None:
                 options[option_name] = getattr(self, option_name)

@@ -1,4 +1,4 @@
-"""The policy before it is trained: adapters, dropout, the learning rate that goes with them; and its tokenizer."""
+"""The policy before it is trained: adapters, dropout, the learning rate that goes with them; and the arguments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
+from .precision import check_attention
 
 _NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
 _LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
@@ -22,8 +23,9 @@ def check_arguments(model: Any, ref_model: Any, args: Any, processing_class: Any
     for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
         if not isinstance(given, nn.Module):
             raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
-    if not isinstance(args, TDPOConfig):
-        raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
+        if not isinstance(args, TDPOConfig):
+            raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
+        check_attention(name, given, args)
     _check_processing_class(processing_class)
     for name in _NEED_LOGITS:
         if others.get(name) is not None:
@@ -49,14 +51,12 @@ def _check_processing_class(processing_class: Any) -> None:
 
 
 def prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.Module:
-    """The policy with its adapters and without dropout, as `args` say; sets their learning rate where it is None."""
+    """The policy with its adapters and without dropout, as `args` say."""
     if peft_config is not None:
         from peft import get_peft_model
 
         set_seed(args.seed)  # of their initialisation
         model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-    if args.learning_rate is None:
-        args.learning_rate = _LEARNING_RATE_OF_ADAPTERS if hasattr(model, "disable_adapter") else _LEARNING_RATE
     if hasattr(model, "disable_adapter") and args.gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]
     if args.disable_dropout:
@@ -64,3 +64,8 @@ def prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.M
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     return model
+
+
+def default_learning_rate(policy: nn.Module) -> float:
+    """The learning rate of what trains: adapters, or the whole policy."""
+    return _LEARNING_RATE_OF_ADAPTERS if hasattr(policy, "disable_adapter") else _LEARNING_RATE

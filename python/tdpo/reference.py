@@ -53,7 +53,6 @@ def set_up_loss(trainer: TDPOTrainer, ref_model: nn.Module | None, trained: Trai
         logits_budget=args.logits_budget,
         without_adapters=trainer.model.disable_adapter if reference is policy else contextlib.nullcontext,
         router_coefficient=coefficient,
-        keep_casts=not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
         reference_wrapper=wrapper,
     )
     if loss.fallback_reason is not None:

@@ -11,7 +11,8 @@ A cache is a folder of plain arrays with a JSON header; nothing in it is ever un
 Where a response begins in hidden.bin is not stored: the tokenized data, which a cache is opened with, say it.
 
 It is written row by row; an interrupted run resumes at the last row that the header counts. A cache of other weights,
-other tokens or another precision is refused, and so is a truncated or corrupt one.
+other tokens or another precision, stored or computed in (that of autocast, where it is on), is refused, and so is a
+truncated or corrupt one.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ from .data import tokens_digest
 from .files import allocate, digest, read_sealed, write_sealed
 from .stored_states import STORED_STATES, StoredStates
 
-FORMAT = 2
+FORMAT = 3
 _CHECKSUM = np.dtype("<u4")
 _ROWS_PER_SAVE = 64  # rows between two updates of the header
 _ROWS_PER_COUNT = 256  # rows whose response tokens are counted at a time
 
 
 # What a cache was made from, under the names that header.json and messages use.
-Source = TypedDict("Source", {"format": int, "dtype": str, "reference weights": str, "tokenized data": str})
+Source = TypedDict(
+    "Source", {"format": int, "dtype": str, "autocast": str, "reference weights": str, "tokenized data": str}
+)
 
 
 class Header(Source):
@@ -56,16 +59,23 @@ class Header(Source):
 
 
 def _source(model: nn.Module, dataset: Dataset, dtype: str) -> Source:
-    weights = hashlib.blake2b(digest_size=16)
+    device, weights = next(iter(model.parameters())).device.type, hashlib.blake2b(digest_size=16)
     for name, value in unwrap_peft(model).state_dict().items():
         weights.update(name.encode())
         weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {
         "format": FORMAT,
         "dtype": dtype,
+        "autocast": str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None),
         "reference weights": weights.hexdigest(),
         "tokenized data": tokens_digest(dataset),
     }
+
+
+def _check_source(folder: str | Path, header: Header, source: Source) -> None:
+    differences = [name for name, value in source.items() if header.get(name) != value]
+    if differences:
+        raise ValueError(_with_advice(folder, f"was made with another {' and another '.join(differences)}"))
 
 
 def _response_offsets(dataset: Dataset) -> np.ndarray:
@@ -99,10 +109,7 @@ class ReferenceCache:
         header = _read_header(folder)
         if header is None:
             raise ValueError(_with_advice(folder, "does not exist"))
-        source = _source(model, dataset, dtype)
-        differences = [name for name, value in source.items() if header.get(name) != value]
-        if differences:
-            raise ValueError(_with_advice(folder, f"was made with another {' and another '.join(differences)}"))
+        _check_source(folder, header, _source(model, dataset, dtype))
         if header["done"] != header["rows"]:
             raise ValueError(_with_advice(folder, f"is not finished: {header['done']} of {header['rows']} rows"))
         return cls(folder, header, _response_offsets(dataset))
@@ -123,7 +130,7 @@ def cache_reference(
 
     Args:
         folder: created if it doesn't exist; a finished cache of the same reference and tokens is opened as it is.
-        model: the reference.
+        model: the reference; where autocast is on, it computes in that precision.
         dataset: from `tokenize_preferences`.
         pad_token_id: pads the batches that the reference reads.
         dtype: bfloat16, float16, float32 or float8; what storing costs the KL is in docs/performance.md.
@@ -139,8 +146,9 @@ def cache_reference(
     folder, reference = Path(folder), CausalLM.of(model)
     if reference.fallback_reason is not None:
         raise ValueError(f"the reference's hidden states can't be cached: {reference.fallback_reason}")
+    source = _source(model, dataset, dtype)
     header: Header = {
-        **_source(model, dataset, dtype),
+        **source,
         "rows": len(dataset),
         "width": reference.weight.shape[1],
         "done": 0,
@@ -148,9 +156,7 @@ def cache_reference(
     }
     existing = _read_header(folder)
     if existing is not None:
-        if {**existing, "done": 0, "checksums": header["checksums"]} != header:
-            message = "holds the cache of another reference, other data or another precision"
-            raise ValueError(_with_advice(folder, message))
+        _check_source(folder, existing, source)
         header = existing
     offsets = _response_offsets(dataset)
     if existing is None or existing["done"] < existing["rows"]:

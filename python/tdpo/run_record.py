@@ -36,6 +36,7 @@ def record_of(trainer: TDPOTrainer) -> dict[str, Any]:
     options = {name: _plain(getattr(args, name)) for name in _OPTIONS if hasattr(args, name)}
     for adapters in getattr(model, "peft_config", {}).values():
         options |= {f"adapters' {name}": _plain(getattr(adapters, name, None)) for name in _ADAPTERS}
+    options["dtype"] = trainer.trained_dtypes
     options["processes"] = trainer.accelerator.num_processes
     options["model"] = _name(model)
     if trainer.ref_model is not None:

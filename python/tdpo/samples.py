@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .precision import autocast
+
 if TYPE_CHECKING:
     from .trainer import TDPOTrainer
 
@@ -43,7 +45,7 @@ def show_samples(trainer: TDPOTrainer, loader: DataLoader, prefix: str) -> None:
     for row in dataset.select(range(min(args.eval_samples, len(dataset)))):
         sample = {"prompt": tokenizer.decode(row["prompt_ids"])}
         for name, (model, context) in models.items():
-            with context():
+            with context(), autocast(args):
                 sample[name] = _continuation(trainer, model, row["prompt_ids"])
         samples.append(sample)
     folder = Path(args.output_dir, "samples")

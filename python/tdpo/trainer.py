@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import sys
@@ -26,10 +27,11 @@ from . import checkpoints
 from .collator import PreferenceCollator
 from .config import TDPOConfig
 from .data import padding_token, tokenize_preferences
-from .loss import ForgetCasts, patch_forward
+from .loss import patch_forward
 from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .model_card import model_card
-from .policy import check_arguments, prepare_policy
+from .policy import check_arguments, default_learning_rate, prepare_policy
+from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .progress import show_readable_logs
 from .reference import set_up_loss
 from .reference_cache import ReferenceCache
@@ -47,7 +49,7 @@ class TDPOTrainer(Trainer):
         model: the policy, an AutoModelForCausalLM or a peft model.
         ref_model: the frozen reference. None takes the policy as it is now: with adapters, the model without them;
             otherwise a copy, or, with `precompute_reference`, only its head.
-        args: options.
+        args: options; a copy is kept, so that they can serve another trainer.
         train_dataset, eval_dataset: preference rows (see `tdpo.data`); eval_dataset may be a dict of splits.
         processing_class: the tokenizer.
         peft_config: adapters to train instead of the whole policy, such as `peft.LoraConfig`.
@@ -80,7 +82,7 @@ class TDPOTrainer(Trainer):
         objective: Objective | None = None,
         **others: Any,
     ) -> None:
-        args = TDPOConfig(output_dir="out") if args is None else args
+        args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
         check_arguments(model, ref_model, args, processing_class, others)
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
@@ -102,8 +104,11 @@ class TDPOTrainer(Trainer):
         collator = PreferenceCollator(
             padding_token(processing_class), padding_free=args.padding_free, token_columns=trained.token_columns
         )
+        policy = prepare_policy(model, args, peft_config)
+        if args.learning_rate is None:
+            args.learning_rate = default_learning_rate(policy)
         super().__init__(
-            model=prepare_policy(model, args, peft_config),
+            model=policy,
             args=args,
             data_collator=others.pop("data_collator", collator),
             train_dataset=train_dataset,
@@ -115,14 +120,16 @@ class TDPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         show_readable_logs(self)
         self._stop = StopAfterStep(self)
-        for callback in (self._stop, ForgetCasts(self)):
+        for callback in (self._stop, WarnOfCoarseWeights()):
             self.add_callback(callback)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
         self.splits = _splits_by_name(self.train_dataset, self.eval_dataset)
         self.caches: dict[str, ReferenceCache] = {}
         self.ref_model: nn.Module | None = None
-        self.loss = set_up_loss(self, ref_model, trained)
+        self.trained_dtypes = trained_dtypes(self.model)
+        with autocast(args):
+            self.loss = set_up_loss(self, ref_model, trained)
         patch_forward(self.model, self.loss)
 
     # ---- data ----

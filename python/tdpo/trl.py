@@ -26,6 +26,7 @@ from .collator import predicted_responses
 from .engines import is_sharded, keep_quantized_weights_unpacked
 from .loss import PreferenceLoss, patch_forward
 from .metrics import MetricMeans, preference_metrics
+from .precision import WarnOfCoarseWeights, autocast
 from .routers import router_coefficient
 from .trl_losses import trl_objective
 
@@ -81,11 +82,13 @@ class TDPOTrainer(DPOTrainer):
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
         keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
-        policy = reference = CausalLM.of(self.model)
+        self.add_callback(WarnOfCoarseWeights())
         wrapper = None
-        if self.ref_model is not None:
-            reference = CausalLM.of(self.accelerator.unwrap_model(self.ref_model))
-            wrapper = self.ref_model if is_sharded(reference.model) else None
+        with autocast(self.args):
+            policy = reference = CausalLM.of(self.model)
+            if self.ref_model is not None:
+                reference = CausalLM.of(self.accelerator.unwrap_model(self.ref_model))
+                wrapper = self.ref_model if is_sharded(reference.model) else None
         self._tdpo = PreferenceLoss(
             policy,
             reference,

@@ -1,10 +1,12 @@
 """Changes of the trainer that its tests must notice; `python tools/mutations.py` applies them one at a time."""
 
 CACHE, CHECKPOINTS, CLI = "trainer/test_reference_cache.py", "trainer/test_checkpoints.py", "trainer/test_cli.py"
+DEMO = "trainer/test_demo.py::test_a_whole_bfloat16_model_is_trained_in_float32"
 CONFIG, DATA, EVALUATION = "trainer/test_config.py", "trainer/test_data.py", "trainer/test_evaluation.py"
 FEATURES, METRICS, TRL = "trainer/test_trainer_features.py", "trainer/test_metrics.py", "trainer/test_trl.py"
 GGUF, NAMED, TOKENS = "trainer/test_gguf.py", "trainer/test_objectives_by_name.py", "trainer/test_token_data.py"
 MESSAGES, TRAINER = "trainer/test_messages.py", "trainer/test_trainer.py"
+PRECISION = "trainer/test_precision.py"
 FAST_CACHE = [f"{CACHE}::test_{name}" for name in (
     "flipped_bits_are_detected_or_harmless",
     "damaged_files_are_named",
@@ -168,6 +170,9 @@ MUTATIONS = [
     *_of("engines.py", ("model = model.eval().requires_grad_(False)", "pass", [TRAINER])),
     *_of(
         "trainer.py",
+        ("else copy.copy(args)", "else args", [PRECISION]),
+        ("with autocast(args):", "if True:", [PRECISION]),
+        ("for callback in (self._stop, WarnOfCoarseWeights()):", "for callback in (self._stop,):", [PRECISION]),
         ("preference_metrics(output, self.args.beta)", "preference_metrics(output, 0.1)", [EVALUATION]),
         ("with torch.no_grad(), self.compute_loss", "with self.compute_loss", [EVALUATION]),
         ('        if "loss" in logs:\n', "        if True:\n", [EVALUATION]),
@@ -177,7 +182,41 @@ MUTATIONS = [
         ("self._checkpoint_to_resume(resume_from_checkpoint)", "resume_from_checkpoint", [CHECKPOINTS]),
     ),
     *_of(
+        "precision.py",
+        ("return nullcontext() if dtype is None else", "return nullcontext() if True else", [PRECISION]),
+        ("_autocast_dtype(args) is None:", "False:", [PRECISION]),
+        ("limits.eps * 2.0 **", "limits.eps * size + 0.0 *", [PRECISION]),
+        ("sizes = sizes[sizes > 0]", "sizes = sizes[sizes >= 0]", [PRECISION]),
+        ("if dtype in by_dtype:", "if False:", [PRECISION]),
+        ("flatten()[::every]", "flatten()[:_SAMPLED_WEIGHTS]", [PRECISION]),
+    ),
+    *_of(
+        "options.py",
+        ('if self.dtype != "auto" or frozen else "float32"', "", [PRECISION]),
+        ("self.lora_r > 0 or self.load_in_4bit", "self.lora_r > 0", [PRECISION]),
+        (
+            'return self._load("ref_model", "ref_gguf_file")',
+            'self.dtype = "bfloat16"\n            return self._load("ref_model", "ref_gguf_file")',
+            [PRECISION],
+        ),
+    ),
+    *_of("causal_lm.py", ("tolerance = 0.02 if rounded else 1e-3", "tolerance = 1e-3", [PRECISION])),
+    *_of("commands.py", ("with autocast(args):", "if True:", [PRECISION])),
+    *_of("samples.py", ("with context(), autocast(args):", "with context():", [PRECISION])),
+    *_of("run_record.py", ('    options["dtype"] = trainer.trained_dtypes\n', "", [PRECISION])),
+    *_of(
+        "trl.py",
+        ("        self.add_callback(WarnOfCoarseWeights())\n", "", [PRECISION]),
+        ("with autocast(self.args):", "if True:", [PRECISION]),
+    ),
+    *_of("demo/experiment.py", ('"auto" if self.settings.lora_r else "float32"', '"auto"', [DEMO])),
+    *_of(
         "loss.py",
+        (
+            "weight=policy.weight.to(dtype)",
+            "weight=self.__dict__.setdefault('w', policy.weight.to(dtype))",
+            [PRECISION],
+        ),
         ("if self.fallback_reason is None and policy.softcap != reference.softcap:", "if False:", [FEATURES]),
         ("logits_budget=self.logits_budget,", "", [FEATURES]),
         ('"sum", lengths=lengths, initial=0)', '"mean", lengths=lengths, initial=0)', [TRAINER]),

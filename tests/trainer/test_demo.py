@@ -7,10 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 from model_families import make_model, make_tokenizer
 from tdpo.cli import main
 from tdpo.demo import smollm2
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SETTINGS = {
     "model": "scratch",
@@ -108,6 +109,20 @@ def test_a_model_of_ones_own_is_trained_with_adapters(tmp_path, capsys):
     assert not (tmp_path / "out" / "base").exists()  # nothing of the user's is copied
     examples = json.loads((tmp_path / "out" / "results.json").read_text())["examples"]
     assert [prompt for prompt, _, _ in examples["before"]] == [prompt for prompt, _, _ in examples["tdpo2"]]
+
+
+@pytest.mark.slow
+def test_a_whole_bfloat16_model_is_trained_in_float32(tmp_path):
+    model, tokenizer = make_model("llama").to(torch.bfloat16), make_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "mine")
+    settings = {"model": tmp_path / "mine", "pretrain-steps": 0, "lora-r": 0, "steps": 2, "learning-rate": 1e-6}
+    assert main(["demo", *small(tmp_path / "out", ["dpo"], **settings)]) == 0
+    home = tmp_path / "out" / "dpo"
+    assert AutoModelForCausalLM.from_pretrained(home / "model").dtype == torch.float32
+    points = json.loads((home / "frontier.json").read_text())
+    assert points[0]["kl"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Those that need DeepSpeed or bitsandbytes run with `make engines`, which install
 """
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_two_processes_equal_one(name, tmp_path):
     assert saved.keys() >= expected.keys()  # transformers may save a tied head twice
     for tensor, value in expected.items():
         torch.testing.assert_close(saved[tensor], value, rtol=1e-3, atol=1e-4, msg=tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=needs("deepspeed")) for name in ("zero2", "zero3")])
+def test_the_reference_is_rounded_as_the_policy(engine, tmp_path):
+    """DeepSpeed computes with weights that it has rounded to bfloat16 itself."""
+    trained = run(tmp_path, 2, engine=engine, reference=False, bf16=True, max_steps=1)
+    assert trained["kl/rejected"] == [0]
+    assert trained["losses"] == [pytest.approx(math.log(2), abs=1e-6)]
 
 
 def quantizable():

@@ -1,6 +1,4 @@
-"""What the trainer's loss adds to the library's: heads that are cast once, and the routers' load-balancing loss."""
-
-from collections import Counter
+"""What the trainer's loss adds to the library's: the routers' load-balancing loss."""
 
 import pytest
 import torch
@@ -8,57 +6,9 @@ import transformers
 import trl
 from model_families import SMALL, make_model, make_tokenizer
 from tdpo.trl import TDPOTrainer as TRLTrainer
-from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_cases import losses, make_preferences, make_trainer
+from trainer_cases import make_preferences, make_trainer
 
 import tdpo_ext
-
-
-class CastCounter(TorchDispatchMode):
-    """Counts the casts of tensors of some shape."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.shape, self.casts = shape, Counter()
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function is torch.ops.aten._to_copy.default and arguments[0].shape == self.shape:
-            self.casts[options["dtype"]] += 1
-        return function(*arguments, **(options or {}))
-
-
-def test_heads_are_cast_once_as_long_as_they_stay(tmp_path):
-    logs, counts = [], []
-    for keeps in (True, False):
-        options = {"bf16": True, "max_steps": 3, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
-        models = {"model": make_model("llama", 0), "ref_model": make_model("llama", 1)}
-        trainer = make_trainer(tmp_path, **models, **options)
-        trainer.loss.keep_casts = trainer.loss.keep_casts and keeps
-        with CastCounter(trainer.model.lm_head.weight.shape) as counter:
-            trainer.train()
-        logs.append(losses(trainer))
-        counts.append(counter.casts)
-    assert logs[0] == logs[1]
-    assert counts[0][torch.bfloat16] == 3 + 1  # the policy's at every step, the reference's once
-    assert counts[1][torch.bfloat16] == 2 * 3 * 4
-
-
-def test_casts_follow_changes_of_the_weights(tmp_path):
-    models = {"model": make_model("llama", 0), "ref_model": make_model("llama", 1)}
-    trainer = make_trainer(tmp_path, **models, bf16=True)
-    batch = next(iter(trainer.get_train_dataloader()))
-    values = []
-    for change in (None, trainer.model, trainer.ref_model):
-        if change is not None:
-            with torch.no_grad():
-                change.lm_head.weight.mul_(1.5)
-        with torch.autocast("cpu", torch.bfloat16):
-            values.append(trainer.model(preference=batch))
-            trainer.loss.keep_casts = False
-            expected = trainer.model(preference=batch)
-            trainer.loss.keep_casts = True
-        assert torch.equal(values[-1].loss, expected.loss)
-    assert len({value.loss.item() for value in values}) == 3
 
 
 def mixtral(seed, coefficient=0.5, **changes):

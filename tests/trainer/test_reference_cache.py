@@ -177,7 +177,7 @@ def test_stale_and_corrupt_caches_are_refused(tmp_path, tokens, tokenizer, prefe
     shorter = tokenize_preferences(preferences, tokenizer, 12, 5)
     with pytest.raises(ValueError, match="another tokenized data"):
         ReferenceCache.open(folder, model, shorter, "bfloat16")
-    with pytest.raises(ValueError, match="another reference, other data"):
+    with pytest.raises(ValueError, match="another tokenized data"):
         cache_reference(folder, model, shorter, 0)
     with pytest.raises(ValueError, match="dtype"):
         cache_reference(folder, model, tokens, 0, dtype="int8")

@@ -43,10 +43,10 @@ def prepare_base(settings: DemoSettings, out: Path, texts: list[str]) -> Path:
     return base
 
 
-def load_policy(base: Path, trained: Path | None = None) -> PreTrainedModel:
+def load_policy(base: Path, trained: Path | None = None, *, dtype: str = "auto") -> PreTrainedModel:
     """The model that all methods start from, or what one of them made of it: a model or adapters in `trained`."""
     if trained is None or not (trained / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(trained or base).to(device())
+        return AutoModelForCausalLM.from_pretrained(trained or base, dtype=dtype).to(device())
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_policy(base), str(trained))  # type: ignore[return-value]

@@ -53,11 +53,15 @@ class Experiment:
         texts = sentences(reviews["text"].tolist())
 
         self.base = prepare_base(settings, self.out, texts)
-        model = load_policy(self.base).eval()
+        model = self._start().eval()
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         prompts = _prompts(self.tokenizer, texts, settings.prompts + settings.eval_prompts, settings.prompt_tokens)
         self.pairs = self._preference_pairs(model, reward, prompts[: settings.prompts])
         self.judge = Judge(settings, self.tokenizer, reward, prompts[settings.prompts :], model)
+
+    def _start(self) -> PreTrainedModel:
+        """The base model, in float32 where all of it is trained: a step is small for bfloat16."""
+        return load_policy(self.base, dtype="auto" if self.settings.lora_r else "float32")
 
     def _check_settings(self) -> None:
         """Refuses to mix the files of two different experiments in one directory."""
@@ -131,7 +135,7 @@ class Experiment:
         with tqdm(total=settings.steps, desc=f"Training {home.name.upper():5s}") as progress:
             callback = FrontierCallback(self.judge, home / "frontier.json", settings.eval_every, progress)
             trainer = TDPOTrainer(
-                load_policy(self.base),
+                self._start(),
                 args=args,
                 train_dataset=self.pairs,
                 processing_class=self.tokenizer,
