@@ -2,7 +2,7 @@
 
 Each function returns what it was given once it is found good, and raises TypeError or ValueError with the argument's
 name, what it was and what is allowed. Shapes, dtypes and devices of tensors beside each other are checked where they
-meet: in csrc/checks.h for logits, in fused/inputs.py for hidden states and heads.
+meet: in csrc/checks.h for logits, in fused/heads.py for hidden states and heads.
 """
 
 from __future__ import annotations
