@@ -59,7 +59,7 @@ test-nightly: $(VENV)/dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py \
 		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_plan.py
 	$(BIN)/python tests/soak/run.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/report
 
 # Applies the changes listed in tests/mutations one at a time; the tests must notice each. Takes half an hour.
 mutations: $(VENV)/dev
@@ -95,7 +95,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_long_pairs.py
 	$(BIN)/python benchmarks/bench_vocab_parallel.py
 	$(BIN)/python benchmarks/bench_trainer.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/report
 
 # Registers, spills and shared memory of every CUDA kernel (needs nvcc, cmake and ninja; no GPU).
 cuda-report:

@@ -1,0 +1,120 @@
+"""The tables of pretrained models: precision, and the training step."""
+
+from __future__ import annotations
+
+from .pages import load, markdown, table
+
+_MODELS = {"smollm2": "SmolLM2 (V 49,152)", "gemma3": "Gemma 3 (V 262,144)"}
+_CANDIDATES = {"tdpo_ext": "tdpo_ext", "published": "published", "trl": "TRL"}
+
+
+@table
+def precision() -> str:
+    """Errors of the KL on real text."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in load("bench_precision")["rows"]:
+        cases.setdefault((row["model"], row["perturbation"], row["inputs"]), {})[row["candidate"]] = row
+    rows = []
+    for (model, size, inputs), errors in cases.items():
+        cells = [
+            f"{errors[name]['median']:.1e}; {errors[name]['99th percentile']:.1e}" if name in errors else ""
+            for name in _CANDIDATES
+        ]
+        rows.append([_MODELS[model], f"{size:g}", inputs, f"{errors['published']['median_kl']:.1e}", *cells])
+    return markdown(["model", "noise", "inputs", "median KL", *_CANDIDATES.values()], rows)
+
+
+@table
+def precision_steps() -> str:
+    """Errors of the mean KL over the first steps of a training."""
+    steps = load("bench_precision")["steps"]
+    rows = []
+    for name, title in _CANDIDATES.items():
+        errors = sorted(abs(step[name] / step["float64"] - 1) for step in steps)
+        rows.append([title, f"{errors[len(errors) // 2]:.1e}", f"{errors[-1]:.1e}"])
+    return markdown(["relative error of the mean KL", "median of the steps", "largest"], rows)
+
+
+@table
+def precision_heads() -> str:
+    """Errors of loss and gradients against float64."""
+    rows = []
+    for row in load("bench_precision")["heads"]:
+        errors = [f"{row[key]:.1e}" for key in ("loss", "dhidden", "dweight")]
+        rows.append([_MODELS[row["model"]], row["candidate"], *errors])
+    return markdown(["model", "", "loss", "dL/dhidden", "dL/dweight"], rows)
+
+
+@table
+def precision_whole_step() -> str:
+    """Errors of the gradient of all weights, backbones included."""
+    errors = load("bench_precision")["whole_step"]
+    shown = ", ".join(f"{row['candidate']} {row['gradient']:.1e}" for row in errors)
+    return f"Relative errors of the gradient of all weights of SmolLM2, against the model in float64: {shown}."
+
+
+def precision_row() -> list[str]:
+    """What the README says of the KL near p = q: SmolLM2 in bfloat16 with the least noise."""
+    rows = [row for row in load("bench_precision")["rows"] if row["inputs"] == "hidden states, bfloat16"]
+    nearest = min(row["perturbation"] for row in rows)
+    errors = {row["candidate"]: row for row in rows if (row["model"], row["perturbation"]) == ("smollm2", nearest)}
+    ours, published = errors["tdpo_ext"], errors["published"]
+    return [
+        f"KL of {published['median_kl']:.0e} nats, SmolLM2 in bfloat16",
+        f"median relative error {ours['median']:.0e}; the published arithmetic: {published['median']:.0f}",
+    ]
+
+
+def _of_models(part: str) -> str:
+    rows = []
+    for model, parts in load("bench_models")["models"].items():
+        for row in parts.get(part, []):
+            seconds = row["processor_seconds"]
+            tokens = row["tokens_per_second"] * row["seconds"]
+            speeds = [f"{seconds:.2f}", f"{tokens / seconds:,.0f}", f"{row['faster']:.2f}x"]
+            rows.append([_MODELS[model], row["candidate"], *speeds, f"{row['extra_mb']:,.0f}"])
+    return markdown(["model", "", "processor seconds", "tokens a second of it", "faster", "extra MiB"], rows)
+
+
+def summary_rows() -> list[list[str]]:
+    """What the README says of the training step."""
+    rows = []
+    for name, title in _MODELS.items():
+        parts = load("bench_models")["models"][name]
+        steps = {row["candidate"]: row for row in parts["steps"]}
+        ours, cached, published = (
+            steps[candidate]
+            for candidate in ("tdpo, shared prompts", "tdpo, shared prompts, cached reference", "published")
+        )
+        gains = (
+            f"{ours['faster']:.1f}x faster than the published code ({cached['faster']:.1f}x with a cached reference)"
+        )
+        memory = (
+            f"in {ours['extra_mb']:,.0f} MiB beyond models and gradients; published: {published['extra_mb']:,.0f} MiB"
+        )
+        rows.append([f"training step of {title}, bfloat16", f"{gains}, {memory}"])
+    return rows
+
+
+@table
+def model_steps() -> str:
+    """Whole training steps of pretrained models."""
+    return _of_models("steps")
+
+
+@table
+def model_heads() -> str:
+    """Heads and loss of pretrained models."""
+    return _of_models("heads")
+
+
+@table
+def model_lengths() -> str:
+    """Memory over the length of responses."""
+    rows = []
+    for model, parts in load("bench_models")["models"].items():
+        for row in parts.get("lengths", []):
+            cells = [f"{row['mb_per_token']:.2f}", f"{row['longest_response']:,}"]
+            rows.append([_MODELS[model], row["candidate"], *(f"{mb:,.0f}" for mb in row["extra_mb"]), *cells])
+    header = [f"extra MiB, responses of {length}" for length in (128, 256, 512)]
+    return markdown(["model", "", *header, "MiB a token", "longest in 8 GiB"], rows)
