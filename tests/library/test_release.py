@@ -95,6 +95,16 @@ def test_kinds_of_wheels(monkeypatch):
     monkeypatch.setattr(release, "build_wheel", lambda cuda: built.append(cuda) or Path(f"{cuda}.whl"))
     monkeypatch.setattr(release, "cuda_major", lambda: "13")
     release.build_wheels(["cpu", "cuda"], required=False)
+def test_the_major_cuda_release_is_that_of_nvcc(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert release.cuda_major() is None
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.2, V13.2.51"\n')
+    nvcc.chmod(0o755)
+    assert release.cuda_major() == "13"
+
+
     assert built == [None, "13"]
     monkeypatch.setattr(release, "cuda_major", lambda: None)
     assert release.build_wheels(["cuda"], required=False) == []
