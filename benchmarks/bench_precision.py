@@ -6,6 +6,9 @@
   by 1e-3, 1e-2 and 5e-2 of their standard deviation, as the policy; relative errors of each row's KL against float64 on
   the same inputs: hidden states and heads in float32, or rounded to bfloat16; and float32 logits, where no product adds
   its rounding. Median and 99th percentile.
+* heads: the training step of bench_models.py on a pair with responses of 32 tokens, from hidden states; errors of the
+  loss and of its gradients against float64 on the same hidden states and heads.
+* whole_step: the same from token ids, against SmolLM2 in float64, which adds what bfloat16 costs in the backbones.
 * steps: LoRA on SmolLM2 in bfloat16 with TDPO2 through the trainer; after every step, the mean KL of a fixed batch as
   each implementation computes it from the same hidden states.
 
@@ -24,6 +27,7 @@ from typing import NamedTuple
 import real_models
 import torch
 import torch.nn.functional as F
+from bench_models import Step, loss_of_rows, pairs_of_reviews
 from common import RESULTS, save, text_table
 from datasets import Dataset
 from peers import published, trl_linear
@@ -126,6 +130,63 @@ def _errors(kl: Tensor, exact: Tensor) -> dict[str, float]:
     }
 
 
+def short_pair(name: str) -> list[dict]:
+    """A pair of reviews whose responses have 32 tokens."""
+    return pairs_of_reviews(real_models.load(name, torch.bfloat16).tokenizer, 1, (32, 32))
+
+
+def head_errors(name: str) -> list[dict]:
+    """Errors of the loss and of its two gradients against float64 on the same hidden states and heads."""
+    step = Step(name, short_pair(name))
+    losses, leaves = step.heads(), step.head_leaves
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    true_loss = _exact_loss(*exact, *(tensor.double() for tensor in step.ref_head), step.batch())
+    true_loss.backward()
+    results = []
+    for candidate, loss in losses.items():
+        for leaf in leaves:
+            leaf.grad = None
+        value = loss()
+        value.backward()
+        dhidden, dweight = (_relative_error([leaf.grad], [true.grad]) for leaf, true in zip(leaves, exact))
+        margin = abs(value.item() - true_loss.item())
+        results.append({"model": name, "candidate": candidate, "loss": margin, "dhidden": dhidden, "dweight": dweight})
+    return results
+
+
+def whole_step_errors(name: str) -> list[dict]:
+    """Errors of the loss and of the gradient of all weights, backbones included, against the same models in float64."""
+    rows = short_pair(name)
+    step, exact = Step(name, rows), Step(name, rows, dtype=torch.float64)
+    batch = exact.batch()
+    with torch.no_grad():
+        ref_hidden = exact.reference.hidden(**batch).flatten(0, 1)[batch["rows"]]
+    hidden = exact.policy.hidden(**batch).flatten(0, 1)[batch["rows"]]
+    true_loss = _exact_loss(hidden, exact.policy.weight, ref_hidden, exact.reference.weight, batch)
+    true_loss.backward()
+    truth = [parameter.grad for parameter in exact.policy_model.parameters()]
+    results = []
+    for candidate, loss in step.candidates(trainer=False).items():
+        step.clear()
+        value = loss()
+        value.backward()
+        error = _relative_error([parameter.grad for parameter in step.policy_model.parameters()], truth)
+        margin = abs(value.item() - true_loss.item())
+        results.append({"candidate": candidate, "loss": margin, "gradient": error})
+    return results
+
+
+def _exact_loss(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, batch: dict) -> Tensor:
+    tokens = eager.linear_token_divergence(hidden, weight, ref_hidden, ref_weight, batch["targets"])
+    return loss_of_rows(tokens, batch["row_lengths"])
+
+
+def _relative_error(gradients: list[Tensor], truth: list[Tensor]) -> float:
+    """The error of several gradients together."""
+    difference = sum((mine.double() - true).square().sum().item() for mine, true in zip(gradients, truth))
+    return (difference / sum(true.square().sum().item() for true in truth)) ** 0.5
+
+
 class WatchKL(TrainerCallback):
     """After every step, the mean KL of a fixed batch as each candidate computes it."""
 
@@ -212,11 +273,15 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of LoRA")
     parser.add_argument("--models", nargs="*", default=real_models.available(), help="whose rows are measured")
     arguments = parser.parse_args()
-    results: dict = {"rows": []}
+    results: dict = {"rows": [], "heads": []}
     for name in arguments.models:
         results["rows"] += row_errors(name, arguments.rows)
+        results["heads"] += head_errors(name)
         save("bench_precision", results)
-    print(text_table(results["rows"], list(results["rows"][0])))
+    if "smollm2" in arguments.models:  # the one whose float64 copies fit a small machine
+        results["whole_step"] = whole_step_errors("smollm2")
+    for part, found in results.items():
+        print(f"\n{part}\n{text_table(found, list(found[0]))}")
     if arguments.steps:
         results |= {
             "learning_rate": arguments.learning_rate,

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import platform
+import re
 import statistics
 import threading
 import time
@@ -46,8 +47,14 @@ def save(name: str, content: dict, folder: Path = RESULTS) -> Path:
     """Writes NAME.json. Benchmarks call it after every case, so that a run that is cut short loses only the last."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+    path.write_text(_readable({"machine": machine(), **content}))
     return path
+
+
+def _readable(content: dict) -> str:
+    """JSON with an entry a line, and series of numbers on one."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[\n([\d\s.,e+-]+)\]", lambda series: f"[{' '.join(series[1].split())}]", text) + "\n"
 
 
 def medians(

@@ -4,10 +4,10 @@
 
 Every seed has its own classifier split and its own preference pairs, sampled from SmolLM2; every method starts from
 SmolLM2 and trains LoRA through the public trainer: DPO at beta 0.05, 0.1, 0.3 and 1; TDPO1; TDPO2 at alpha 0.3, 0.5,
-0.7 and 1, at beta 0.1. A (method, seed) pair is a run of its own: it resumes where it was interrupted, and its results
-are added to benchmarks/results/frontier.json, from which table and picture are drawn again. So runs can be spread
-over days, machines and processes: on two cores, two processes with OMP_NUM_THREADS=1 and different seeds finish sooner
-than one with both threads, and all 27 runs take a little over two hours.
+0.7 and 1, at beta 0.1. A (method, seed) pair is a run of its own: it resumes where it was interrupted, and its curves
+are added to OUT/runs.json, of which benchmarks/results/frontier.json and .png show means and deviations over seeds. So
+runs can be spread over days and processes: on two cores, two processes with OMP_NUM_THREADS=1 and different seeds
+finish sooner than one with both threads, and all 27 runs take a little over two hours.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ METHODS |= {f"tdpo2-{alpha:g}": Method("tdpo2", 0.1, alpha) for alpha in (0.3, 0
 SETTINGS = {"prompts": 400, "steps": 32, "eval_every": 8, "eval_prompts": 512}
 TINY = {"reviews": 1000, "prompts": 12, "steps": 2, "eval_every": 1, "eval_prompts": 4, "response_tokens": 6}
 LEVELS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # sequence KLs at which rewards are compared
+LAST_STEPS = 8  # of a training, averaged: a batch is 8 pairs
 BASELINE = "dpo-0.1"  # DPO at the beta of all TDPO runs: what every run is compared with, seed by seed
 _COLORS = {"dpo": "Blues", "tdpo1": "Greens", "tdpo2": "Reds"}  # darker for a larger beta or alpha
 Runs = dict[str, dict[str, dict]]  # method -> seed -> {"frontier": [point], "kl": [step of training]}
@@ -81,24 +82,49 @@ def over_baseline(runs: Runs) -> dict[str, dict[str, float]]:
     return differences
 
 
-def plot(runs: Runs, path: Path) -> None:
+def mean_and_sd(values: list) -> dict:
+    """Of a number, or of each point of a series, over seeds."""
+    return {"mean": np.mean(values, 0).tolist(), "sd": np.std(values, 0).tolist()}
+
+
+def curves_of(seeds: dict[str, dict]) -> dict:
+    """What the picture shows of a method: samples over evaluations, and the KL of the training pairs over steps."""
+    frontiers = [results["frontier"] for results in seeds.values()]
+    logs = [results["kl"] for results in seeds.values()]
+    return {
+        "seeds": len(seeds),
+        "samples_kl": mean_and_sd([[point["kl"] for point in points] for points in frontiers]),
+        "gain": mean_and_sd([[point["reward"] - points[0]["reward"] for point in points] for points in frontiers]),
+        "steps": [entry["step"] for entry in logs[0]],
+        "chosen_kl": mean_and_sd([[entry["kl/chosen"] for entry in log] for log in logs]),
+        "rejected_kl": mean_and_sd([[entry["kl/rejected"] for entry in log] for log in logs]),
+    }
+
+
+def end_of(curves: dict) -> dict:
+    """What the table shows of a method after its last step."""
+    return {
+        "gain": {name: values[-1] for name, values in curves["gain"].items()},
+        "samples_kl": curves["samples_kl"]["mean"][-1],
+        **{name: float(np.mean(curves[name]["mean"][-LAST_STEPS:])) for name in ("chosen_kl", "rejected_kl")},
+    }
+
+
+def plot(curves: dict[str, dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for name, seeds in runs.items():
+    for name, means in curves.items():
         variant = METHODS[name].variant
         family = [other for other in METHODS if METHODS[other].variant == variant]
         shade = 0.4 + 0.5 * (family.index(name) + 1) / len(family)
         style = {"color": plt.get_cmap(_COLORS[variant])(shade), "label": name, "ls": "--" if variant == "dpo" else "-"}
-        frontiers = [results["frontier"] for results in seeds.values()]
-        gains = [[point["reward"] - points[0]["reward"] for point in points] for points in frontiers]
-        _band(axes[0], [[point["kl"] for point in points] for points in frontiers], gains, style)
-        for axis, key in ((axes[1], "kl/chosen"), (axes[2], "kl/rejected")):
-            series = [results["kl"] for results in seeds.values()]
-            _band(axis, *([[entry[of] for entry in run] for run in series] for of in ("step", key)), style)
+        _band(axes[0], means["samples_kl"]["mean"], means["gain"], style)
+        for axis, key in ((axes[1], "chosen_kl"), (axes[2], "rejected_kl")):
+            _band(axis, means["steps"], means[key], style)
     axes[0].set(xlabel="sequence KL(reference || policy), nats", ylabel="gain in reward, P(positive)", title="samples")
     axes[1].set(xlabel="step", ylabel="sequence KL, nats", title="chosen responses, training pairs")
     axes[2].set(xlabel="step", title="rejected responses, training pairs")
@@ -109,26 +135,27 @@ def plot(runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
-def _band(axis, x: list[list[float]], y: list[list[float]], style: dict) -> None:
-    """The mean over runs, and one standard deviation around it."""
-    across, mean, spread = np.mean(x, 0), np.mean(y, 0), np.std(y, 0)
+def _band(axis, across: list[float], values: dict[str, list[float]], style: dict) -> None:
+    """The mean over seeds, and one standard deviation around it."""
+    mean, spread = np.array(values["mean"]), np.array(values["sd"])
     axis.plot(across, mean, lw=1.4, **style)
     axis.fill_between(across, mean - spread, mean + spread, color=style["color"], alpha=0.08)
 
 
 def report(runs: Runs, settings: dict, folder: Path) -> None:
+    """Writes frontier.json and frontier.png."""
     ordered = {name: runs[name] for name in METHODS if name in runs}
-    rows = matched(ordered)
-    if ordered:
-        plot(ordered, folder / "frontier.png")
-    methods = {name: method._asdict() for name, method in METHODS.items()}
+    curves, rows = {name: curves_of(seeds) for name, seeds in ordered.items()}, matched(ordered)
+    if curves:
+        plot(curves, folder / "frontier.png")
     results = {
         "settings": settings,
-        "methods": methods,
+        "methods": {name: method._asdict() for name, method in METHODS.items()},
         "gain_at_matched_kl": rows,
         "baseline": BASELINE,
         "over_baseline": over_baseline(ordered),
-        "runs": ordered,
+        "end": {name: end_of(means) for name, means in curves.items()},
+        "curves": curves,
     }
     path = save("frontier", results, folder)
     shown = [{name: cell["mean"] if isinstance(cell, dict) else cell for name, cell in row.items()} for row in rows]
@@ -136,13 +163,13 @@ def report(runs: Runs, settings: dict, folder: Path) -> None:
 
 
 def saved_runs(settings: dict, folder: Path) -> Runs:
-    """The runs in frontier.json, which must have these settings; none where there is no such file."""
-    path = folder / "frontier.json"
+    """The runs in runs.json, which must have these settings; none where there is no such file."""
+    path = folder / "runs.json"
     if not path.exists():
         return {}
     saved = json.loads(path.read_text())
     if saved["settings"] != settings:
-        raise SystemExit(f"{path} holds runs with other settings, {saved['settings']}: give another folder of results")
+        raise SystemExit(f"{path} holds runs with other settings, {saved['settings']}: give another --out")
     return saved["runs"]
 
 
@@ -150,25 +177,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("out/frontier"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of frontier.json")
+    parser.add_argument("--out", type=Path, default=Path("out/frontier"), help="folder of the runs and of runs.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of frontier.json and .png")
     parser.add_argument("--report-only", action="store_true", help="train nothing; report the runs that are there")
     parser.add_argument("--tiny", action="store_true", help="tiny settings: rehearses the script, measures nothing")
     arguments = parser.parse_args()
     settings = TINY if arguments.tiny else SETTINGS
     if arguments.report_only:
-        return report(saved_runs(settings, arguments.results), settings, arguments.results)
+        return report(saved_runs(settings, arguments.out), settings, arguments.results)
     from tdpo.demo.experiment import Experiment
 
     for seed in arguments.seeds:
-        runs = saved_runs(settings, arguments.results)
+        runs = saved_runs(settings, arguments.out)
         missing = [name for name in arguments.methods if str(seed) not in runs.get(name, {})]
         if missing:
             experiment = Experiment(DemoSettings(out=str(arguments.out / f"seed-{seed}"), seed=seed, **settings))
         for name in missing:
             results = run(experiment, name)
-            runs = saved_runs(settings, arguments.results)  # again: another process may have added its own
+            runs = saved_runs(settings, arguments.out)  # again: another process may have added its own
             runs.setdefault(name, {})[str(seed)] = results
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            (arguments.out / "runs.json").write_text(json.dumps({"settings": settings, "runs": runs}))
             report(runs, settings, arguments.results)
 
 

@@ -264,7 +264,7 @@ def _token_divergence(
 ) -> tuple[Tensor, Tensor]:
     dtype, shard = operators.state_dtype(logits.dtype), None
     if group_name:
-        group = dist._resolve_process_group(group_name)
+        group = dist._resolve_process_group(group_name)  # type: ignore[arg-type]  # its GroupName is a str
         shard = VocabShard(vocab_start, vocab_start + logits.shape[-1], group)
         facts = [
             Fact("rows", labels.numel(), "labels"),

@@ -1,10 +1,10 @@
-"""Breaks the code on purpose, one small change at a time, and reports which changes no test notices.
+"""Mutation scores: mutmut changes a module in many small ways, and its tests must notice each change.
 
-    python tools/mutations.py [--only FILE] [--json RESULTS]
+    python tools/mutations.py [MODULE ...] [--all] [--jobs 2] [--output FOLDER]
 
-A mutation is an entry of `MUTATIONS` in a file of tests/mutations: source text that occurs exactly once in a file, what
-replaces it, and the tests that must fail then (pytest's names, relative to tests/). They are applied to a copy of the
-tree, whose extension is rebuilt where a file of csrc is changed. Exits with 1 if a mutation survives or does not apply.
+MODULE is a dotted name, such as tdpo_ext.losses; by default those in benchmarks/results/mutations.json are measured
+again. Every module's counts are added to that file, from which docs/reliability.md has its table. The changes that no
+test noticed are printed; `mutmut show NAME`, run in the folder that is named there, shows one as a diff.
 """
 
 from __future__ import annotations
@@ -12,147 +12,131 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
+SCRATCH = ROOT / "build" / "mutations"
 BUILT = ("_C*.so", "_brgemm.so", "_built_with.py")  # what the build adds to tdpo_ext
-DEPENDENCIES = ("torch", "transformers.trainer", "datasets", "peft", "trl.trainer.dpo_trainer", "hypothesis")
-SECONDS = 600  # for the tests of one mutation; a change that makes them hang is noticed too
+# Import package -> where its source and its tests are.
+PACKAGES = {"tdpo_ext": ("tdpo_ext", "tests/library"), "tdpo": ("python/tdpo", "tests/trainer")}
+# Tests that aren't the file of the module's name, or not alone, below the folder of the package's tests.
+TESTS = {
+    "tdpo_ext.checks": ["test_bad_arguments.py"],
+    "tdpo_ext.fused.costs": ["test_plan.py"],
+    "tdpo_ext.fused.rows": ["test_linear_inputs.py", "test_no_waits.py", "test_per_token.py"],
+    "tdpo_ext.fused.sizes": ["test_plan.py"],
+    "tdpo_ext.losses": ["test_losses.py", "test_objectives.py", "test_bad_arguments.py", "test_per_token.py"],
+    "tdpo_ext.objectives": ["test_objectives.py", "test_per_token.py", "test_bad_arguments.py"],
+}
+BESIDE = ("tests", "tools", "benchmarks", "examples")  # what tests read beside the packages
+CONFIGURATION = """
+[tool.mutmut]
+source_paths = {packages}
+only_mutate = ["{file}"]
+also_copy = {beside}
+pytest_add_cli_args = ["-p", "no:cacheprovider"]
+pytest_add_cli_args_test_selection = {tests}
+"""
 
 
-class Mutation(NamedTuple):
-    """One change of one file."""
-
-    file: str
-    find: str
-    replace: str
-    tests: list[str]
-
-
-class Scratch:
-    """A copy of the tree in which the tests run against the copy's own packages."""
-
-    def __init__(self, folder: Path):
-        self.root = folder / "tree"
-        tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
-        for name in filter(None, tracked):
-            if (ROOT / name).is_file():
-                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, self.root / name)
-        site = folder / "site"
-        site.mkdir()
-        (site / "tdpo").symlink_to(self.root / "python" / "tdpo")
-        (site / "tdpo_ext").symlink_to(self.root / "tdpo_ext")
-        self._site = str(site)
-
-    def copy_extension(self) -> None:
-        """Takes the compiled module from the installed package."""
-        spec = find_spec("tdpo_ext")
-        if spec is None or spec.origin is None:
-            raise SystemExit("tdpo_ext is not installed")
-        for pattern in BUILT:
-            for built in Path(spec.origin).parent.glob(pattern):
-                shutil.copy(built, self.root / "tdpo_ext")
-
-    def build_extension(self) -> bool:
-        """Compiles what changed since the last build."""
-        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        return subprocess.run(command, cwd=self.root, capture_output=True).returncode == 0
-
-    def run_tests(self, tests: list[str]) -> int:
-        """pytest's exit status, or 1 if the tests hang or crash."""
-        child = os.fork()
-        if child == 0:
-            os.setsid()  # so that what the tests start can be stopped with them
-            os.chdir(self.root / "tests")
-            os.environ |= {"PYTHONPATH": self._site, "PYTHONDONTWRITEBYTECODE": "1"}
-            sys.path.insert(0, self._site)
-            sys.dont_write_bytecode = True
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), 1)
-                os.dup2(nowhere.fileno(), 2)
-            os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
-            time.sleep(0.1)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return 1
+def tests_of(module: str) -> list[str]:
+    """Paths of a module's test files: those of `TESTS`, or else test_NAME.py at the place that mirrors the module's."""
+    package, *folders, name = module.split(".")
+    home = ROOT / PACKAGES[package][1]
+    if module in TESTS:
+        found = [home / name for name in TESTS[module]]
+    else:
+        mirrored = (home.joinpath(*folders, f"test_{name}.py"), home / f"test_{name}.py")
+        found = [path for path in mirrored if path.exists()][:1]
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
-def import_dependencies() -> None:
-    """Imports what takes the tests seconds, once for all forks. Nothing is computed: threads don't survive a fork."""
-    for name in DEPENDENCIES:
-        if find_spec(name.split(".")[0]) is not None:
-            import_module(name)
+def modules() -> list[str]:
+    """The modules that have tests of their own."""
+    names = []
+    for package, (source, _) in PACKAGES.items():
+        for path in sorted((ROOT / source).rglob("*.py")):
+            module = ".".join((package, *path.relative_to(ROOT / source).with_suffix("").parts))
+            if tests_of(module):
+                names.append(module)
+    return names
 
 
-def listed() -> list[Mutation]:
-    """All mutations of tests/mutations; those of C++ last, so that Python's need no build."""
-    lists = sorted((ROOT / "tests" / "mutations").glob("*.py"))
-    mutations = [Mutation(**entry) for path in lists for entry in runpy.run_path(str(path))["MUTATIONS"]]
-    return sorted(mutations, key=lambda mutation: mutation.file.startswith("csrc/"))
+def prepare(folder: Path, module: str) -> None:
+    """Fills a folder with what mutmut needs: importable packages, what their tests read, and its options."""
+    shutil.rmtree(folder, ignore_errors=True)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for package, (source, _) in PACKAGES.items():
+        shutil.copytree(ROOT / source, folder / package, ignore=ignored)
+    for name in BESIDE:
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    spec = find_spec("tdpo_ext")
+    if spec is None or spec.origin is None:
+        raise SystemExit("tdpo_ext is not installed")
+    for pattern in BUILT:
+        for built in Path(spec.origin).parent.glob(pattern):
+            shutil.copy(built, folder / "tdpo_ext")
+    configuration = CONFIGURATION.format(
+        packages=json.dumps(list(PACKAGES)),
+        beside=json.dumps(BESIDE),
+        file=module.replace(".", "/") + ".py",
+        tests=json.dumps(tests_of(module)),
+    )
+    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + configuration)
 
 
-def judge(mutation: Mutation, scratch: Scratch) -> str:
-    """`caught`, `survived`, or why the mutation says nothing."""
-    path = scratch.root / mutation.file
-    source = path.read_text()
-    if source.count(mutation.find) != 1:
-        return f"invalid: the text occurs {source.count(mutation.find)} times"
-    path.write_text(source.replace(mutation.find, mutation.replace))
-    try:
-        if mutation.file.startswith("csrc/") and not scratch.build_extension():
-            return "invalid: it does not compile"
-        status = scratch.run_tests(mutation.tests)
-    finally:
-        path.write_text(source)
-    outcomes = {0: "survived", 1: "caught"}
-    return outcomes.get(status, f"invalid: pytest exits with {status}")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutations of files whose path contains this text")
-    parser.add_argument("--json", type=Path, help="where to write the outcomes")
-    options = parser.parse_args()
-    mutations = [mutation for mutation in listed() if options.only in mutation.file]
-    import_dependencies()
-    outcomes = []
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Scratch(Path(folder))
-        scratch.copy_extension()
-        if scratch.run_tests(sorted({test for mutation in mutations for test in mutation.tests})) != 0:
-            raise SystemExit("the tests fail without any mutation")
-        for mutation in mutations:
-            started = time.monotonic()
-            outcome = judge(mutation, scratch)
-            outcomes.append({**mutation._asdict(), "outcome": outcome})
-            shown = " ".join(mutation.replace.split())[:60]
-            print(f"{outcome:<10s} {time.monotonic() - started:5.0f} s  {mutation.file}: {shown}", flush=True)
-    counts = {
-        kind: sum(one["outcome"].startswith(kind) for one in outcomes) for kind in ("caught", "survived", "invalid")
+def measure(module: str, jobs: int) -> dict[str, int | float]:
+    """Counts of a module's mutants: all, noticed by a test, and not even run by one."""
+    folder = SCRATCH / module
+    prepare(folder, module)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # others don't survive the forks
+    mutmut = [str(Path(sys.executable).with_name("mutmut"))]  # with -m, the folder itself would be imported from
+    begin = time.monotonic()
+    with open(folder / "log.txt", "w") as log:
+        command = [*mutmut, "run", "--max-children", str(jobs)]
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        raise SystemExit(f"mutmut failed on {module}: {folder / 'log.txt'}")
+    minutes = (time.monotonic() - begin) / 60
+    survivors = subprocess.check_output([*mutmut, "results"], cwd=folder, env=environment, text=True)
+    subprocess.run([*mutmut, "export-cicd-stats"], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    counts = json.loads((folder / "mutants" / "mutmut-cicd-stats.json").read_text())
+    unnoticed = counts["survived"] + counts["no_tests"]
+    print(
+        f"{module}: {counts['total'] - unnoticed} of {counts['total']} noticed; in {folder}:\n{survivors}", flush=True
+    )
+    return {
+        "mutants": counts["total"],
+        "noticed": counts["total"] - unnoticed,
+        "not_run": counts["no_tests"],
+        "minutes": round(minutes, 1),
     }
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
-    if options.json:
-        options.json.write_text(json.dumps({"counts": counts, "mutations": outcomes}, indent=1))
-    return int(counts["caught"] != len(outcomes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="dotted names; those in the results by default")
+    parser.add_argument("--all", action="store_true", help="every module that has tests: takes hours")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants tested at a time")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the counts")
+    arguments = parser.parse_args()
+    known = modules()
+    if unknown := set(arguments.modules) - set(known):
+        parser.error(f"no tests are known for {', '.join(sorted(unknown))}; there are some for {', '.join(known)}")
+    path = arguments.output / "mutations.json"
+    scores = json.loads(path.read_text())["modules"] if path.exists() else {}
+    for moved in set(scores) - set(known):
+        print(f"{moved} is no module with tests any more: its counts are dropped")
+        del scores[moved]
+    for module in known if arguments.all else arguments.modules or sorted(scores):
+        scores[module] = measure(module, arguments.jobs)
+        path.write_text(json.dumps({"modules": dict(sorted(scores.items()))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -48,14 +49,10 @@ def package_version() -> str:
 
 
 def cuda_major() -> str | None:
-    """The major CUDA release of nvcc, where one is found."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
-    if nvcc is None or not Path(nvcc).exists():
-        return None
-    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+)\.", said)
-    return found and found.group(1)
+    """The major CUDA release of the nvcc that setup.py finds; None where it finds none."""
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    nvcc = build["find_nvcc"]()
+    return build["cuda_release"](nvcc).split(".")[0] if nvcc else None
 
 
 def build_wheel(cuda: str | None) -> Path:

@@ -21,10 +21,9 @@ def logit_kernels() -> None:
 
 
 def fused_loss() -> None:
-    options = {"device": DEVICE, "dtype": torch.bfloat16}
-    hidden = torch.randn(4, 6, 16, **options, requires_grad=True)
-    weight = torch.randn(301, 16, **options, requires_grad=True)
-    ref_hidden = torch.randn(4, 6, 16, **options)
+    randn = functools.partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
+    hidden, weight = randn(4, 6, 16, requires_grad=True), randn(301, 16, requires_grad=True)
+    ref_hidden = randn(4, 6, 16)
     labels = torch.randint(301, (4, 6), device=DEVICE)
     objective = functools.partial(tdpo_loss, beta=0.1)
     for budget in (1 << 20, 9000):  # the chunked and the streaming plan

@@ -110,14 +110,14 @@ class PreferenceCollator:
         if self.padding_free:
             inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions)[None]}
             return inputs | ({"segments": torch.cat(segments)[None]} if self.shared_prompts else {})
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        input_ids = pad_sequence(list(ids), batch_first=True, padding_value=self.pad_token_id)
         if not self.shared_prompts:
             mask = pad_sequence([torch.ones_like(line) for line in ids], batch_first=True)
             return {"input_ids": input_ids, "attention_mask": mask}
         return {
             "input_ids": input_ids,
-            "position_ids": pad_sequence(positions, batch_first=True),
-            "segments": pad_sequence(segments, batch_first=True, padding_value=-1),
+            "position_ids": pad_sequence(list(positions), batch_first=True),
+            "segments": pad_sequence(list(segments), batch_first=True, padding_value=-1),
         }
 
     def _sequences(self, examples: list[dict[str, Any]], lengths: list[int]) -> list[_Sequence]:

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from tdpo_ext import checks
@@ -63,6 +63,9 @@ class TDPOTrainer(Trainer):
         FloatingPointError: while training, a loss that isn't finite; the message names the rows of the batch.
     """
 
+    args: TDPOConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
     data_collator: Any
     data_name: str | None = None  # of the training data, for the model card
     was_finished = False  # the last call of `train` found the run finished

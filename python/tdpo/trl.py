@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import create_model_from_path
 
@@ -57,6 +57,8 @@ class TDPOTrainer(DPOTrainer):
         TypeError: a processor of images: only text is supported.
     """
 
+    args: DPOConfig
+    model: PreTrainedModel
     data_collator: Any
 
     def __init__(

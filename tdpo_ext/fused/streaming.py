@@ -106,8 +106,8 @@ class _TokenValues(torch.autograd.Function):
         ctx.options, ctx.ref_scale = inputs.options, inputs.ref_head.scale
         ctx.shard, ctx.plan = inputs.exchange.shard, plan
         ctx.set_materialize_grads(False)
-        values = counted.new_zeros(len(counted), len(labels)).index_copy_(1, index, counted)
-        values = TokenDivergence._make(values.unbind(0))
+        of_all_rows = counted.new_zeros(len(counted), len(labels)).index_copy_(1, index, counted)
+        values = TokenDivergence._make(of_all_rows.unbind(0))
         others = torch.stack([values.ref_logps, values.entropy, values.correct, values.tokens])
         ctx.mark_non_differentiable(others)
         return values.logps.clone(), values.kl.clone(), others

@@ -10,7 +10,7 @@ import tdpo
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("script", ["benchmarks/tables.py --check", "tools/check_docs.py"])
+@pytest.mark.parametrize("script", ["benchmarks/report --check", "tools/check_docs.py"])
 def test_figures_and_links(script):
     done = subprocess.run([sys.executable, *script.split()], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

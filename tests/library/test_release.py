@@ -29,6 +29,7 @@ def test_one_version():
     version = release.package_version()
     assert tdpo_ext.__version__ == tdpo_ext.build_info()["version"] == version
     assert importlib.metadata.version("tdpo_ext") == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     tag = [sys.executable, str(ROOT / "tools" / "release.py"), "check-tag"]
     assert run(*tag, f"v{version}").returncode == 0
     refused = run(*tag, "v0.0.1")
@@ -45,17 +46,21 @@ def test_one_oldest_torch():
     assert f"'{requirement.replace('>=', '==')}.*'" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize("name", ["ci", "release"])
+@pytest.mark.parametrize("name", ["ci", "nightly", "release"])
 def test_workflows_only_call_make(name):
     workflow = yaml.safe_load((WORKFLOWS / f"{name}.yml").read_text())
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    commands = [step["run"] for step in steps if "run" in step]
-    assert commands
     targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
-    for command in commands:
+    commands = [(job, step["run"]) for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert commands
+    for job, command in commands:
         make, target = command.split()[:2]
         assert make == "make"
-        assert target in [*targets, "${{"]  # ci.yml's targets are in its matrix
+        if target == "${{":
+            assert "${{ matrix.target }}" in command
+            matrix = job["strategy"]["matrix"]
+            assert set(matrix.get("target") or [entry["target"] for entry in matrix["include"]]) <= set(targets)
+        else:
+            assert target in targets
 
 
 @pytest.mark.slow
@@ -88,6 +93,16 @@ def test_a_repaired_wheel(tmp_path, monkeypatch):
     assert len(shared) == 1  # no _brgemm.so, and no copy of a library of torch's
     assert re.fullmatch(r"tdpo_ext/_C\..*\.so", shared[0])
     assert re.search(r"^Requires-Dist: torch>=2\.11$", metadata, re.MULTILINE)
+
+
+def test_the_major_cuda_release_is_that_of_nvcc(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert release.cuda_major() is None
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.2, V13.2.51"\n')
+    nvcc.chmod(0o755)
+    assert release.cuda_major() == "13"
 
 
 def test_kinds_of_wheels(monkeypatch):

@@ -1,22 +1,9 @@
-"""Writes the measured figures in README.md and docs/ from the JSON in benchmarks/results.
-
-    python benchmarks/tables.py [--check]
-
-The text between `<!-- table: NAME -->` and `<!-- end -->` on a page is the output of the function NAME here or in
-model_tables.py. With --check nothing is written, and a page that differs is an error: figures can't drift from the
-measurements.
-"""
+"""The tables of the library and of the trainer's speed, and the README's summary."""
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
-
-from model_tables import summary_rows
-from table_kit import ROOT, TABLES, load, markdown, table
-
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("models", "performance", "paper", "reliability", "building"))]
+from .models import precision_row, summary_rows
+from .pages import load, markdown, table
 
 
 @table
@@ -79,14 +66,6 @@ def where_time_goes() -> str:
             [f"hidden states, {dtype}", f"{total:.2f} s; the four products by torch.mm alone take {products:.2f} s"]
         )
     return markdown(["step", "where its time goes"], rows)
-
-
-@table
-def near_equality() -> str:
-    """Errors near p = q."""
-    errors = load("bench_linear")["near_equality"]
-    rows = [[name, f"{error['kl']:.1e}", f"{error['dhidden']:.1e}"] for name, error in errors.items()]
-    return markdown(["", "KL", "KL's part of dL/dhidden"], rows)
 
 
 @table
@@ -184,75 +163,11 @@ def rates() -> str:
 
 
 @table
-def reliability() -> str:
-    """Counts of the soak."""
-    soak = load("soak")
-    rows = []
-    for result in soak["fuzz"]:
-        cases = result["cases"]
-        counted = f"{cases['token_divergence']:,} of logits, {cases['linear losses']:,} of hidden states"
-        rows.append([f"fuzzed calls, {result['capability']}", counted, f"{len(result['failures'])} wrong"])
-    for name, counts in soak["trainer"].items():
-        if "killed" in counts:
-            outcome = f"all {counts['finished, identical']} finished runs identical"
-            rows.append([name, f"{counts['killed']} times", outcome])
-        else:
-            total = counts["detected"] + counts["harmless"] + counts["wrong"]
-            outcome = f"{counts['detected']} detected, {counts['harmless']} harmless, {counts['wrong']} wrong"
-            rows.append([name, f"{total} times", outcome])
-    for ranks, count in soak["sharded faults"].items():
-        rows.append([f"sharded faults, {ranks}", f"{count} faults", "each reached every rank"])
-    return markdown(["what", "how often", "outcome"], rows)
-
-
-@table
-def brgemm() -> str:
-    """CPU products with and without the optional module."""
-    found = load("bench_wheel")
-    rows = []
-    for dtype, times in found["products"].items():
-        for what, each in {**times, "step": found["step"][dtype]}.items():
-            ratio = each["without"] / each["with"]
-            rows.append([dtype, what, f"{each['with']:,.0f}", f"{each['without']:,.0f}", f"{ratio:.2f}x"])
-    return markdown(["dtype", "", "with, ms", "without, ms", "without / with"], rows)
-
-
-@table
-def torches() -> str:
-    """One wheel in several releases of torch."""
-    found = load("torches")
-    rows = [
-        [result["torch"], *(str(result[name]) for name in ("passed", "failures", "errors", "skipped"))]
-        for result in found["results"]
-    ]
-    return markdown(["torch", "passed", "failed", "errors", "skipped"], rows)
-
-
-@table
-def binary() -> str:
-    """Import time and operator calls of either interface, and the sizes of wheels."""
-    found = load("bench_wheel")
-    rows = [
-        [
-            name,
-            f"{process['import_seconds']:.2f} s",
-            *(f"{process['call_microseconds'][call]:.1f}" for call in ("row_states", "logit_gradient_out")),
-        ]
-        for name, process in found["processes"].items()
-    ]
-    sizes = {("with CUDA kernels" if "+cu" in name else "CPU"): size for name, size in found["wheel_bytes"].items()}
-    said = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in sorted(sizes.items()))
-    header = ["interface", "import, after torch", "`row_states`, one short row, us", "`logit_gradient_out`, us"]
-    return markdown(header, rows) + f"\n\nWheels: {said}."
-
-
-@table
 def summary() -> str:
     """The README's figures."""
     logit, steps = load("bench_logits")["results"][0], _steps()
     ours, eager = steps["float32"]["tdpo_ext chunked"], steps["float32"]["published, eager"]
     bf16 = steps["bfloat16"]["tdpo_ext chunked"]
-    near = load("bench_linear")["near_equality"]
     trainer = load("bench_trainer")
     seconds = trainer["speed"]["seconds"]
     rows = [
@@ -268,10 +183,7 @@ def summary() -> str:
             f"in {ours['extra_mb']:,.0f} MiB beyond inputs and gradients; eager: {eager['over_products']:.2f}x and "
             f"{eager['extra_mb']:,.0f} MiB",
         ],
-        [
-            "KL near p = q, bfloat16 inputs",
-            f"relative error {near['tdpo_ext']['kl']:.0e}; eager bfloat16: {near['eager']['kl']:.0e}",
-        ],
+        precision_row(),
         [
             "trainer, ragged batches",
             f"{seconds['padded, live reference'] / seconds['packed, live reference']:.2f}x faster without padding, "
@@ -280,34 +192,3 @@ def summary() -> str:
         *summary_rows(),
     ]
     return markdown(["", ""], rows)
-
-
-def rendered(text: str) -> str:
-    """A page's text with every table generated from the results."""
-
-    def replace(match: re.Match) -> str:
-        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs")
-    check = parser.parse_args().check
-    stale = []
-    for name in PAGES:
-        path = ROOT / name
-        text = path.read_text()
-        if rendered(text) != text:
-            stale.append(name)
-            if not check:
-                path.write_text(rendered(text))
-    if check and stale:
-        print(f"figures differ from benchmarks/results: {', '.join(stale)}; run `python benchmarks/tables.py`")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,10 @@
-"""Draws the figures of the README from the results in benchmarks/results: summary.png and models.png.
-
-python benchmarks/picture.py
-"""
+"""The README's pictures: heads and loss in summary.png, training steps in models.png."""
 
 from __future__ import annotations
 
 import matplotlib
-from table_kit import ROOT, load
+
+from .pages import RESULTS, load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,10 +46,11 @@ def bars(groups: dict[str, Bars], names: dict[str, str], columns: dict[str, tupl
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
-    figure.savefig(ROOT / "benchmarks" / "results" / file, dpi=130)
+    figure.savefig(RESULTS / file, dpi=130)
 
 
-def main() -> None:
+def draw() -> None:
+    """Draws both from the results."""
     steps = load("bench_linear")["steps"]
     heads = {step["dtype"]: {row["candidate"]: row for row in step["candidates"]} for step in steps}
     memory = ("MiB beyond inputs and gradients", "%.0f")
@@ -65,7 +64,3 @@ def main() -> None:
     }
     time = ("processor time of a step, relative to published", "%.2f")
     bars(models, STEPS, {"relative": time, "extra_mb": ("MiB beyond models and gradients", "%.0f")}, "models.png")
-
-
-if __name__ == "__main__":
-    main()

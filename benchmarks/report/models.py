@@ -1,13 +1,10 @@
-"""The tables of pretrained models: the demo, precision, and the training step."""
+"""The tables of pretrained models: precision, and the training step."""
 
 from __future__ import annotations
 
-import statistics
-
-from table_kit import load, markdown, table
+from .pages import load, markdown, table
 
 _MODELS = {"smollm2": "SmolLM2 (V 49,152)", "gemma3": "Gemma 3 (V 262,144)"}
-_LAST_STEPS = 8  # of a training, averaged: a batch is 8 pairs
 _CANDIDATES = {"tdpo_ext": "tdpo_ext", "published": "published", "trl": "TRL"}
 
 
@@ -69,6 +66,36 @@ def reference_precision() -> str:
     return markdown(["computes in", "reference's weights", "loss", "KL of chosen responses, nats"], rows)
 
 
+@table
+def precision_heads() -> str:
+    """Errors of loss and gradients against float64."""
+    rows = []
+    for row in load("bench_precision")["heads"]:
+        errors = [f"{row[key]:.1e}" for key in ("loss", "dhidden", "dweight")]
+        rows.append([_MODELS[row["model"]], row["candidate"], *errors])
+    return markdown(["model", "", "loss", "dL/dhidden", "dL/dweight"], rows)
+
+
+@table
+def precision_whole_step() -> str:
+    """Errors of the gradient of all weights, backbones included."""
+    errors = load("bench_precision")["whole_step"]
+    shown = ", ".join(f"{row['candidate']} {row['gradient']:.1e}" for row in errors)
+    return f"Relative errors of the gradient of all weights of SmolLM2, against the model in float64: {shown}."
+
+
+def precision_row() -> list[str]:
+    """What the README says of the KL near p = q: SmolLM2 in bfloat16 with the least noise."""
+    rows = [row for row in load("bench_precision")["rows"] if row["inputs"] == "hidden states, bfloat16"]
+    nearest = min(row["perturbation"] for row in rows)
+    errors = {row["candidate"]: row for row in rows if (row["model"], row["perturbation"]) == ("smollm2", nearest)}
+    ours, published = errors["tdpo_ext"], errors["published"]
+    return [
+        f"KL of {published['median_kl']:.0e} nats, SmolLM2 in bfloat16",
+        f"median relative error {ours['median']:.0e}; the published arithmetic: {published['median']:.0f}",
+    ]
+
+
 def _of_models(part: str) -> str:
     rows = []
     for model, parts in load("bench_models")["models"].items():
@@ -122,87 +149,3 @@ def model_lengths() -> str:
             rows.append([_MODELS[model], row["candidate"], *(f"{mb:,.0f}" for mb in row["extra_mb"]), *cells])
     header = [f"extra MiB, responses of {length}" for length in (128, 256, 512)]
     return markdown(["model", "", *header, "MiB a token", "longest in 8 GiB"], rows)
-
-
-@table
-def model_errors() -> str:
-    """Errors of loss and gradients against float64."""
-    rows = []
-    for model, parts in load("bench_models")["models"].items():
-        for row in parts.get("head_errors", []):
-            errors = [f"{row[key]:.1e}" for key in ("loss", "dhidden", "dweight")]
-            rows.append([_MODELS[model], row["candidate"], *errors])
-    return markdown(["model", "", "loss", "dL/dhidden", "dL/dweight"], rows)
-
-
-@table
-def model_whole_errors() -> str:
-    """Errors of the gradient of all weights, backbones included."""
-    errors = load("bench_models")["models"]["smollm2"].get("model_errors", [])
-    shown = ", ".join(f"{row['candidate']} {row['gradient']:.1e}" for row in errors)
-    return f"Relative errors of the gradient of all weights of SmolLM2, against the model in float64: {shown}."
-
-
-@table
-def demo() -> str:
-    """The demo's rewards at matched KL."""
-    results = load("demo")
-    methods = list(results["curves"])
-    rows = [[f"{row['kl']:.2f}", *(f"{row[method]:.3f}" for method in methods)] for row in results["matched_kl"]]
-    start = next(iter(results["curves"].values()))[0]
-    table = markdown(
-        ["sequence KL", *map(str.upper, methods)], [["0 (before)", *[f"{start['reward']:.3f}"] * 3], *rows]
-    )
-    minutes = results["processor_seconds"] / 60
-    return f"{table}\n\n{results['verdict']} This run took {minutes:.1f} minutes of processor time."
-
-
-@table
-def demo_samples() -> str:
-    """What the demo's models write, with its reward."""
-    examples = load("demo")["examples"]
-    rows = []
-    for name, continued in examples.items():
-        cells = [f"{' '.join(text.split())} ({reward:.2f})" for _, text, reward in continued[:2]]
-        rows.append([name if name == "before" else name.upper(), *cells])
-    prompts = [f"{' '.join(prompt.split())} ..." for prompt, _, _ in examples["before"][:2]]
-    return markdown(["", *prompts], rows)
-
-
-@table
-def frontier() -> str:
-    """Gain in reward at matched KL, mean and standard deviation over seeds."""
-    results = load("frontier")
-    levels, seeds = results["gain_at_matched_kl"], max(len(runs) for runs in results["runs"].values())
-    rows = []
-    for name in results["runs"]:
-        cells = []
-        for level in levels:
-            cell = level.get(name, {"seeds": 0})
-            if cell["seeds"] == seeds:
-                cells.append(f"{cell['mean']:.3f} ± {cell['sd']:.3f}")
-            else:
-                cells.append(f"{cell['mean']:.3f} ({cell['seeds']} of {seeds})" if cell["seeds"] else "")
-        rows.append([name, *cells])
-    return markdown(["sequence KL", *(f"{level['kl']:g}" for level in levels)], rows)
-
-
-@table
-def frontier_end() -> str:
-    """Every method after its last step: means over seeds."""
-    results = load("frontier")
-    rows = []
-    for name, runs in results["runs"].items():
-        gains = [run["frontier"][-1]["reward"] - run["frontier"][0]["reward"] for run in runs.values()]
-        samples = [run["frontier"][-1]["kl"] for run in runs.values()]
-        chosen, rejected = (
-            [statistics.mean(step[key] for step in run["kl"][-_LAST_STEPS:]) for run in runs.values()]
-            for key in ("kl/chosen", "kl/rejected")
-        )
-        means = [statistics.mean(values) for values in (samples, chosen, rejected)]
-        differences = results["over_baseline"].get(name, {})
-        over = ", ".join(f"{difference:+.3f}" for difference in differences.values() if name != results["baseline"])
-        spread = f"{statistics.mean(gains):.3f} ± {statistics.pstdev(gains):.3f}"
-        rows.append([name, *(f"{mean:.2f}" for mean in means), spread, over])
-    columns = ["KL of samples", "KL of chosen", "KL of rejected", "gain in reward", "over dpo-0.1 at the same KL"]
-    return markdown(["", *columns], rows)

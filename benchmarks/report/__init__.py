@@ -1,0 +1,1 @@
+"""What readers see of the results: tables in README.md and docs/, and the README's pictures."""

@@ -1,0 +1,76 @@
+"""Changes of the CPU's kernels and operators that Python tests must notice: name, file, text, replacement, tests.
+
+`make kernel-mutations` applies them one at a time, and builds the extension after each.
+"""
+
+STATE = "csrc/row_state.h"
+OPS, PEAKED, REVERSE = ([f"library/test_{name}.py"] for name in ("ops", "peaked_rows", "reverse_kl"))
+
+MUTATIONS = [
+    (
+        "far maxima always moved",
+        STATE,
+        "moved_size <= other_sum + weight_sum + size_of(natural_gap)",
+        "moved_size >= X{}",
+        PEAKED,
+    ),
+    (
+        "top of masked entries",
+        STATE,
+        "return masked ? -kLargestExponent<Real> : top;",
+        "return masked ? top : top;",
+        PEAKED,
+    ),
+    (
+        "peaked rows not noticed",
+        STATE,
+        "return std::fabs(z - r) > Real(16);",
+        "return std::fabs(z - r) > Real(1600);",
+        PEAKED,
+    ),
+    (
+        "gap in float32",
+        STATE,
+        "gap = Real(double(z) - double(r) - double(offset) * double(inv_temp.base2));",
+        "gap = z - r - offset * inv_temp.base2;",
+        PEAKED,
+    ),
+    ("the smaller of two logits first", STATE, "if (std::fabs(z) > std::fabs(r))", "if (false)", PEAKED),
+    (
+        "forward hop in the reverse KL",
+        STATE,
+        "hop = kReverse ? r_hop - z_hop : z_hop - r_hop;",
+        "hop = z_hop - r_hop;",
+        REVERSE,
+    ),
+    (
+        "no mean gap in the reverse KL",
+        STATE,
+        "mean_gap(kReverse ? state.sums.gap / state.sums.weight_sum() : Real(0))",
+        "mean_gap(0)",
+        REVERSE,
+    ),
+    ("reverse KL in base 2", STATE, "kReverse ? kLn2 : -1", "kReverse ? 1 : -1", REVERSE),
+    (
+        "a slice's first label missed",
+        "csrc/cpu/row_kernels.cpp",
+        "if (label >= begin && label < end) {",
+        "if (label > begin && label < end) {",
+        OPS,
+    ),
+    (
+        "labels unchecked in the gradient",
+        "csrc/cpu/operators.cpp",
+        "  check_label_range(inputs.params);\n  const auto gradient",
+        "  const auto gradient",
+        OPS,
+    ),
+    ("blocks of a product overwritten", "csrc/cpu/brgemm.cpp", "accumulate || k.begin > 0", "accumulate", OPS),
+    (
+        "partly overlapping output accepted",
+        "csrc/checks.h",
+        "check_value(same_memory(out, logits) || !may_overlap(out, logits),",
+        "check_value(true,",
+        OPS,
+    ),
+]
