@@ -58,7 +58,7 @@ engines: $(VENV)/dev
 # Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
 test-nightly: $(VENV)/dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py \
-		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_plan.py
+		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_any_batch.py
 	$(BIN)/python tests/soak/run.py
 	$(BIN)/python benchmarks/report
 

@@ -27,11 +27,14 @@ PACKAGES = {"tdpo_ext": ("tdpo_ext", "tests/library"), "tdpo": ("python/tdpo", "
 # Tests that aren't the file of the module's name, or not alone, below the folder of the package's tests.
 TESTS = {
     "tdpo_ext.checks": ["test_bad_arguments.py"],
-    "tdpo_ext.fused.costs": ["test_plan.py"],
-    "tdpo_ext.fused.rows": ["test_linear_inputs.py", "test_no_waits.py", "test_per_token.py"],
-    "tdpo_ext.fused.sizes": ["test_plan.py"],
+    "tdpo_ext.fused.chunked": ["test_any_batch.py", "test_deferred.py", "test_linear.py"],
+    "tdpo_ext.fused.heads": ["test_linear_inputs.py", "test_bad_arguments.py", "test_linear.py"],
+    "tdpo_ext.fused.objective_gradient": ["test_any_batch.py", "test_per_token.py", "test_deferred.py"],
+    "tdpo_ext.fused.planning.costs": ["test_plan.py", "test_deferred.py"],
+    "tdpo_ext.fused.planning.sizes": ["test_plan.py"],
+    "tdpo_ext.fused.rows": ["test_linear_inputs.py", "test_no_waits.py", "test_per_token.py", "test_any_batch.py"],
     "tdpo_ext.losses": ["test_losses.py", "test_objectives.py", "test_bad_arguments.py", "test_per_token.py"],
-    "tdpo_ext.objectives": ["test_objectives.py", "test_per_token.py", "test_bad_arguments.py"],
+    "tdpo_ext.objective_checks": ["test_objectives.py", "test_per_token.py", "test_bad_arguments.py", "test_deferred.py"],
 }
 BESIDE = ("tests", "tools", "benchmarks", "examples")  # what tests read beside the packages
 CONFIGURATION = """

@@ -12,7 +12,10 @@ def reliability() -> str:
     rows = []
     for result in soak["fuzz"]:
         cases = result["cases"]
-        counted = f"{cases['token_divergence']:,} of logits, {cases['linear losses']:,} of hidden states"
+        counted = (
+            f"{cases['token_divergence']:,} of logits, {cases['linear losses']:,} of hidden states, "
+            f"{cases['batches']:,} batches of pairs"
+        )
         rows.append([f"fuzzed calls, {result['capability']}", counted, f"{len(result['failures'])} wrong"])
     for name, counts in soak["trainer"].items():
         if "killed" in counts:
