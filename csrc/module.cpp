@@ -1,6 +1,6 @@
 // The Python module: how this binary was built, for bug reports and for `tdpo_ext.build_info()`. CMake defines the
-// macros. The operators register themselves with torch when the module is loaded (ops.cpp); pybind11 and torch's
-// headers never meet in one file.
+// macros. The operators register themselves with torch when the module is loaded (ops.cpp). This file sees none of
+// torch's headers, which hold a pybind11 of their own (CMakeLists.txt).
 #include <pybind11/pybind11.h>
 
 #include "cpu/capability.h"

@@ -1,14 +1,18 @@
 // What the operators use of torch: its stable ABI alone (torch/csrc/stable), so that one binary loads in every torch
-// from TORCH_TARGET_VERSION (CMakeLists.txt) on.
+// from TORCH_TARGET_VERSION (CMakeLists.txt) on. The source builds with the headers of all of them too, so it uses only
+// what the oldest has: the checks of errors, for one, come from other headers there than in later releases.
 //
 // Errors are standard exceptions, which arrive in Python as their counterparts: std::invalid_argument as ValueError,
-// std::out_of_range as IndexError, std::bad_alloc as MemoryError.
+// std::out_of_range as IndexError, std::bad_alloc as MemoryError. From torch 2.15 on, only IndexError does; the others are
+// RuntimeErrors there, with the same message.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <ostream>
 #include <sstream>

@@ -249,6 +249,14 @@ def _(logits, ref_logits, labels, **_options):
     return values, logits.new_empty((*labels.shape, operators.STATE_SIZE), dtype=dtype)
 
 
+def _row_states(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: RowOptions) -> Tensor:
+    """`operators.row_states`. What it says of shapes is a ValueError here in every torch; see csrc/stable.h."""
+    for name, tensor, shape in (("ref_logits", ref_logits, logits.shape), ("labels", labels, logits.shape[:-1])):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)} but {list(shape)} is needed")
+    return operators.row_states(logits, ref_logits, labels, options)
+
+
 def _token_divergence(
     logits: Tensor,
     ref_logits: Tensor,
@@ -280,7 +288,7 @@ def _token_divergence(
     options = RowOptions(vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl)
     exchange = Exchange(shard)
     states = exchange.merged_row_states(
-        lambda: operators.row_states(logits, ref_logits, labels, options),
+        lambda: _row_states(logits, ref_logits, labels, options),
         labels.shape,
         dtype,
         labels.device,

@@ -5,14 +5,26 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import hypothesis
 import pytest
 import torch
 
-# `HYPOTHESIS_PROFILE=nightly` draws ten times as many cases (`make test-nightly`).
-hypothesis.settings.register_profile("ci", max_examples=200, deadline=None)
-hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+try:
+    import hypothesis
+except ModuleNotFoundError:  # `pytest -m cuda` does without; the files that need it say so
+    pass
+else:
+    # `HYPOTHESIS_PROFILE=nightly` draws ten times as many cases (`make test-nightly`).
+    hypothesis.settings.register_profile("ci", max_examples=200, deadline=None)
+    hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m cuda`, files without such tests are not imported: a GPU machine may have torch and pytest alone."""
+    if config.option.markexpr != "cuda" or not collection_path.name.startswith("test_"):
+        return None
+    text = collection_path.read_text()
+    return not ("mark.cuda" in text or "from cuda_support" in text) or None
 
 
 @pytest.fixture(autouse=True)

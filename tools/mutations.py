@@ -34,7 +34,12 @@ TESTS = {
     "tdpo_ext.fused.planning.sizes": ["test_plan.py"],
     "tdpo_ext.fused.rows": ["test_linear_inputs.py", "test_no_waits.py", "test_per_token.py", "test_any_batch.py"],
     "tdpo_ext.losses": ["test_losses.py", "test_objectives.py", "test_bad_arguments.py", "test_per_token.py"],
-    "tdpo_ext.objective_checks": ["test_objectives.py", "test_per_token.py", "test_bad_arguments.py", "test_deferred.py"],
+    "tdpo_ext.objective_checks": [
+        "test_objectives.py",
+        "test_per_token.py",
+        "test_bad_arguments.py",
+        "test_deferred.py",
+    ],
 }
 BESIDE = ("tests", "tools", "benchmarks", "examples")  # what tests read beside the packages
 CONFIGURATION = """

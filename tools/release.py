@@ -1,8 +1,9 @@
-"""Builds what a release consists of, and tests a wheel in several releases of torch.
+"""Builds what a release consists of, and tests it in several releases of torch.
 
 python tools/release.py sdist                  the source distribution
 python tools/release.py wheel [cpu] [cuda]     a wheel for CPUs and, where nvcc is found, one for its CUDA release
-python tools/release.py test TORCH [TORCH ...] the library's tests of one wheel, in a fresh environment for each torch
+python tools/release.py test TORCH [TORCH ...] the library's tests of one wheel and of a build from source, in a fresh
+                                               environment for each torch
 python tools/release.py check-tag TAG          fails unless the tag is "v" and the version of pyproject.toml
 
 `dist` receives the files. Wheels are without the optional module _brgemm, and auditwheel gives them the manylinux tag
@@ -87,43 +88,54 @@ def build_wheels(kinds: list[str], required: bool) -> list[Path]:
     return wheels
 
 
-def test_wheel(wheel: Path, torch: str, folder: Path) -> dict[str, str | int | float]:
-    """The library's tests of an installed wheel, in a new environment with the torch of a requirement."""
-    begin = time.monotonic()
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python, report = str(folder / "bin" / "python"), folder / "report.xml"
-    pip = [python, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, torch, "numpy"], check=True)
-    subprocess.run([*pip, f"{wheel}[library-test]"], check=True)
-    subprocess.run([python, "-m", "tdpo_ext"], check=True, cwd=folder)
-    ignored = [f"--ignore=library/{name}" for name in OF_THE_SOURCE]
-    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *ignored, "library"]
-    subprocess.run(pytest, cwd=ROOT / "tests")  # its failures are in the report
+def counts_of(report: Path) -> dict[str, int]:
+    """What became of the tests of a JUnit report."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
-    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
-    version = [python, "-c", "import torch; print(torch.__version__)"]
+    tests, *counts = (int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped"))
+    return {"passed": tests - sum(counts), **dict(zip(("failures", "errors", "skipped"), counts))}
+
+
+def test_package(python: str, package: Path, tests: list[str]) -> dict[str, str | int | float]:
+    """Installs a wheel, or builds the source in ROOT as users do, and runs tests of it; returns their counts."""
+    begin, built_here = time.monotonic(), package == ROOT
+    # One architecture: the kernels include nothing of torch, and another test compiles them for all.
+    environment = {"TDPO_CUDA_ARCHS": "90", **os.environ}
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"{package}[library-test]"], check=True, env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        query = [python, "-c", "import json, tdpo_ext; print(json.dumps(tdpo_ext.build_info()))"]
+        info = json.loads(subprocess.check_output(query, cwd=folder, text=True))
+        if built_here and info["torch_built_with"] != info["torch"]:
+            raise SystemExit(f"built with torch {info['torch_built_with']} where torch is {info['torch']}")
+        report = Path(folder, "report.xml")
+        pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        subprocess.run(pytest, cwd=ROOT / "tests")  # its failures are in the report
+        counts = counts_of(report)
     return {
-        "torch": subprocess.check_output(version, text=True).strip(),
-        "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"],
-        **{name: counts[name] for name in ("failures", "errors", "skipped")},
+        "torch": info["torch"],
+        "package": "source" if built_here else "wheel",
+        "built_with": info["torch_built_with"],
+        "cuda_archs": info["cuda_archs"],
+        **counts,
         "minutes": round((time.monotonic() - begin) / 60, 1),
     }
 
 
-def test_in_torches(wheel: Path, torches: list[str], json_file: Path | None) -> int:
-    """Tests one wheel in several releases of torch, prints and saves the counts; returns 1 if a test failed."""
+def test_in_torches(wheel: Path | None, torches: list[str], tests: list[str], json_file: Path | None) -> int:
+    """Tests a wheel, unless it is None, and a build from source in several releases of torch, each in an environment of
+    its own; prints and saves the counts, and returns 1 if a test failed."""
     results = []
     for torch in torches:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(test_wheel(wheel, torch, Path(folder)))
-        print(f"{wheel.name} in torch {results[-1]['torch']}: {results[-1]}", flush=True)
-    report = {
-        "wheel": wheel.name,
-        "wheel_bytes": wheel.stat().st_size,
-        "python": platform.python_version(),
-        "results": results,
-    }
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            python = str(Path(folder, "bin", "python"))
+            subprocess.run([python, "-m", "pip", "install", "--quiet", torch, "numpy"], check=True)
+            for package in [ROOT] if wheel is None else [wheel, ROOT]:
+                results.append(test_package(python, package, tests))
+                print(results[-1], flush=True)
+    report: dict[str, object] = {"python": platform.python_version(), "results": results}
+    if wheel is not None:
+        report |= {"wheel": wheel.name, "wheel_bytes": wheel.stat().st_size}
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     return int(any(result["failures"] or result["errors"] or not result["passed"] for result in results))
@@ -138,6 +150,8 @@ def main() -> int:
     test = commands.add_parser("test")
     test.add_argument("torches", nargs="+", metavar="TORCH", help="a requirement, such as 'torch==2.11.*'")
     test.add_argument("--wheel", type=Path, help="the wheel to test (default: a new one for CPUs)")
+    test.add_argument("--source-only", action="store_true", help="test no wheel")
+    test.add_argument("--tests", nargs="+", help="what to run in tests/ (default: the library's, of the binary)")
     test.add_argument("--json", type=Path, help="file for the counts")
     commands.add_parser("check-tag").add_argument("tag")
     arguments = parser.parse_args()
@@ -146,8 +160,9 @@ def main() -> int:
     elif arguments.command == "wheel":
         print(*build_wheels(arguments.kinds or ["cpu", "cuda"], required=bool(arguments.kinds)), sep="\n")
     elif arguments.command == "test":
-        wheel_file = arguments.wheel or build_wheel(None)
-        return test_in_torches(wheel_file.resolve(), arguments.torches, arguments.json)
+        wheel_file = None if arguments.source_only else (arguments.wheel or build_wheel(None)).resolve()
+        tests = arguments.tests or ["library", *(f"--ignore=library/{name}" for name in OF_THE_SOURCE)]
+        return test_in_torches(wheel_file, arguments.torches, tests, arguments.json)
     elif arguments.tag != f"v{package_version()}":
         raise SystemExit(f"the tag is {arguments.tag} but pyproject.toml has version {package_version()}")
     return 0

@@ -19,13 +19,10 @@ def brgemm() -> str:
 
 @table
 def torches() -> str:
-    """One wheel in several releases of torch."""
-    found = load("torches")
-    rows = [
-        [result["torch"], *(str(result[name]) for name in ("passed", "failures", "errors", "skipped"))]
-        for result in found["results"]
-    ]
-    return markdown(["torch", "passed", "failed", "errors", "skipped"], rows)
+    """One wheel, and builds from source, in several releases of torch."""
+    columns = ("torch", "package", "built_with", "passed", "failures", "errors", "skipped")
+    rows = [[str(result[name]) for name in columns] for result in load("torches")["results"]]
+    return markdown(["torch", "package", "built with torch", "passed", "failed", "errors", "skipped"], rows)
 
 
 @table

@@ -23,6 +23,23 @@ def test_limits_add_up_to_less_than_nine_minutes():
     assert sum(limit for name, limit in limits.items() if name not in MEASURED) <= 540
 
 
+COLLECTED = """
+import sys
+import pytest
+sys.modules |= dict.fromkeys(["hypothesis", "psutil", "yaml", "transformers", "datasets", "tdpo"])  # absent
+sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "cuda", "library"]))
+"""
+
+
+def test_the_cuda_tests_need_torch_and_pytest_alone():
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-c", COLLECTED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stdout
+    for name in ("cuda_divergence", "cuda_linear", "vocab_parallel"):
+        assert f"library/test_{name}.py: " in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="no coreutils")
 def test_rehearsal(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -43,7 +44,9 @@ def test_one_oldest_torch():
     assert requirement in importlib.metadata.requires("tdpo_ext")
     assert f'"{requirement}"' in Path(build_backend.__file__).read_text()
     assert tdpo_ext.build_info()["torch_oldest"] == requirement.removeprefix("torch>=")
-    assert f"'{requirement.replace('>=', '==')}.*'" in (ROOT / "Makefile").read_text()
+    for target in ("test-oldest-torch", "test-torches"):
+        commands = run("make", "--dry-run", target, cwd=ROOT).stdout
+        assert f"release.py test '{requirement.replace('>=', '==')}.*'" in commands, target
 
 
 @pytest.mark.parametrize("name", ["ci", "nightly", "release"])
@@ -116,3 +119,40 @@ def test_kinds_of_wheels(monkeypatch):
     for kinds, message in ((["cuda"], "nvcc was not found"), (["rocm"], "unknown kind of wheel: rocm")):
         with pytest.raises(SystemExit, match=message):
             release.build_wheels(kinds, required=True)
+
+
+PYTEST_RUN = """
+import pytest
+def test_passes(): pass
+def test_fails(): raise AssertionError
+def test_skips(): pytest.skip()
+@pytest.fixture
+def broken(): raise AssertionError
+def test_errs(broken): pass
+def test_passes_too(): pass
+"""
+
+
+def test_counts_of_a_report(tmp_path):
+    (tmp_path / "test_each.py").write_text(PYTEST_RUN)
+    run(sys.executable, "-m", "pytest", "--junitxml=report.xml", cwd=tmp_path)
+    assert release.counts_of(tmp_path / "report.xml") == {"passed": 2, "failures": 1, "errors": 1, "skipped": 1}
+
+
+@pytest.mark.parametrize("wheel", [None, Path(__file__)])
+@pytest.mark.parametrize("broken", [{}, {"failures": 1}, {"errors": 1}, {"passed": 0}])
+def test_every_package_is_tested_in_every_torch(wheel, broken, monkeypatch, tmp_path):
+    commands, tested = [], []
+
+    def count(python, package, tests):
+        tested.append((package, tests))
+        return {"passed": 5, "failures": 0, "errors": 0, **(broken if len(tested) == 2 else {})}
+
+    monkeypatch.setattr(release.subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(release, "test_package", count)
+    counts = tmp_path / "counts.json"
+    assert release.test_in_torches(wheel, ["torch==2.11.*", "torch"], ["library"], counts) == int(bool(broken))
+    assert [command[-2] for command in commands if "pip" in command] == ["torch==2.11.*", "torch"]
+    packages = [release.ROOT] if wheel is None else [wheel, release.ROOT]
+    assert tested == [(package, ["library"]) for package in 2 * packages]
+    assert len(json.loads(counts.read_text())["results"]) == len(tested)
