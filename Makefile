@@ -18,7 +18,7 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly mutations sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo test sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo $(VENV)/data
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -82,6 +82,13 @@ sanitize: $(VENV)/dev
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTDPO_TESTS=ON -DTDPO_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+# Which lines and branches of the library its tests take, the processes that they start included.
+coverage: $(VENV)/dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest tests/library
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # Builds the API reference into docs/api and checks every relative link of the documentation.
 docs: $(VENV)/dev

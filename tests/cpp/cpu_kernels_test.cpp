@@ -44,24 +44,26 @@ void check_regimes(const CpuKernels& kernels) {
     check<T>({.rows = 3, .vocab = 5003, .slices = 2, .temperature = 0.7, .ref_offset = offset}, Kernels{kernels});
 }
 
-// Gradients half-way between two bfloat16 numbers are rounded to the even one.
-void check_ties(const CpuKernels& kernels) {
+// Gradients half-way between two numbers of a low precision are rounded to the even one. `half_step` is half of the
+// distance between those from `base` on.
+template <typename Out>
+void check_ties(const CpuKernels& kernels, DType out_dtype, float base, float half_step) {
   constexpr int64_t vocab = 64;
   std::vector<float> z(vocab, 0), r(vocab, 0);
-  std::vector<bf16> out(vocab);
+  std::vector<Out> out(vocab);
   const std::vector<int64_t> labels{0};
   const float kl_grad = 0;
   const RowState<float> state{0, 0, {1, 1, 0, 0, 0}, 0, 0};
   for (int step = 1; step < 64; step += 2) {
-    const float logps_grad = -(1 + float(step) / 256);  // every other entry's gradient is -logps_grad
+    const float logps_grad = -(base + float(step) * half_step);  // every other entry's gradient is -logps_grad
     const DivergenceParams params = plain_params(z.data(), r.data(), labels, vocab);
     const GradientParams grad{.states = &state,
                               .logps_grad = &logps_grad,
                               .kl_grad = &kl_grad,
                               .out = row_view(out.data(), vocab),
-                              .out_dtype = DType::bf16};
+                              .out_dtype = out_dtype};
     kernels.logit_gradient(params, grad, false, 0, 0, vocab);
-    const float even = 1 + float((step + 1) / 4 * 4) / 256;
+    const float even = base + float((step + 1) / 4 * 4) * half_step;
     for (int64_t v = 1; v < vocab; ++v) expect_near(to_real(out[v]), even, 0, "a tie is rounded to even");
   }
 }
@@ -72,7 +74,9 @@ void check_all(const char* name, const CpuKernels& kernels) {
   check_regimes<double>(kernels);
   check_regimes<bf16>(kernels);
   check_regimes<f16>(kernels);
-  check_ties(kernels);
+  check_ties<bf16>(kernels, DType::bf16, 1, 0x1p-8f);
+  check_ties<f16>(kernels, DType::f16, 1, 0x1p-11f);
+  check_ties<f16>(kernels, DType::f16, 0, 0x1p-25f);  // subnormal
   std::printf("%s: %s\n", name, failures == before ? "passed" : "FAILED");
 }
 

@@ -9,6 +9,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+def outcome_of(check, rank, world, device):
+    """ "" where the check passes, or a traceback."""
+    try:
+        check(rank, world, device)
+    except BaseException:  # pytest's own failures, as of `pytest.raises`, are no Exceptions
+        return traceback.format_exc()
+    return ""
+
+
 def _worker(rank, world, device, store, checks, outcomes):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -23,11 +32,7 @@ def _worker(rank, world, device, store, checks, outcomes):
     )
     for name, check in checks.items():
         torch.manual_seed(0)
-        try:
-            check(rank, world, device)
-            outcomes[name, rank] = ""
-        except Exception:
-            outcomes[name, rank] = traceback.format_exc()
+        outcomes[name, rank] = outcome_of(check, rank, world, device)
     dist.destroy_process_group()
     # gloo's threads may still be dropping finished work, for which they need an interpreter that is not shutting down.
     os._exit(0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tdpo_ext import dpo_loss, tdpo_loss
+from tdpo_ext.fused.planning.plan import StreamingPlan
 
 
 def ipo_loss(chosen, rejected):
@@ -18,6 +19,11 @@ OBJECTIVES = {
     "tdpo2": functools.partial(tdpo_loss, beta=0.1, alpha=0.5),
     "ipo": ipo_loss,
 }
+
+
+def not_a_margin_loss(chosen, rejected):
+    """TDPO2 as an ordinary objective: pairs that do not fit the budget are streamed, not deferred."""
+    return tdpo_loss(chosen, rejected, beta=0.1, alpha=0.5)
 
 
 @dataclass
@@ -67,3 +73,12 @@ def loss_and_gradients(function, case, objective, dtype=None, scale=3.0, **optio
 
 
 BUDGETS = {"one chunk": 1 << 30, "several chunks": 90_000, "streamed": 30_000, "tiny": 100}
+
+
+def kind_of(plan):
+    """A plan by the names of BUDGETS ("tiny" budgets are streamed too), or "deferred"."""
+    if isinstance(plan, StreamingPlan):
+        return "streamed"
+    if plan.deferred:
+        return "deferred"
+    return "one chunk" if len(plan.chunks) == 1 else "several chunks"

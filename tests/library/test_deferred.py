@@ -1,16 +1,16 @@
 """The deferred plan: margin losses of pairs of any length without recompute, equal to the other plans."""
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_cases import OBJECTIVES, Case, loss_and_gradients, make_case
+from linear_cases import OBJECTIVES, Case, kind_of, loss_and_gradients, make_case, not_a_margin_loss
 
 import tdpo_ext.fused.gradients
-import tdpo_ext.linear
-from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token, tdpo_loss
+from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token
 from tdpo_ext.fused.planning.plan import ChunkedPlan, StreamingPlan, make_plan
 from tdpo_ext.fused.planning.sizes import Sizes
 from tdpo_ext.ops.matmul import product
@@ -31,19 +31,6 @@ MARGIN_LOSSES = {
         lambda margin: -torch.nn.functional.logsigmoid(margin),
     ),
 }
-
-
-@pytest.fixture
-def plans(monkeypatch):
-    """The plans of the calls that a test makes."""
-    made = []
-
-    def recorded(*arguments, **options):
-        made.append(make_plan(*arguments, **options))
-        return made[-1]
-
-    monkeypatch.setattr(tdpo_ext.linear, "make_plan", recorded)
-    return made
 
 
 def assert_gradients_match(grads, true_grads, tolerance):
@@ -75,9 +62,6 @@ def test_the_three_plans_agree(plans):
     case = make_case(torch.float64, pairs=2, tokens=200, ignored=0.1)
     near = Case(**{**vars(case), "ref_hidden": case.hidden + 1e-3 * torch.randn(case.hidden.shape).double()})
     near.ref_weight = near.weight
-
-    def not_a_margin_loss(chosen, rejected):
-        return tdpo_loss(chosen, rejected, beta=0.1)
 
     found = [
         loss_and_gradients(linear_preference_loss, near, objective, logits_budget=budget)
@@ -228,23 +212,32 @@ def test_rows_without_a_gradient_take_no_part_in_products(budget, plans, monkeyp
     assert_gradients_match(grads, expected, 1e-11)
 
 
-@given(
-    pairs=st.integers(1, 3),
-    tokens=st.integers(1, 60),
-    vocab=st.integers(2, 300),
-    ignored=st.floats(0, 1),
-    budget=st.integers(10_000, 400_000),
-    objective=st.sampled_from(["tdpo2", "tdpo1", "smoothed dpo", "ipo"]),
-    seed=st.integers(0, 1 << 30),
-)
-def test_any_shape_and_budget(pairs, tokens, vocab, ignored, budget, objective, seed):
-    torch.manual_seed(seed)
-    case = make_case(torch.float64, pairs=pairs, tokens=tokens, vocab=vocab, ignored=ignored)
-    function = MARGIN_LOSSES[objective]
-    loss, _, grads = loss_and_gradients(linear_preference_loss, case, function, logits_budget=budget)
-    truth, _, true_grads = loss_and_gradients(eager.linear_preference_loss, case, function)
-    torch.testing.assert_close(loss, truth, rtol=1e-10, atol=1e-10)
-    assert_gradients_match(grads, true_grads, 1e-9)
+def test_any_shape_and_budget(plans):
+    """Of logits as many rows fit the budget as a block has at least, or more."""
+
+    @given(
+        pairs=st.integers(1, 3),
+        tokens=st.integers(35, 60),
+        vocab=st.integers(100, 300),
+        width=st.sampled_from([16, 200]),
+        ignored=st.sampled_from([0.0, 0.1, 0.3]),
+        rows=st.sampled_from([40, 64, 80]),
+        objective=st.sampled_from(["tdpo2", "tdpo1", "smoothed dpo", "ipo"]),
+        seed=st.integers(0, 1 << 30),
+    )
+    def check(pairs, tokens, vocab, width, ignored, rows, objective, seed):
+        torch.manual_seed(seed)
+        case = make_case(torch.float64, pairs, tokens, width, vocab=vocab, ignored=ignored)
+        function, budget = MARGIN_LOSSES[objective], rows * (16 * vocab + 8 * (2 * width + 24) + 128)
+        loss, _, grads = loss_and_gradients(linear_preference_loss, case, function, logits_budget=budget)
+        truth, _, true_grads = loss_and_gradients(eager.linear_preference_loss, case, function)
+        torch.testing.assert_close(loss, truth, rtol=1e-10, atol=1e-10)
+        assert_gradients_match(grads, true_grads, 1e-9)
+
+    check()
+    deferred = [plan for plan in plans if kind_of(plan) == "deferred"]
+    met = Counter("kept" if plan.keeps_dz else "apart" if plan.weight_apart else "alone" for plan in deferred)
+    assert all(met[way] >= 5 for way in WAYS), met
 
 
 @pytest.mark.slow

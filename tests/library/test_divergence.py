@@ -79,6 +79,18 @@ def test_ignored_rows_are_selected_away(dtype, vocab):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_without_upstream_gradient_has_none_whatever_it_holds(dtype):
+    logits, ref_logits, labels = random_rows(4, 507, dtype)
+    logits[1], ref_logits[2] = math.nan, math.nan
+    divergence = token_divergence(logits.requires_grad_(), ref_logits, labels)
+    kept = [0, 3]
+    (divergence.logps[kept].sum() + divergence.kl[kept].sum()).backward()
+    assert divergence.kl[1:3].isnan().all()
+    assert not logits.grad[1:3].any()
+    assert logits.grad[kept].any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [8, 507])
 def test_edge_values(dtype, vocab):
     logits, ref_logits, labels = random_rows(5, vocab, dtype)

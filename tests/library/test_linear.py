@@ -1,16 +1,25 @@
 """The fused losses against the float64 oracle, in values and every gradient, whatever the plan."""
 
 import copy
+import dataclasses
 import functools
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_cases import BUDGETS, OBJECTIVES, ipo_loss, loss_and_gradients, make_case
+from linear_cases import (
+    BUDGETS,
+    OBJECTIVES,
+    ipo_loss,
+    kind_of,
+    loss_and_gradients,
+    make_case,
+    not_a_margin_loss,
+)
 
 import tdpo_ext.fused.planning.plan
-import tdpo_ext.linear
 from tdpo_ext import LinearTDPOLoss, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
 from tdpo_ext.fused.planning.plan import ChunkedPlan, make_plan
 from tdpo_ext.fused.planning.sizes import Sizes
@@ -55,34 +64,23 @@ def test_low_precision_weight_gradients_of_several_chunks(width):
     assert_matches_oracle(case, OBJECTIVES["tdpo2"], logits_budget=90_000)
 
 
-def not_a_margin_loss(chosen, rejected):
-    return OBJECTIVES["tdpo2"](chosen, rejected)
-
-
 @pytest.mark.parametrize("plan", ["chunked", "streaming"])
-def test_low_precision_weight_gradients_are_summed_in_float32(plan, monkeypatch):
+def test_low_precision_weight_gradients_are_summed_in_float32(plan, plans, monkeypatch):
     """The error of dW over many chunks, or blocks of rows, is that of one: a single rounding, not one per sum."""
     case = make_case(torch.bfloat16, pairs=40, tokens=12, width=16, vocab=401, ignored=0.0)
     objective = OBJECTIVES["tdpo2"] if plan == "chunked" else not_a_margin_loss
     monkeypatch.setattr(tdpo_ext.fused.planning.plan, "STREAMING_ROWS", 32)
-    made = []
-
-    def recorded(*arguments, **options):
-        made.append(make_plan(*arguments, **options))
-        return made[-1]
-
-    monkeypatch.setattr(tdpo_ext.linear, "make_plan", recorded)
     errors = []
     truth = loss_and_gradients(eager.linear_preference_loss, case, objective, dtype=torch.float64)[2]["weight"]
     for budget in (1 << 30, 180_000 if plan == "chunked" else 60_000):
         grad = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget)[2]["weight"]
         errors.append(((grad.double() - truth).norm() / truth.norm()).item())
     if plan == "chunked":
-        assert len(made[-1].chunks) >= 16
-        assert not made[-1].keeps_dz
+        assert len(plans[-1].chunks) >= 16
+        assert not plans[-1].keeps_dz
     else:
-        assert not isinstance(made[-1], ChunkedPlan)
-        assert made[-1].rows == 32
+        assert not isinstance(plans[-1], ChunkedPlan)
+        assert plans[-1].rows == 32
     assert errors[1] < 1.15 * errors[0]
 
 
@@ -98,31 +96,46 @@ def test_temperature_and_softcap(budget, options):
     assert_matches_oracle(make_case(bias=True), OBJECTIVES["tdpo2"], logits_budget=BUDGETS[budget], **options)
 
 
-@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
+@pytest.mark.parametrize(("plan", "budget"), [("one chunk", 1 << 30), ("streamed", 1)])
 @pytest.mark.parametrize(
     "shape",
     [{"pairs": 1}, {"pairs": 1, "tokens": 1, "ignored": 0.0}, {"vocab": 1}, {"vocab": 5, "width": 3, "ref_width": 1}],
 )
-def test_small_shapes(budget, shape):
-    assert_matches_oracle(make_case(**shape), OBJECTIVES["tdpo2"], logits_budget=BUDGETS[budget])
+def test_small_shapes(plan, budget, shape, plans):
+    assert_matches_oracle(make_case(**shape), OBJECTIVES["tdpo2"], logits_budget=budget)
+    assert kind_of(plans[-1]) == plan
 
 
-@given(
-    pairs=st.integers(1, 4),
-    tokens=st.integers(1, 9),
-    width=st.integers(1, 20),
-    ref_width=st.integers(1, 20),
-    vocab=st.integers(1, 400),
-    ignored=st.floats(0, 1),
-    budget=st.integers(100, 200_000),
-    bias=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    seed=st.integers(0, 1 << 30),
-)
-def test_any_shape(pairs, tokens, width, ref_width, vocab, ignored, budget, bias, dtype, seed):
-    torch.manual_seed(seed)
-    case = make_case(dtype, pairs, tokens, width, ref_width, vocab, bias, ignored)
-    objective = OBJECTIVES["tdpo1"]
+def test_any_shape(plans):
+    """A third of all rows fits the budget, as many rows as the longest pair has, more, or hardly any."""
+
+    @given(
+        pairs=st.sampled_from([1, 3, 4]),
+        tokens=st.integers(1, 9),
+        width=st.integers(1, 20),
+        ref_width=st.integers(1, 20),
+        vocab=st.integers(1, 400),
+        ignored=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        rows=st.sampled_from([0.01, 0.4, 0.7, 1.1]),
+        bias=st.booleans(),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        seed=st.integers(0, 1 << 30),
+    )
+    def check(pairs, tokens, width, ref_width, vocab, ignored, rows, bias, dtype, seed):
+        torch.manual_seed(seed)
+        case = make_case(dtype, pairs, tokens, width, ref_width, vocab, bias, ignored)
+        row_bytes = vocab * (8 if dtype == torch.float32 else 10) + dtype.itemsize * (2 * width + ref_width) + 128
+        weight_sum = 2 * vocab * width if dtype == torch.bfloat16 else 0
+        budget = 1 + int(rows * ((case.labels != -100).sum() * row_bytes + weight_sum))
+        assert_gradients_of_any_shape(case, budget)
+
+    check()
+    met = Counter(kind_of(plan) for plan in plans)
+    assert all(met[kind] >= 5 for kind in ("one chunk", "several chunks", "streamed")), met
+
+
+def assert_gradients_of_any_shape(case, budget):
+    objective, dtype = OBJECTIVES["tdpo1"], case.hidden.dtype
     loss, _, grads = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget)
     true_loss, _, true_grads = loss_and_gradients(eager.linear_preference_loss, case, objective, dtype=torch.float64)
     torch.testing.assert_close(loss.double(), true_loss, rtol=1e-3, atol=1e-3)
@@ -133,15 +146,35 @@ def test_any_shape(pairs, tokens, width, ref_width, vocab, ignored, budget, bias
         torch.testing.assert_close(grad.double(), true_grads[name], rtol=tolerance, atol=atol)
 
 
-@pytest.mark.parametrize("budget", ["one chunk", "streamed"])
-def test_nothing_but_ignored_rows(budget):
-    case = make_case(ignored=1.1)
-    loss, sides, grads = loss_and_gradients(
-        linear_preference_loss, case, OBJECTIVES["tdpo2"], logits_budget=BUDGETS[budget]
-    )
+def assert_no_rows(loss, sides, grads):
     assert loss.item() == pytest.approx(0.6931472)
     assert not any(value.any() for side in sides for value in side)
     assert not any(grad.any() for grad in grads.values())
+
+
+def test_nothing_but_ignored_rows(plans):
+    case = make_case(ignored=1.1)
+    assert_no_rows(*loss_and_gradients(linear_preference_loss, case, OBJECTIVES["tdpo2"], logits_budget=1))
+    assert kind_of(plans[-1]) == "one chunk"  # no rows fit any budget
+    tensors = case.tensors()
+    values = linear_token_divergence(**tensors, logits_budget=1)
+    (values.logps.sum() + values.kl.sum()).backward()
+    assert not any(value.any() for value in values)
+    assert not tensors["hidden"].grad.any()
+    assert not tensors["weight"].grad.any()
+
+
+@pytest.mark.parametrize(
+    ("plan", "budget"), [("one chunk", 1 << 30), ("several chunks", 500_000), ("deferred", 300_000), ("streamed", 1)]
+)
+def test_nothing_but_ignored_rows_of_known_lengths(plan, budget, plans):
+    """None of these rows is dropped before the heads."""
+    case = make_case(pairs=3, tokens=75, ignored=1.1)
+    flat = {name: getattr(case, name).flatten(0, 1) for name in ("hidden", "ref_hidden", "labels")}
+    options = {"row_lengths": [75] * 6, "logits_budget": budget}
+    packed = dataclasses.replace(case, **flat)
+    assert_no_rows(*loss_and_gradients(linear_preference_loss, packed, OBJECTIVES["tdpo2"], **options))
+    assert kind_of(plans[-1]) == plan
 
 
 def test_ignored_rows_never_reach_the_head():
@@ -279,14 +312,49 @@ def test_module():
             LinearTDPOLoss(**options)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_correct_and_counted_tokens(budget):
+@pytest.mark.parametrize(("plan", "budget"), [("one chunk", 1 << 30), ("several chunks", 8000), ("streamed", 3000)])
+def test_correct_and_counted_tokens(plan, budget, plans):
     case = make_case(vocab=5)
-    _, chosen, rejected = linear_preference_loss(OBJECTIVES["tdpo2"], **case.tensors(), logits_budget=BUDGETS[budget])
+    _, chosen, rejected = linear_preference_loss(OBJECTIVES["tdpo2"], **case.tensors(), logits_budget=budget)
+    assert kind_of(plans[-1]) == plan
     right = ((case.hidden @ case.weight.T).argmax(-1) == case.labels).sum(-1)
     assert torch.cat([chosen.correct, rejected.correct]).tolist() == right.tolist()
     assert right.sum() > 5
     assert torch.cat([chosen.tokens, rejected.tokens]).tolist() == (case.labels != -100).sum(-1).tolist()
+
+
+@pytest.mark.parametrize("layout", ["padded", "cu_seqlens", "row_lengths"])
+def test_module_hands_everything_on(layout, plans):
+    """Each option away from its default, and each changes the loss or the plan."""
+    case, lengths = make_case(bias=True), [11, 4, 7, 9, 11, 24]
+    case.labels[0, 3], case.labels[1, 2] = 7, 7
+    options = {
+        "ignore_index": 7,
+        "temperature": 0.9,
+        "softcap": 6.0,
+        "logit_scale": 0.8,
+        "ref_logit_scale": 0.7,
+        "kl_direction": "reverse",
+        "logits_budget": 120_000,
+    }
+    case.labels[case.labels == -100] = 5
+    arguments = {name: tensor.detach() for name, tensor in case.tensors().items()}
+    if layout != "padded":
+        for name in ("hidden", "ref_hidden", "labels"):
+            arguments[name] = arguments[name].flatten(0, 1)
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        arguments[layout] = lengths if layout == "row_lengths" else offsets
+    objective = {"beta": 0.2, "alpha": 0.3, "variant": "tdpo1"}
+    expected = linear_preference_loss(functools.partial(tdpo_loss, **objective), **arguments, **options)
+    ours = LinearTDPOLoss(**objective, **options)(**arguments)
+    torch.testing.assert_close(ours, expected)
+    assert plans[0] == plans[1]
+    assert kind_of(plans[0]) == "several chunks"
+    for name in [*options, *objective]:
+        fewer = {key: value for key, value in {**objective, **options}.items() if key not in (name, "logits_budget")}
+        other = LinearTDPOLoss(**fewer)(**arguments)
+        assert name in ("logits_budget", "alpha") or not torch.allclose(other[0], ours[0], rtol=1e-4)
+    assert plans[-1].budget != 120_000
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

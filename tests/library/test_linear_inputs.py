@@ -1,15 +1,19 @@
 """The fused losses with every form of input: packed, frozen, tied, strided, autocast, accumulated, compiled."""
 
+import functools
+
 import pytest
 import torch
-from linear_cases import BUDGETS, Case, ipo_loss, loss_and_gradients, make_case
+from linear_cases import BUDGETS, Case, ipo_loss, kind_of, loss_and_gradients, make_case
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from tdpo_ext import eager, linear_preference_loss
+from tdpo_ext import eager, linear_preference_loss, linear_token_divergence
+from tdpo_ext.fused.heads import CallTensors, Head
 
 
 @pytest.mark.parametrize("budget", ["one chunk", "several chunks", "streamed"])
-def test_packed_equals_padded(budget):
-    case = make_case()
+def test_packed_equals_padded(budget, plans):
+    case = make_case(ignored=0.1)
     lengths = torch.tensor([11, 4, 7, 9, 11, 1])
     kept = torch.arange(11) < lengths[:, None]
     case.labels[~kept] = -100
@@ -19,6 +23,7 @@ def test_packed_equals_padded(budget):
     other, other_sides, other_grads = loss_and_gradients(
         linear_preference_loss, packed, ipo_loss, logits_budget=BUDGETS[budget], cu_seqlens=cu_seqlens
     )
+    assert [kind_of(plan) for plan in plans] == [budget, budget]
     assert torch.equal(loss, other)
     assert torch.equal(sides[1].kl, other_sides[1].kl)
     torch.testing.assert_close(grads["weight"], other_grads["weight"])
@@ -43,12 +48,20 @@ def test_skips_what_nobody_asks_for(frozen, budget):
         torch.testing.assert_close(tensors[other].grad, full[2][other])
 
 
-def test_no_grad():
-    tensors = make_case().tensors()
-    with torch.no_grad():
-        loss, chosen, _ = linear_preference_loss(ipo_loss, **tensors)
-    assert not loss.requires_grad
-    assert not chosen.logps.requires_grad
+@pytest.mark.parametrize("name", ["ref_hidden", "ref_weight", "ref_bias"])
+def test_the_reference_has_no_graph(name):
+    """Even where its tensors require gradients, as those of a policy's copy do; backward gives them none."""
+    case = make_case(bias=True)
+    for policy_trains in (False, True):
+        tensors = {key: value.detach() for key, value in case.tensors().items()}
+        tensors[name].requires_grad_()
+        tensors["hidden"].requires_grad_(policy_trains)
+        values = linear_token_divergence(**tensors, logits_budget=30_000)
+        loss, _, _ = linear_preference_loss(ipo_loss, **tensors)
+        assert values.kl.requires_grad == values.logps.requires_grad == loss.requires_grad == policy_trains
+    (values.kl.sum() + loss).backward()
+    assert tensors[name].grad is None
+    assert tensors["hidden"].grad.any()
 
 
 def test_tied_weights():
@@ -140,15 +153,66 @@ def test_compiled_model_around_the_loss():
     assert layer.weight.grad.norm() > 0
 
 
+def packed_tensors():
+    tensors = make_case(ignored=0.0).tensors()
+    for name in ("hidden", "ref_hidden", "labels"):
+        tensors[name] = tensors[name].detach().flatten(0, 1)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 11, 22, 33, 44, 54, 66], r"cu_seqlens is \[0, 11, .*, which row_lengths \(11, .* contradicts"),
+        ([0, 11, 22, 33, 44, 66], r"cu_seqlens has shape \(6,\) but \(7,\) is needed"),
+        ([0, 11, 22, 33, 44, 55, 66, 66], r"cu_seqlens has shape \(8,\) but \(7,\) is needed"),
+    ],
+)
+def test_offsets_that_contradict_known_lengths(offsets, message):
+    options = {"row_lengths": [11] * 6}
+    linear_preference_loss(ipo_loss, **packed_tensors(), **options, cu_seqlens=11 * torch.arange(7))
+    with pytest.raises(ValueError, match=message):
+        linear_preference_loss(ipo_loss, **packed_tensors(), **options, cu_seqlens=torch.tensor(offsets))
+
+
+@pytest.mark.parametrize("options", [{"row_lengths": [22] * 3}, {"cu_seqlens": 22 * torch.arange(4)}])
+def test_packed_rows_of_an_odd_number_of_sequences(options):
+    with pytest.raises(ValueError, match="labels hold 3 sequences; an even, positive number"):
+        linear_preference_loss(ipo_loss, **packed_tensors(), **options)
+
+
+def test_packed_rows_need_their_lengths():
+    with pytest.raises(ValueError, match=r"labels has shape \(66,\); \(2B, T\) is needed, or cu_seqlens"):
+        linear_preference_loss(ipo_loss, **packed_tensors())
+
+
+def test_an_empty_vocabulary_is_refused():
+    tensors = make_case().tensors()
+    tensors |= {name: tensors[name].detach()[:0] for name in ("weight", "ref_weight")}
+    for function in (linear_token_divergence, functools.partial(linear_preference_loss, ipo_loss)):
+        with pytest.raises(ValueError, match="weight has no rows: the vocabulary is empty"):
+            function(**tensors)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "labels"])
+def test_tensors_of_another_device_are_named(name):
+    """Shown without a GPU: tensors without data can be of any device."""
+    with FakeTensorMode() as mode:
+        tensors = {key: mode.from_tensor(value.detach()) for key, value in make_case(bias=True).tensors().items()}
+        without_data = torch.empty_like(tensors[name], device="meta")
+        tensors[name] = FakeTensor(mode, without_data, torch.device("cuda:0"))
+        heads = [Head(tensors[f"{prefix}weight"], tensors[f"{prefix}bias"]) for prefix in ("", "ref_")]
+        call = CallTensors(tensors["hidden"], heads[0], tensors["ref_hidden"], heads[1], tensors["labels"])
+        with pytest.raises(ValueError, match=f"^{name} is on cuda.* but hidden is on cpu"):
+            call.check_shapes()
+
+
 @pytest.mark.parametrize(
     "offsets", [[0, 9, 4, 20, 30, 40, 66], [0, 11, 22, 33, 44, 55, 65], [1, 11, 22, 33, 44, 55, 66]]
 )
 def test_offsets_that_do_not_rise_to_the_end(offsets):
-    tensors = make_case(ignored=0.0).tensors()
-    for name in ("hidden", "ref_hidden", "labels"):
-        tensors[name] = tensors[name].detach().flatten(0, 1)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
-        linear_preference_loss(ipo_loss, **tensors, cu_seqlens=torch.tensor(offsets))
+        linear_preference_loss(ipo_loss, **packed_tensors(), cu_seqlens=torch.tensor(offsets))
 
 
 def test_known_lengths_equal_padded():
@@ -174,9 +238,7 @@ def test_known_lengths_equal_padded():
 
 def test_known_lengths_keep_ignored_rows_out_of_the_loss():
     """Rows are not dropped then; an ignored one still contributes nothing."""
-    tensors = make_case(ignored=0.0).tensors()
-    for name in ("hidden", "ref_hidden", "labels"):
-        tensors[name] = tensors[name].detach().flatten(0, 1)
+    tensors = packed_tensors()
     tensors["labels"][7] = -100
     tensors["hidden"][7] = torch.nan
     tensors["hidden"].requires_grad_()

@@ -1,10 +1,13 @@
 """The pairwise losses against the paper's equations in independent arithmetic."""
 
+import functools
+
 import mpmath
 import pytest
 import torch
 
-from tdpo_ext import TokenDivergence, dpo_loss, rewards, tdpo_loss, token_divergence
+from tdpo_ext import MarginLoss, TokenDivergence, dpo_loss, rewards, tdpo_loss, token_divergence
+from tdpo_ext.losses import dpo_margin_loss, margin_form, tdpo_margin_loss
 
 mpmath.mp.dps = 50
 BETA, ALPHA = 0.3, 0.7
@@ -67,6 +70,36 @@ def test_the_default_is_tdpo2():
     chosen, rejected = side(CHOSEN), side(REJECTED)
     assert torch.equal(tdpo_loss(chosen, rejected), tdpo_loss(chosen, rejected, beta=0.1, alpha=0.5, variant="tdpo2"))
     assert not torch.equal(tdpo_loss(chosen, rejected), tdpo_loss(chosen, rejected, variant="tdpo1"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (tdpo_loss, {}),
+        (tdpo_loss, {"variant": "tdpo1"}),
+        (tdpo_loss, {"beta": 0.3}),
+        (tdpo_loss, {"alpha": 0.7}),
+        (dpo_loss, {}),
+        (dpo_loss, {"beta": 0.3}),
+        (dpo_loss, {"label_smoothing": 0.2}),
+    ],
+)
+def test_margin_forms_are_the_losses(loss, options):
+    """What the fused loss takes in place of a loss, or of a partial of it, has its defaults too."""
+    chosen, rejected = side(CHOSEN), side(REJECTED)
+    expected = loss(chosen, rejected, **options)
+    assert torch.equal(margin_form(functools.partial(loss, **options))(chosen, rejected), expected)
+    form = {tdpo_loss: tdpo_margin_loss, dpo_loss: dpo_margin_loss}[loss]
+    assert torch.equal(form(**options)(chosen, rejected), expected)
+    if not options:
+        assert torch.equal(margin_form(loss)(chosen, rejected), expected)
+
+
+def test_other_objectives_have_no_margin_form():
+    own = MarginLoss(lambda chosen, rejected: chosen.logps, torch.sigmoid)
+    assert margin_form(own) is own
+    assert margin_form(lambda chosen, rejected: chosen.logps) is None
+    assert margin_form(functools.partial(tdpo_loss, side(CHOSEN))) is None  # a side is fixed
 
 
 def test_tdpo2_with_alpha_zero_is_dpo():

@@ -8,11 +8,12 @@ import contextlib
 
 import pytest
 import torch
-from linear_cases import OBJECTIVES, make_case
+from linear_cases import OBJECTIVES, kind_of, make_case, not_a_margin_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tdpo_ext.fused.chunked
+import tdpo_ext.fused.objective_gradient
 import tdpo_ext.fused.rows
 import tdpo_ext.fused.streaming
 from tdpo_ext import linear_preference_loss, linear_token_divergence, per_token
@@ -22,10 +23,16 @@ LENGTHS = [11, 4, 7, 9, 11, 1]
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 
 
+def check_linear_on_a_device(objective, coefficients, others):
+    """On a GPU an assertion of the device, which the host does not wait for."""
+    torch._assert_async(torch.isclose(coefficients, others).all(), "a margin that is not linear")
+
+
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     for module in (tdpo_ext.fused.rows, tdpo_ext.fused.chunked, tdpo_ext.fused.streaming):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
+    monkeypatch.setattr(tdpo_ext.fused.objective_gradient, "check_linear", check_linear_on_a_device)
     monkeypatch.setattr(
         tdpo_ext.ops.memory, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
     )
@@ -47,18 +54,16 @@ def weighted(chosen, rejected):
     return torch.nn.functional.softplus(rejected.mean(l * rejected.logratio) - chosen.sum(w * chosen.kl))
 
 
-def not_a_margin_loss(chosen, rejected):
-    return OBJECTIVES["tdpo2"](chosen, rejected)
-
-
-# (objective, budget): one chunk, several, blocks of a pair, slices of the vocabulary.
+LONG = [60, 9, 50, 70]
+# (objective, kind of plan, budget, lengths, width): one chunk, several, blocks of a pair, slices of the vocabulary.
 PLANS = {
-    "one chunk": ("tdpo2", 1 << 30),
-    "several chunks": ("tdpo2", 90_000),
-    "deferred": ("tdpo1", 60_000),
-    "streaming": (not_a_margin_loss, 30_000),
-    "per token": (weighted, 90_000),
-    "streaming per token": (weighted, 30_000),
+    "one chunk": ("tdpo2", "one chunk", 1 << 30, LENGTHS, 16),
+    "several chunks": ("tdpo2", "several chunks", 90_000, LENGTHS, 16),
+    "deferred, dW apart": ("tdpo1", "deferred", 200_000, LONG, 16),
+    "deferred, dz kept": ("tdpo1", "deferred", 400_000, LONG, 300),
+    "streaming": (not_a_margin_loss, "streamed", 30_000, LENGTHS, 16),
+    "per token": (weighted, "several chunks", 90_000, LENGTHS, 16),
+    "streaming per token": (weighted, "streamed", 30_000, LENGTHS, 16),
 }
 
 
@@ -71,14 +76,17 @@ def faked(mode, tensors):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_nothing_is_read_where_the_lengths_are_given(plan):
-    name, budget = PLANS[plan]
+def test_nothing_is_read_where_the_lengths_are_given(plan, plans):
+    name, kind, budget, lengths, width = PLANS[plan]
     objective = OBJECTIVES[name] if isinstance(name, str) else name
-    columns = {"weight": torch.rand(sum(LENGTHS), requires_grad=True)} if "token" in plan else {}
-    arguments = packed_arguments()
-    offsets = {"cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0)}
-    options = {"row_lengths": LENGTHS, "logits_budget": budget}
+    columns = {"weight": torch.rand(sum(lengths), requires_grad=True)} if "token" in plan else {}
+    arguments = packed_arguments(lengths, width=width)
+    offsets = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}
+    options = {"row_lengths": lengths, "logits_budget": budget}
     linear_preference_loss(objective, **arguments, **offsets, token_columns=columns, **options)  # checks the objective
+    assert kind_of(plans[-1]) == kind
+    if kind == "deferred":
+        assert (plans[-1].keeps_dz, plans[-1].weight_apart) == (width == 300, width == 16)
     mode = FakeTensorMode()
     arguments, offsets, columns = (faked(mode, tensors) for tensors in (arguments, offsets, columns))
     with mode, torch.enable_grad():

@@ -5,7 +5,7 @@ import torch
 from linear_cases import make_case
 from torch.nn.functional import logsigmoid
 
-from tdpo_ext import linear_preference_loss
+from tdpo_ext import linear_preference_loss, per_token
 
 
 def coupled_through_a_detached_value(chosen, rejected):
@@ -30,9 +30,28 @@ def normalised_by_the_longest(chosen, rejected):
     return (chosen.logratio - rejected.logratio) / chosen.tokens.max()
 
 
+def coupled_in_the_gradient_alone(chosen, rejected):
+    margin = chosen.logratio - rejected.logratio
+    return -logsigmoid(margin - margin.mean() + margin.mean().detach())
+
+
+@per_token
+def tokens_coupled_in_the_gradient_alone(chosen, rejected):
+    margin = chosen.sum(chosen.kl) - rejected.sum(rejected.logps)
+    return margin - margin.mean() + margin.mean().detach()
+
+
+@per_token
+def coupled_through_the_next_token(chosen, rejected):
+    return chosen.sum(chosen.logps.roll(1)) - rejected.sum(rejected.logps)
+
+
 @pytest.mark.parametrize(
     "objective",
     [
+        coupled_in_the_gradient_alone,
+        tokens_coupled_in_the_gradient_alone,
+        coupled_through_the_next_token,
         coupled_through_a_detached_value,
         coupled_from_three_pairs_on,
         coupled_through_rejected_alone,

@@ -246,6 +246,29 @@ def test_operators_refuse_overlapping_outputs():
         )
 
 
+@pytest.mark.parametrize("first", [0, 64, 127, 128, 192, 255, 256])
+def test_outputs_may_touch_operands_but_not_share_an_entry(first):
+    """Operands are entries 128 to 192 of a piece of memory, and the output 64 others of it."""
+    memory = torch.randn(320)
+    a, out = memory[128:192].view(8, 8), memory[first : first + 64].view(8, 8)
+    b, labels = torch.randn(8, 8), torch.arange(8)
+    shared = 64 < first < 192
+    for name in ("a", "b"):
+        operands = {"a": b, "b": b, name: a}
+        expected = operands["a"] @ operands["b"]
+        if shared:
+            with pytest.raises(ValueError, match=f"out overlaps {name}"):
+                operators.matmul_float32(**operands, accumulate=False, out=out)
+        else:
+            operators.matmul_float32(**operands, accumulate=False, out=out)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    if shared:
+        with pytest.raises(ValueError, match="out overlaps ref_logits"):
+            gradient_call(b, a, labels, out=out)
+    else:
+        gradient_call(b, a, labels, out=out)
+
+
 @pytest.mark.parametrize("label", [64, -1, -(1 << 40)])
 def test_gradients_refuse_labels_out_of_range(label):
     logits, ref_logits, labels = torch.randn(4, 64), torch.randn(4, 64), torch.tensor([1, 2, 3, label])

@@ -1,6 +1,7 @@
 """Rows with peaks: no worse than eager float32, in whatever order and slices the vocabulary comes."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -59,6 +60,40 @@ def test_one_maximum_that_rises_alone():
     assert kl_errors(token_divergence, z, r) < 2e-6
     assert kl_errors(token_divergence, z.flip(1), r.flip(1)) < 2e-6
     assert kl_errors(in_slices([0.1, 0.3, 0.34, 0.9]), z, r) < 2e-6
+
+
+def test_no_mass_is_left_below_a_peak_of_the_policy():
+    """The second of the policy's two equal peaks is the reference's only one: half its mass, so the KL is ln 2."""
+    z, r = torch.randn(1, 9000), torch.randn(1, 9000)
+    z[0, 100] = z[0, 5000] = r[0, 5000] = 300
+    for labels in (torch.tensor([100]), torch.tensor([5000])):
+        forward, reverse = token_divergence(z, r, labels), token_divergence(r, z, labels, kl_direction="reverse")
+        assert forward.kl.item() == pytest.approx(math.log(2), rel=1e-6)
+        assert reverse.kl.item() == pytest.approx(math.log(2), rel=1e-6)
+        assert forward.logps.item() == pytest.approx(-math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("whose", ["policy", "reference"])
+@pytest.mark.parametrize("height", [20.0, 200.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_one_maximum_alone_rises_in_a_later_block(whose, height, direction):
+    rows = [torch.randn(2, 9000), torch.randn(2, 9000)]
+    rows[whose == "reference"][:, 7000] = height
+    labels = torch.tensor([7000, 10])
+    ours = token_divergence(*rows, labels, kl_direction=direction)
+    truth = eager.token_divergence(*(row.double() for row in rows), labels, kl_direction=direction)
+    for value, expected in zip(ours, truth):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    assert ours.correct.tolist() == [float(whose == "policy"), 0.0]
+
+
+def test_the_kl_is_never_negative():
+    """One entry of two million differs by 0.1: a KL of 2.5e-9, beside which the sums' roundings are large."""
+    z, r = torch.zeros(1, 2_000_000), torch.zeros(1, 2_000_000)
+    z[0, 0] = 0.1
+    for direction in ("forward", "reverse"):
+        assert token_divergence(z, r, torch.tensor([0]), kl_direction=direction).kl.item() >= 0
+        assert token_divergence(r, z, torch.tensor([0]), kl_direction=direction).kl.item() >= 0
 
 
 @given(

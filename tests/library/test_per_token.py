@@ -1,5 +1,7 @@
 """Per-token objectives: each against float64 autograd of its formula on materialised logits, whatever the plan."""
 
+import functools
+
 import pytest
 import torch
 from linear_cases import make_case
@@ -195,3 +197,37 @@ def test_coupled_pairs_are_refused():
 def test_bad_columns_are_named(column, error):
     with pytest.raises(error, match=r"token_columns\['importance'\]"):
         linear_preference_loss(tis_dpo, **make_case().tensors(), token_columns={"importance": column})
+
+
+def test_means_of_an_empty_response_are_zero():
+    case = make_case(torch.float64, pairs=3, tokens=9)
+    case.labels[1] = case.labels[5] = -100  # of the second pair's chosen and of the third's rejected response
+    found = by_fused_loss(simpo_style_mean, case, make_columns(case))
+    assert found[0].isfinite()
+    assert_matches(found, by_formula(simpo_style_mean_formula, case, make_columns(case)), 1e-9)
+
+
+@per_token
+def raised_margin(chosen, rejected, *, target):
+    return sparse_margin(chosen, rejected) - target
+
+
+def raised_sparsepo_formula(w, l):
+    return sparsepo_formula(w, l).exp().sub(1).log().add(BETA * 0.7).exp().add(1).log()
+
+
+def raised_sparsepo(chosen, rejected, *, target):
+    return -logsigmoid(BETA * raised_margin(chosen, rejected, target=target))
+
+
+@pytest.mark.parametrize("kind", ["a function", "a margin"])
+def test_partial_objectives_see_tokens(kind):
+    partial = functools.partial
+    if kind == "a margin":
+        objective = MarginLoss(partial(raised_margin, target=0.7), lambda margin: -logsigmoid(BETA * margin))
+    else:
+        objective = partial(partial(per_token(raised_sparsepo)), target=0.7)
+    case = make_case(torch.float64, pairs=2)
+    columns = {name: column.double() for name, column in make_columns(case).items()}
+    found = by_fused_loss(objective, case, columns)
+    assert_matches(found, by_formula(raised_sparsepo_formula, case, columns), 1e-9)

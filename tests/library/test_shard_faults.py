@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_on_ranks
+from distributed import outcome_of, run_on_ranks
 from linear_cases import make_case
 
 import tdpo_ext
 from tdpo_ext import VocabShard, linear_preference_loss, linear_token_divergence, per_token, tdpo_loss
 from tdpo_ext.ops import operators
-from tdpo_ext.vocab_parallel import Exchange
+from tdpo_ext.vocab_parallel import Exchange, _tiled_size
 
 SECONDS = 20  # a failure must reach every rank well before the group's timeout of 60
 BUDGETS = {"one chunk": 1 << 30, "several chunks": 20_000, "streaming": 3_000}
@@ -59,10 +59,9 @@ def _count(path):
 
 @on_every_rank
 def arguments_that_differ(rank, world, device):
-    good = arguments_of(rank, world, pairs=2)
+    good = arguments_of(rank, world, pairs=2, ignored=0.0)
     odd = rank == 1
-    other_labels = good["labels"].clone()
-    other_labels[other_labels != -100] = (other_labels[other_labels != -100] + 1) % 301
+    other_labels = (good["labels"] + 1) % 301
     shard = good["shard"]
     width = good["hidden"].shape[-1]
     faults = {
@@ -71,6 +70,15 @@ def arguments_that_differ(rank, world, device):
         "softcap .* differs": {"softcap": 5.0},
         "ref_logit_scale differs": {"ref_logit_scale": 2.0},
         "kl_direction differs": {"kl_direction": "reverse"},
+        "ignore_index differs": {"ignore_index": -1},
+        "weight differs": {name: good[name].detach().bfloat16() for name in ("hidden", "weight")},
+        "ref_hidden differs .* ref_width": {
+            "ref_hidden": good["ref_hidden"].detach()[..., :width],
+            "ref_weight": good["ref_weight"].detach()[:, :width],
+        },
+        "ref_hidden differs .* ref_bytes": {
+            name: good[name].detach().bfloat16() for name in ("ref_hidden", "ref_weight")
+        },
         "hidden differs": {
             "hidden": good["hidden"].detach()[..., : width // 2],
             "weight": good["weight"].detach()[:, : width // 2],
@@ -119,6 +127,10 @@ def logits_that_differ(rank, world, device):
     expect("temperature differs", lambda: call(labels, temperature=1.0 + rank))
     direction = "reverse" if rank == 1 else "forward"
     expect("kl_direction differs", lambda: call(labels, kl_direction=direction))
+    expect("softcap differs", lambda: call(labels, softcap=3.0 + rank))
+    precise = logits.double() if rank == 1 else logits
+    expect("logits differs", lambda: tdpo_ext.token_divergence(precise, precise, labels, shard=shard))
+    expect("ignore_index differs", lambda: call(labels, ignore_index=-100 - rank))
     call(labels)
 
 
@@ -198,6 +210,31 @@ def nothing_runs_after_a_failure(rank, world, device):
     assert exchange.run(fails, lambda: "placeholder") == "placeholder"
     assert exchange.run(lambda: ran.append("second"), lambda: "placeholder") == "placeholder"
     assert ran == ["first"]
+
+
+def test_a_check_that_does_not_raise_fails_on_its_rank():
+    """Rather than to end the rank, for which the others would wait."""
+
+    def does_not_raise(rank, world, device):
+        with pytest.raises(ValueError):
+            pass
+
+    assert "DID NOT RAISE" in outcome_of(does_not_raise, 0, 1, "cpu")
+    assert outcome_of(lambda rank, world, device: None, 0, 1, "cpu") == ""
+
+
+@pytest.mark.parametrize(
+    ("bounds", "size"),
+    [([(0, 5), (5, 9)], 9), ([(5, 9), (0, 5)], 9), ([(0, 5), (3, 3), (5, 9), (9, 9)], 9), ([(7, 7), (0, 9)], 9)],
+)
+def test_shards_tile_a_vocabulary_in_any_order_and_some_may_be_empty(bounds, size):
+    assert _tiled_size(bounds) == size
+
+
+@pytest.mark.parametrize("bounds", [[(0, 5), (6, 9)], [(0, 5), (4, 9)], [(1, 5), (5, 9)], [(0, 9), (0, 9)]])
+def test_shards_that_do_not_tile_a_vocabulary(bounds):
+    with pytest.raises(ValueError, match="the shards don't tile a vocabulary"):
+        _tiled_size(bounds)
 
 
 # The soak runs them on 4 ranks too, and counts the faults.
