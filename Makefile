@@ -23,8 +23,9 @@ SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 demo: $(VENV)/demo $(VENV)/data
 	$(BIN)/tdpo demo $(DEMO_ARGS)
 
+# In two processes, a file of tests in one of them.
 test: $(VENV)/dev $(VENV)/data
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The files of a release, in dist (docs/building.md): a wheel for CPUs and, with nvcc, one for its CUDA release, which
 # needs no GPU; KINDS=cpu or KINDS=cuda builds one of them.
