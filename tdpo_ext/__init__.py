@@ -1,12 +1,12 @@
 """Exact, memory-efficient Token-level Direct Preference Optimization (TDPO, arXiv 2404.11999)."""
 
 from . import eager, ops
-from .divergence import TokenDivergence, shift_labels, token_divergence
-from .fused.plan import ChunkedPlan, StreamingPlan, make_plan
+from .divergence import TokenDivergence, TokenRows, shift_labels, token_divergence
+from .fused.planning.plan import ChunkedPlan, StreamingPlan, make_plan
+from .fused.planning.sizes import Sizes
 from .info import build_info
 from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_divergence
-from .losses import MarginLoss, dpo_loss, rewards, tdpo_loss
-from .objectives import TokenRows, per_token
+from .losses import MarginLoss, dpo_loss, per_token, rewards, tdpo_loss
 from .ops.memory import release_scratch
 from .vocab_parallel import VocabShard
 
@@ -14,6 +14,7 @@ __all__ = [
     "ChunkedPlan",
     "LinearTDPOLoss",
     "MarginLoss",
+    "Sizes",
     "StreamingPlan",
     "TokenDivergence",
     "TokenRows",

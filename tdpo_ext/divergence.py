@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,19 +13,9 @@ from torch import Tensor
 from . import checks
 from .ops import operators
 from .ops.operators import RowOptions
-from .vocab_parallel import Exchange, VocabShard, digest, local_tensors
+from .vocab_parallel import Exchange, Fact, VocabShard, digest, local_tensors
 
 _UNKNOWN_SIZE = 1 << 62  # the size of a sharded vocabulary, until its ranks have exchanged their shards
-# What the ranks of a shard must share, and whose argument it is.
-_AGREED_ON = {
-    "rows": "labels",
-    "labels": "labels",
-    "bytes": "logits",
-    "ignore_index": "ignore_index",
-    "temperature": "temperature",
-    "softcap": "softcap",
-    "reverse_kl": "kl_direction",
-}
 KL_DIRECTIONS = ("forward", "reverse")
 
 
@@ -82,6 +74,62 @@ class TokenDivergence(NamedTuple):
     def detach(self) -> TokenDivergence:
         """The same values without a graph."""
         return TokenDivergence._make(value.detach() for value in self)
+
+
+def segment_sums(
+    values: Tensor,  # (rows, ...)
+    lengths: Tensor,  # (segments,)
+) -> Tensor:  # (segments, ...), float64
+    """Sums over consecutive rows, in float64 and in a fixed order; differentiable.
+
+    The log-probabilities of some thousand tokens add up to numbers of which float32 keeps two decimals, too few for the
+    margin between two of them.
+    """
+    # unsafe: the lengths are ours, and checking them would make the host wait for the device.
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0, unsafe=True)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """One side (chosen or rejected) of some pairs, token by token: the fields of TokenDivergence, each (rows,).
+
+    Rows of a pair are adjacent, in order. Gradient flows through `logps`, `kl` and columns that require it.
+
+    Attributes:
+        columns: the call's `token_columns` at these rows, each (rows,).
+        rows_of_pair: how many rows each pair has here, in order, (pairs,).
+    """
+
+    logps: Tensor
+    ref_logps: Tensor
+    kl: Tensor
+    entropy: Tensor
+    correct: Tensor
+    tokens: Tensor
+    columns: Mapping[str, Tensor]
+    rows_of_pair: Tensor
+
+    @property
+    def logratio(self) -> Tensor:
+        """log p(label) - log q(label), in nats, (rows,)."""
+        return self.logps - self.ref_logps
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens that count of each response, (pairs,)."""
+        return self.sum(self.tokens)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over each response, in float64: (rows,) -> (pairs,)."""
+        return segment_sums(values, self.rows_of_pair)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Means over each response, 0 for an empty one: (rows,) -> (pairs,)."""
+        return self.sum(values) / self.lengths.clamp(min=1)
+
+    def detach(self) -> TokenRows:
+        """The same values without a graph."""
+        return replace(self, logps=self.logps.detach(), kl=self.kl.detach())
 
 
 def check_options(ignore_index: int, temperature: float, softcap: float | None, kl_direction: str) -> None:
@@ -218,17 +266,16 @@ def _token_divergence(
     if group_name:
         group = dist._resolve_process_group(group_name)
         shard = VocabShard(vocab_start, vocab_start + logits.shape[-1], group)
-        facts = {
-            "rows": labels.numel(),
-            "labels": digest(labels),
-            "bytes": dtype.itemsize,
-            "ignore_index": ignore_index,
-            "temperature": temperature,
-            "softcap": softcap,
-            "reverse_kl": reverse_kl,
-        }
+        facts = [
+            Fact("rows", labels.numel(), "labels"),
+            Fact("labels", digest(labels), "labels"),
+            Fact("bytes", dtype.itemsize, "logits"),
+            Fact("ignore_index", ignore_index, "ignore_index"),
+            Fact("temperature", temperature, "temperature"),
+            Fact("softcap", softcap, "softcap"),
+            Fact("reverse_kl", reverse_kl, "kl_direction"),
+        ]
         _, ranks = shard.agree(labels.device, lambda: (None, facts))
-        ranks.check_same(_AGREED_ON)
         vocab_size = ranks.vocab_size
     options = RowOptions(vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl)
     exchange = Exchange(shard)

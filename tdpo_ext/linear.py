@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from . import checks
 from .divergence import TokenDivergence
 from .fused.chunked import chunked_loss
-from .fused.inputs import LMHead, check_columns, prepare
+from .fused.heads import CallTensors, Head
+from .fused.inputs import check_columns, prepare
 from .fused.options import FusedOptions
-from .fused.plan import ChunkedPlan, make_plan, streaming_plan
+from .fused.pair_loss import PairLoss
+from .fused.planning.plan import ChunkedPlan, make_plan, streaming_plan
 from .fused.rows import KnownPairs, OneSequence, PackedPairs, PaddedPairs, Sequences
 from .fused.streaming import streamed_divergence, streamed_loss
 from .losses import Objective, margin_form, tdpo_margin_loss
-from .objectives import check_objective
-from .vocab_parallel import VocabShard, digest
+from .objective_checks import check_objective
+from .vocab_parallel import Fact, VocabShard, digest
 
 
 @torch.compiler.disable
@@ -64,12 +67,10 @@ def linear_token_divergence(
         ValueError, TypeError, IndexError: as `token_divergence`; the message names the argument.
         RuntimeError: another rank of the shard's group failed; the message is that rank's.
     """
-    call = prepare(
-        policy=LMHead(hidden, weight, bias),
-        reference=LMHead(ref_hidden, ref_weight, ref_bias),
-        labels=labels,
-        sequences=OneSequence(),
-        options=FusedOptions(
+    inputs, rows, plan_inputs = prepare(
+        CallTensors(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels),
+        OneSequence(),
+        FusedOptions(
             ignore_index=ignore_index,
             temperature=temperature,
             softcap=softcap,
@@ -80,9 +81,8 @@ def linear_token_divergence(
             shard=shard,
         ),
     )
-    index = call.rows.index
-    plan = streaming_plan(len(index), call.sizes, call.budget, "per-token values are differentiable")
-    values = streamed_divergence(call.inputs, index, plan)
+    plan = streaming_plan(len(rows.index), plan_inputs.sizes, plan_inputs.budget, "per-token values are differentiable")
+    values = streamed_divergence(inputs, rows.index, plan)
     return TokenDivergence._make(value.view(labels.shape) for value in values)
 
 
@@ -138,9 +138,7 @@ def linear_preference_loss(
     """
     return _preference_loss(
         objective,
-        policy=LMHead(hidden, weight, bias),
-        reference=LMHead(ref_hidden, ref_weight, ref_bias),
-        labels=labels,
+        CallTensors(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels),
         sequences=_sequences(cu_seqlens, row_lengths),
         token_columns=token_columns,
         options=FusedOptions(
@@ -158,10 +156,8 @@ def linear_preference_loss(
 
 def _preference_loss(
     objective: Objective,
+    tensors: CallTensors,
     *,
-    policy: LMHead,
-    reference: LMHead,
-    labels: Tensor,
     sequences: Sequences,
     token_columns: Mapping[str, Tensor] | None,
     options: FusedOptions,
@@ -170,27 +166,29 @@ def _preference_loss(
         raise TypeError(f"token_columns is {checks.describe(token_columns)}; tensors by name are needed")
     columns = dict(token_columns or {})
 
-    def check_pairwise() -> dict[str, int | float]:
+    def check_pairwise() -> list[Fact]:
         checks.function("objective", objective)
-        check_columns(columns, labels)
-        return {
-            "objective": check_objective(objective, labels.device, columns),
-            "columns": 0 if options.shard is None else sum(digest(column) for column in columns.values()) >> 8,
-        }
+        check_columns(columns, tensors.labels)
+        of_columns = 0 if options.shard is None else sum(digest(column) for column in columns.values()) >> 8
+        return [
+            Fact("objective", check_objective(objective, tensors.labels.device, columns), "objective"),
+            Fact("columns", of_columns, "token_columns"),
+        ]
 
-    call = prepare(policy, reference, labels, sequences, options, check_pairwise)
-    columns = {name: column.reshape(-1) for name, column in columns.items()}
+    inputs, rows, plan_inputs = prepare(tensors, sequences, options, check_pairwise)
     margin_loss = margin_form(objective)
     plan = make_plan(
-        call.rows.pair_lengths,
-        call.sizes,
-        call.budget,
+        rows.pair_lengths,
+        plan_inputs.sizes,
+        plan_inputs.budget,
         can_defer=margin_loss is not None,
-        device_type=call.inputs.device.type,
+        device_type=inputs.device.type,
     )
+    flat_columns = {name: column.reshape(-1) for name, column in columns.items()}
+    loss = PairLoss(margin_loss or objective, inputs, rows, flat_columns)
     if isinstance(plan, ChunkedPlan):
-        return chunked_loss(margin_loss or objective, call.inputs, call.rows, plan, columns)
-    return streamed_loss(objective, call.inputs, call.rows, plan, columns)
+        return loss.apply(functools.partial(chunked_loss, loss, plan))
+    return loss.apply(functools.partial(streamed_loss, loss, plan))
 
 
 def _sequences(cu_seqlens: Tensor | None, row_lengths: Sequence[int] | None) -> Sequences:
@@ -256,9 +254,7 @@ class LinearTDPOLoss(nn.Module):
         """As `linear_preference_loss`: (loss, chosen, rejected)."""
         return _preference_loss(
             self.objective,
-            policy=LMHead(hidden, weight, bias),
-            reference=LMHead(ref_hidden, ref_weight, ref_bias),
-            labels=labels,
+            CallTensors(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels),
             sequences=_sequences(cu_seqlens, row_lengths),
             token_columns=None,
             options=self.options,

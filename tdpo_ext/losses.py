@@ -77,6 +77,28 @@ class MarginLoss:
         return self.link(self.margin(chosen, rejected))
 
 
+def per_token(objective: Objective) -> Objective:
+    """Decorator of an objective (or a margin) that sees tokens: it gets TokenRows, and still returns a loss per pair.
+
+    @tdpo_ext.per_token
+    def weighted_dpo(chosen, rejected):
+        w, l = chosen.columns["weight"], rejected.columns["weight"]  # token_columns={"weight": (2B, T)}
+        return -logsigmoid(0.1 * (chosen.sum(w * chosen.logratio) - rejected.sum(l * rejected.logratio)))
+    """
+    checks.function("objective", objective)
+    objective.sees_tokens = True  # type: ignore[attr-defined]
+    return objective
+
+
+def sees_tokens(objective: Objective) -> bool:
+    """Whether an objective, or what it wraps (a partial, a margin), is decorated with `per_token`."""
+    if isinstance(objective, functools.partial):
+        return sees_tokens(objective.func)
+    if isinstance(objective, MarginLoss):
+        return sees_tokens(objective.margin)
+    return getattr(objective, "sees_tokens", False)
+
+
 def tdpo_loss(
     chosen: TokenDivergence,  # each (B,)
     rejected: TokenDivergence,  # each (B,)

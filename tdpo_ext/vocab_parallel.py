@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,16 @@ from . import checks
 from .ops import operators
 
 Result = TypeVar("Result")
-_HEADER = 32  # numbers in a header
+_HEADER = 32  # numbers in a header: whether the rank is ready, its start and stop, and its facts
 _ODD = 0x1E3779B97F4A7C15
+
+
+class Fact(NamedTuple):
+    """A number that a rank reports to the others; `argument` is what it follows from where all must report the same."""
+
+    name: str
+    value: int | float
+    argument: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,29 +117,30 @@ class VocabShard:
             raise ValueError(f"{name} has {tensor.shape[dim]} entries of the vocabulary, but its shard has {self.size}")
         return tensor if tensor.shape[dim] == self.size else tensor.narrow(dim, 0, self.size)
 
-    def agree(
-        self, device: torch.device, prepare: Callable[[], tuple[Result, dict[str, int | float]]]
-    ) -> tuple[Result, RankFacts]:
+    def agree(self, device: torch.device, prepare: Callable[[], tuple[Result, list[Fact]]]) -> tuple[Result, RankFacts]:
         """Runs `prepare() -> (result, facts)` on every rank; returns this rank's result and the facts of all ranks.
 
         Raises:
             RuntimeError: another rank failed; the message is that rank's. (The rank that failed raises its own error.)
-            ValueError: the shards don't tile a vocabulary.
+            ValueError: the shards don't tile a vocabulary, or ranks differ in what they must share.
         """
         failure: Exception | None = None
-        result, facts = None, dict[str, int | float]()
+        result, facts = None, list[Fact]()
         try:
             result, facts = prepare()
         except Exception as error:
             failure = error
         header = torch.zeros(_HEADER, dtype=torch.int64)
         header[:3] = torch.tensor([failure is None, self.start, self.stop])
-        header[3 : 3 + len(facts)] = torch.tensor([_as_integer(value) for value in facts.values()])
+        header[3 : 3 + len(facts)] = torch.tensor([_as_integer(fact.value) for fact in facts])
         headers = self.all_gather(header.to(device)).tolist()
         if not all(succeeded for succeeded, *_ in headers):
             self.raise_failure(failure)
         vocab_size = _tiled_size([(start, stop) for _, start, stop, *_ in headers])
-        by_rank = {name: [row[3 + index] for row in headers] for index, name in enumerate(facts)}
+        by_rank = {fact.name: [row[3 + index] for row in headers] for index, fact in enumerate(facts)}
+        for name, argument in ((fact.name, fact.argument) for fact in facts):
+            if argument is not None and len(set(by_rank[name])) > 1:
+                raise ValueError(f"{argument} differs between the vocabulary's ranks: {name} {by_rank[name]}")
         return result, RankFacts(vocab_size, by_rank)  # type: ignore[return-value]
 
     def all_gather(self, payload: Tensor) -> Tensor:
@@ -187,8 +196,8 @@ class Exchange:
             return local()
         size = (*shape, operators.STATE_SIZE)
         states = self.run(local, lambda: torch.zeros(size, dtype=dtype, device=device))
-        gathered = self.shard.all_gather(states.reshape(-1)).reshape(-1, *size)
-        return operators.merge_row_states(gathered, reverse_kl=reverse_kl)
+        gathered = self.shard.all_gather(states.reshape(-1))
+        return operators.merge_row_states(gathered.reshape(len(gathered), *size), reverse_kl=reverse_kl)
 
     def start_sum(self, local: Callable[[Tensor], object], out: Tensor) -> Callable[[], Tensor]:
         """Starts summing over the ranks what `local` writes into `out`; the returned function waits for the sum."""
@@ -228,13 +237,6 @@ class RankFacts:
     vocab_size: int
     by_rank: dict[str, list[int]]
 
-    def check_same(self, arguments: dict[str, str]) -> None:
-        """Raises ValueError, on every rank, where ranks differ in a fact; `arguments` says what each follows from."""
-        for fact, argument in arguments.items():
-            values = self.by_rank.get(fact, [])
-            if len(set(values)) > 1:
-                raise ValueError(f"{argument} differs between the vocabulary's ranks: {fact} {values}")
-
 
 def digest(values: Tensor) -> int:
     """A number that tells tensors of integers or floats apart, whatever their shape; read from the device."""
@@ -242,7 +244,7 @@ def digest(values: Tensor) -> int:
     if flat.is_floating_point():
         flat = flat.double().view(torch.int64)
     flat = flat.to(torch.int64)
-    factors = torch.arange(1, 2 * len(flat), 2, device=flat.device) * _ODD
+    factors = (2 * torch.arange(len(flat), device=flat.device) + 1) * _ODD
     return int(((flat ^ (flat >> 29)) * factors).sum()) ^ len(flat)
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tdpo_ext import TokenDivergence, linear_preference_loss, token_divergence
-from tdpo_ext.losses import Objective
-from tdpo_ext.objectives import sees_tokens
+from tdpo_ext.losses import Objective, sees_tokens
 
 from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
 from .engines import full_tensor, gathered

@@ -21,8 +21,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from tdpo_ext import checks
-from tdpo_ext.losses import Objective
-from tdpo_ext.objectives import sees_tokens
+from tdpo_ext.losses import Objective, sees_tokens
 
 from . import checkpoints
 from .collator import PreferenceCollator

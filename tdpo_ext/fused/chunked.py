@@ -6,7 +6,7 @@ over the logits where it has their dtype), then dhidden = dz W and dW += dz^T hi
 
 A pair that is too long for the budget is taken a block of rows at a time ("deferred"). The gradient of a `MarginLoss`
 by every row is one number of the pair, link'(margin), times a gradient with coefficients that are known at once. So a
-block's dz is formed without that number. It waits until the pair is complete, and the number is multiplied into the
+block's dz is formed without that factor. It is kept until the pair is complete, and the factor is multiplied into the
 rows of hidden; or, where the pair is too long for that, dhidden and dW are accumulated unscaled and multiplied then.
 
 Products for gradients are taken over all rows whose dz is kept, since each reads a whole weight matrix.
@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..divergence import TokenDivergence
-from ..losses import Objective
 from ..ops import memory, operators
 from ..ops.memory import Buffer
 from ..vocab_parallel import Exchange
@@ -38,23 +37,11 @@ from .gradients import (
     slices,
 )
 from .inputs import FusedInputs, GatheredRows
+from .objective_gradient import Coefficients, PairObjective, Upstream
 from .pair_loss import Outcome, PairLoss, column_gradient
-from .plan import ChunkedPlan
-from .rows import Chunk, Rows, reading_is_free
-from .sizes import row_pitch, rows_beside
-from .upstream import Coefficients, PairObjective, Upstream
-
-
-def chunked_loss(
-    objective: Objective, inputs: FusedInputs, rows: Rows, plan: ChunkedPlan, columns: Mapping[str, Tensor]
-) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
-    """(mean loss over pairs, and sums of the chosen and the rejected sequences, each (B,), without a graph).
-
-    `objective` is a MarginLoss where the plan defers and a gradient is wanted.
-    """
-    loss = PairLoss(objective, inputs, rows, columns)
-    return loss.apply(functools.partial(_run, loss, plan))
-
+from .planning.plan import ChunkedPlan, LongPair
+from .planning.sizes import row_pitch, rows_beside
+from .rows import Chunk, reading_is_free
 
 _MOVED_ROWS = 16  # of dz, at a time, into the places of rows without a gradient
 
@@ -78,7 +65,7 @@ class _Buffers:
 
     @classmethod
     def allocate(cls, inputs: FusedInputs, plan: ChunkedPlan, wanted: Wanted) -> _Buffers:
-        pitch, (vocab, width) = row_pitch(inputs.vocab), inputs.policy.weight.shape
+        pitch, (vocab, width) = row_pitch(inputs.vocab), inputs.head.weight.shape
         logits = Buffer((plan.rows, inputs.vocab), inputs.logit_dtype, pitch)
         dz = weight_rest = pair_weight = None
         if any(wanted) and (inputs.weight_dtype != inputs.logit_dtype or plan.keeps_dz):
@@ -111,14 +98,15 @@ class _ForwardBlock:
     values: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class _KeptBlock:
-    """A block of rows whose dz is kept: their hidden states, and the factor that dz lacks, if any.
+    """A block of rows whose dz is kept.
 
     Attributes:
         rows: of the block.
+        hidden: their hidden states.
         counted: which of them have a gradient, counted from the block's first; None: all.
-        hidden: of these.
+        factor: what their dz lacks, set when the pair is complete; None where it lacks nothing.
     """
 
     rows: slice
@@ -229,9 +217,13 @@ class _Run:
         self.kept.clear()
 
 
-def _run(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
+def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
+    """Loss, sums and gradients of a batch of pairs, chunk by chunk.
+
+    The objective is a MarginLoss where the plan has long pairs and a gradient is wanted.
+    """
     inputs = loss.inputs
-    rows = loss.rows.in_chunks(plan.chunks)
+    rows = loss.rows.in_chunks([chunk.pairs for chunk in plan.chunks])
     buffers = _Buffers.allocate(inputs, plan, wanted)
     run = _Run(
         inputs=inputs,
@@ -250,9 +242,8 @@ def _run(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: froz
     losses: list[Tensor] = []
     chosen: list[Tensor] = []
     rejected: list[Tensor] = []
-    for chunk in rows.chunks:
-        fits = chunk.rows.stop - chunk.rows.start <= plan.rows
-        upstream = _whole_chunk(run, chunk) if fits else _deferred_pair(run, chunk)
+    for planned, chunk in zip(plan.chunks, rows.chunks):
+        upstream = _long_pair(run, chunk) if isinstance(planned, LongPair) else _whole_pairs(run, chunk)
         losses.append(upstream.loss)
         for side, sums in zip((chosen, rejected), upstream.sums.chunk(2, dim=1)):
             side.append(sums)
@@ -271,9 +262,9 @@ def _run(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: froz
     )
 
 
-def _whole_chunk(run: _Run, chunk: Chunk) -> Upstream:
-    """Whole pairs whose rows fit the buffers: adds their gradients."""
-    run.make_room(chunk.rows.stop - chunk.rows.start)
+def _whole_pairs(run: _Run, chunk: Chunk) -> Upstream:
+    """Pairs whose logits are there together: adds their gradients."""
+    run.make_room(chunk.count)
     block, columns = run.forward(chunk.rows), run.columns_of(chunk)
     upstream = run.exchange.run(
         lambda: run.objective.upstream(block.values, chunk, columns),
@@ -284,49 +275,71 @@ def _whole_chunk(run: _Run, chunk: Chunk) -> Upstream:
     return upstream
 
 
-def _deferred_pair(run: _Run, chunk: Chunk) -> Upstream:
-    """A pair taken a block of rows at a time: adds its gradients, those of a MarginLoss, where any are wanted."""
-    count = chunk.rows.stop - chunk.rows.start
-    blocks = [
-        slice(chunk.rows.start + rows.start, chunk.rows.start + rows.stop) for rows in slices(count, run.plan.rows)
-    ]
-    columns = run.columns_of(chunk)
+def _long_pair(run: _Run, pair: Chunk) -> Upstream:
+    """One pair, a block of rows at a time: adds its gradients, those of a MarginLoss, where any are wanted."""
+    columns = run.columns_of(pair)
     if not run.objective.differentiable:
-        values = torch.cat([run.forward(rows).values for rows in blocks], dim=1)
+        values = torch.cat([run.forward(rows).values for rows in _blocks(run, pair)], dim=1)
         return run.exchange.run(
-            lambda: run.objective.upstream(values, chunk, columns), lambda: run.objective.nothing(values, chunk)
+            lambda: run.objective.upstream(values, pair, columns), lambda: run.objective.nothing(values, pair)
         )
-
-    placeholders = _placeholder_values(run, chunk)
+    placeholders = _placeholder_values(run, pair)
     coefficients = run.exchange.run(
-        lambda: run.objective.coefficients(placeholders, chunk, columns),
+        lambda: run.objective.coefficients(placeholders, pair, columns),
         lambda: Coefficients(placeholders[0], placeholders[0]),
     )
-    # A pair whose dz can be kept waits for its factor; that of a longer one is multiplied into sums.
-    apart = count > run.plan.dz_rows
-    run.make_room(count)
+    keep_until_complete = _keep_long_pair if pair.count <= run.plan.dz_rows else _sum_long_pair
+    return keep_until_complete(run, pair, columns, coefficients)
+
+
+def _keep_long_pair(run: _Run, pair: Chunk, columns: Mapping[str, Tensor], coefficients: Coefficients) -> Upstream:
+    """Keeps the dz of all rows of a pair; its factor joins them in the products for the gradients."""
+    run.make_room(pair.count)
     first_kept = len(run.kept)
-    pair = DeferredGradients(run.gradients, run.inputs, chunk.rows, run.buffers.pair_weight) if apart else None
-    values_of_blocks = []
-    for rows in blocks:
-        if apart:
-            run.make_room(rows.stop - rows.start, pair)
-        block = run.forward(rows)
-        values_of_blocks.append(block.values)
-        if run.gradients.any:
-            within = slice(rows.start - chunk.rows.start, rows.stop - chunk.rows.start)
-            run.keep_dz(block, coefficients.logps_grad[within], coefficients.kl_grad[within])
-    values = torch.cat(values_of_blocks, dim=1)
-    upstream, slope = run.exchange.run(
-        lambda: run.objective.link_upstream(values, chunk, columns),
-        lambda: (run.objective.nothing(values, chunk), values.new_zeros(())),
-    )
-    if pair is None:
-        run.kept[first_kept:] = [replace(kept, factor=slope) for kept in run.kept[first_kept:]]
-    else:
-        run.flush(pair)
-        pair.commit(slope)
+    values = [_keep_block(run, rows, pair, coefficients) for rows in _blocks(run, pair)]
+    upstream, factor = _completed(run, pair, torch.cat(values, dim=1), columns, coefficients)
+    for kept in run.kept[first_kept:]:
+        kept.factor = factor
     return upstream
+
+
+def _sum_long_pair(run: _Run, pair: Chunk, columns: Mapping[str, Tensor], coefficients: Coefficients) -> Upstream:
+    """Accumulates the gradients of a pair block by block without its factor, which then multiplies the sums."""
+    run.flush()
+    gradients = DeferredGradients(run.gradients, run.inputs, pair.rows, run.buffers.pair_weight)
+    values = []
+    for rows in _blocks(run, pair):
+        run.make_room(rows.stop - rows.start, gradients)
+        values.append(_keep_block(run, rows, pair, coefficients))
+    run.flush(gradients)
+    upstream, factor = _completed(run, pair, torch.cat(values, dim=1), columns, coefficients)
+    gradients.commit(factor)
+    return upstream
+
+
+def _keep_block(run: _Run, rows: slice, pair: Chunk, coefficients: Coefficients) -> Tensor:
+    """The values of a block of a long pair; its dz is kept, without the pair's factor."""
+    block = run.forward(rows)
+    if run.gradients.any:
+        of_block = coefficients.of_rows(slice(rows.start - pair.rows.start, rows.stop - pair.rows.start))
+        run.keep_dz(block, of_block.logps_grad, of_block.kl_grad)
+    return block.values
+
+
+def _completed(
+    run: _Run, pair: Chunk, values: Tensor, columns: Mapping[str, Tensor], coefficients: Coefficients
+) -> tuple[Upstream, Tensor]:
+    """The loss of a pair whose values are all known, and the factor that its gradients lack."""
+    return run.exchange.run(
+        lambda: run.objective.link_upstream(values, pair, columns, coefficients),
+        lambda: (run.objective.nothing(values, pair), values.new_zeros(())),
+    )
+
+
+def _blocks(run: _Run, pair: Chunk) -> list[slice]:
+    """The rows of a long pair, as many at a time as there are logits."""
+    first = pair.rows.start
+    return [slice(first + rows.start, first + rows.stop) for rows in slices(pair.count, run.plan.rows)]
 
 
 def _placeholder_values(run: _Run, chunk: Chunk) -> Tensor:

@@ -74,11 +74,11 @@ class HiddenGradient:
 
     def __init__(self, inputs: FusedInputs, index: Tensor):
         self._inputs, self._index = inputs, index
-        self._grad = torch.zeros_like(inputs.policy.hidden)
+        self._grad = torch.zeros_like(inputs.hidden)
         self._pending: Callable[[], object] | None = None
 
     def add(self, block: Block, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
-        weight, index = self._inputs.policy.weight, self._index[block.rows]
+        weight, index = self._inputs.head.weight, self._index[block.rows]
         if not (self._inputs.sums_hidden_grad or factors.any):
             self._grad.index_copy_(0, index, torch.mm(dz, weight))
             return
@@ -121,12 +121,12 @@ class PartialHiddenGradient:
 
     def __init__(self, inputs: FusedInputs, index: Tensor):
         self._inputs, self._index = inputs, index
-        shape = (len(index), inputs.policy.width)
+        shape = (len(index), inputs.head.width)
         self._sums = torch.zeros(shape, dtype=inputs.logit_dtype, device=inputs.device)
 
     def add(self, block: Block, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
         assert not factors.any
-        product(dz, self._inputs.policy.weight[block.columns], self._sums[block.rows], accumulate=True)
+        product(dz, self._inputs.head.weight[block.columns], self._sums[block.rows], accumulate=True)
 
     def wait(self) -> None:
         """Nothing: the sum over ranks is taken by `finish`."""
@@ -135,7 +135,7 @@ class PartialHiddenGradient:
         sums = self._sums
         if self._inputs.sums_hidden_grad:
             sums = self._inputs.exchange.start_sum(lambda _: None, sums)()
-        grad = torch.zeros_like(self._inputs.policy.hidden)
+        grad = torch.zeros_like(self._inputs.hidden)
         return grad.index_copy_(0, self._index, sums.to(grad.dtype))
 
 
@@ -147,7 +147,7 @@ class WeightGradient:
     """
 
     def __init__(self, inputs: FusedInputs, sums: Tensor | None):
-        weight = inputs.policy.weight
+        weight = inputs.head.weight
         self._grad = memory.empty(tuple(weight.shape), weight.dtype, weight.device)
         self._sums = sums
         self._columns: slice | None = None  # those being summed
@@ -183,7 +183,7 @@ class WholeWeightGradient:
     """
 
     def __init__(self, inputs: FusedInputs, rest: Tensor | None):
-        weight = inputs.policy.weight
+        weight = inputs.head.weight
         self._grad = memory.empty(tuple(weight.shape), weight.dtype, weight.device)
         self._parts = [(slice(0, len(weight)), self._grad)]  # rows, and their sum
         if rest is not None:

@@ -8,7 +8,7 @@ from .. import checks
 from ..divergence import check_options, check_shard
 from ..ops.operators import RowOptions
 from ..vocab_parallel import VocabShard
-from .plan import check_budget
+from .planning.plan import check_budget
 
 
 @dataclass(frozen=True)

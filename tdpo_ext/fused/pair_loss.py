@@ -13,8 +13,8 @@ from ..losses import Objective
 from ..ops import operators
 from .gradients import Wanted
 from .inputs import FusedInputs
+from .objective_gradient import PairObjective
 from .rows import Rows
-from .upstream import PairObjective
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class PairLoss:
         self, run: Callable[[Wanted, frozenset[str]], Outcome]
     ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
         """(mean loss over pairs, and sums of the chosen and the rejected sequences, each (B,), without a graph)."""
-        policy = self.inputs.policy
-        leaves = (policy.hidden, policy.weight, policy.bias, *self.columns.values())
+        inputs = self.inputs
+        leaves = (inputs.hidden, inputs.head.weight, inputs.head.bias, *self.columns.values())
         differentiable = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
 
         def outcome(needs_grad: tuple[bool, ...]) -> Outcome:
             wanted = Wanted._make(differentiable and needed for needed in needs_grad[:3])
             columns = (name for name, needed in zip(self.columns, needs_grad[3:]) if differentiable and needed)
             result = run(wanted, frozenset(columns))
-            self.inputs.exchange.finish(self.inputs.device)
+            inputs.exchange.finish(inputs.device)
             return result
 
         loss, chosen, rejected = _HandedOver.apply(tuple(self.columns), outcome, *leaves)

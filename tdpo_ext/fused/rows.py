@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..objectives import segment_sums
+from ..divergence import segment_sums
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Chunk:
     @property
     def pairs(self) -> int:
         return len(self.segments.lengths) // 2
+
+    @property
+    def count(self) -> int:
+        """How many rows these are."""
+        return self.rows.stop - self.rows.start
 
     @property
     def chosen_rows(self) -> int:
@@ -81,10 +86,10 @@ class Rows:
         """Rows of each pair, both responses together."""
         return [chosen + rejected for chosen, rejected in zip(self.lengths[: self.pairs], self.lengths[self.pairs :])]
 
-    def in_chunks(self, pairs: Sequence[tuple[int, int]]) -> ChunkedRows:
-        """The rows reordered for chunks of the pairs first to stop: those of its chosen, then of its rejected."""
+    def in_chunks(self, chunks_of_pairs: Sequence[range]) -> ChunkedRows:
+        """The rows reordered for chunks of consecutive pairs: in each, those of its chosen, then of its rejected."""
         sequences = torch.arange(len(self.lengths), device=self.index.device)
-        spans = [(begin + side, end + side) for begin, end in pairs for side in (0, self.pairs)]
+        spans = [(pairs.start + side, pairs.stop + side) for pairs in chunks_of_pairs for side in (0, self.pairs)]
         order = torch.cat([sequences[begin:end] for begin, end in spans])
         lengths = self.lengths_on_device[order]
         # From a row's new place to its old one, sequence by sequence.

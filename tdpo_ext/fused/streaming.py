@@ -10,36 +10,29 @@ A preference loss takes both passes in the forward pass; per-token values take t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..divergence import TokenDivergence
-from ..losses import Objective
 from ..ops import memory, operators
 from ..ops.memory import Buffer
-from ..vocab_parallel import Exchange, digest
+from ..vocab_parallel import Exchange, Fact, digest
 from .gradients import BiasGradient, Block, Gradients, PartialHiddenGradient, Wanted, WeightGradient, slices
-from .inputs import FusedInputs, GatheredRows, LMHead
+from .heads import Head
+from .inputs import FusedInputs, GatheredRows
 from .pair_loss import Outcome, PairLoss, column_gradient
-from .plan import StreamingPlan
-from .rows import Rows, reading_is_free
-from .sizes import row_pitch
+from .planning.plan import StreamingPlan
+from .planning.sizes import row_pitch
+from .rows import reading_is_free
 
 
-def streamed_loss(
-    objective: Objective, inputs: FusedInputs, rows: Rows, plan: StreamingPlan, columns: Mapping[str, Tensor]
-) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
-    """(mean loss over pairs, and sums of the chosen and the rejected sequences, each (B,), without a graph)."""
-    loss = PairLoss(objective, inputs, rows, columns)
-    return loss.apply(functools.partial(_run, loss, plan))
-
-
-def _run(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
+def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
+    """Loss, sums and gradients of a batch of pairs: both passes."""
     inputs = loss.inputs
-    chunked = loss.rows.in_chunks([(0, loss.rows.pairs)])
+    chunked = loss.rows.in_chunks([range(loss.rows.pairs)])
     index, (chunk,) = chunked.index, chunked.chunks
     states = _states(inputs, index, plan)
     values = inputs.finalize(states, inputs.labels[index])
@@ -74,14 +67,13 @@ def _run(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_columns: fr
 
 def streamed_divergence(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> TokenDivergence:
     """Values (N,) of all rows, 0 at those not in `index`; differentiable."""
-    policy, reference = inputs.policy, inputs.reference
     logps, kl, others = _TokenValues.apply(
-        policy.hidden,
-        policy.weight,
-        policy.bias,
-        reference.hidden,
-        reference.weight,
-        reference.bias,
+        inputs.hidden,
+        inputs.head.weight,
+        inputs.head.bias,
+        inputs.ref_hidden,
+        inputs.ref_head.weight,
+        inputs.ref_head.bias,
         inputs.labels,
         inputs,
         index,
@@ -111,7 +103,7 @@ class _TokenValues(torch.autograd.Function):
             counted = inputs.finalize(states, labels[index])
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)
         inputs.exchange.finish(inputs.device)
-        ctx.options, ctx.ref_scale = inputs.options, inputs.reference.scale
+        ctx.options, ctx.ref_scale = inputs.options, inputs.ref_head.scale
         ctx.shard, ctx.plan = inputs.exchange.shard, plan
         ctx.set_materialize_grads(False)
         values = counted.new_zeros(len(counted), len(labels)).index_copy_(1, index, counted)
@@ -126,8 +118,10 @@ class _TokenValues(torch.autograd.Function):
         # Unpacking detects inputs that were modified in place since.
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states = ctx.saved_tensors
         inputs = FusedInputs(
-            policy=LMHead(hidden, weight, bias),
-            reference=LMHead(ref_hidden, ref_weight, ref_bias, ctx.ref_scale),
+            hidden=hidden,
+            head=Head(weight, bias),
+            ref_hidden=ref_hidden,
+            ref_head=Head(ref_weight, ref_bias, ctx.ref_scale),
             labels=labels,
             options=ctx.options,
             exchange=Exchange(ctx.shard),
@@ -152,9 +146,8 @@ def _agree_on_gradients(inputs: FusedInputs, rows: _GradientRows) -> None:
     """Raises ValueError on all ranks of a shard where they differentiate different functions of the values."""
     shard = inputs.exchange.shard
     if shard is not None:
-        upstream = digest(torch.stack([rows.logps_grad, rows.kl_grad]))
-        _, ranks = shard.agree(inputs.device, lambda: (None, {"digest": upstream}))
-        ranks.check_same({"digest": "the gradient of the values"})
+        upstream = Fact("digest", digest(torch.stack([rows.logps_grad, rows.kl_grad])), "the gradient of the values")
+        shard.agree(inputs.device, lambda: (None, [upstream]))
 
 
 def _states(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> Tensor:
@@ -251,7 +244,7 @@ class _Buffers:
                 "z": logits,
                 "r": logits,
                 "dz": Buffer(shape, inputs.weight_dtype, pitch) if dz else None,
-                "weight_sum": Buffer((plan.columns, inputs.policy.width), inputs.logit_dtype) if weight_sum else None,
+                "weight_sum": Buffer((plan.columns, inputs.head.width), inputs.logit_dtype) if weight_sum else None,
             },
         )
         z = found["z"]
@@ -312,10 +305,10 @@ def _form_dz(
 ) -> None:
     """Recomputes a block's logits and writes dz into its buffer."""
     count = block.stop - block.start
-    z = inputs.policy.logits(gathered.hidden, columns, out=buffers.z_of(count, columns))
+    z = inputs.head.logits(gathered.hidden, columns, out=buffers.z_of(count, columns))
     r = z  # not read where the KL has no gradient
     if block.start < rows.with_kl:
-        r = inputs.reference.logits(gathered.ref_hidden, columns, out=buffers.r_of(count, columns))
+        r = inputs.ref_head.logits(gathered.ref_hidden, columns, out=buffers.r_of(count, columns))
     operators.logit_gradient_out(
         z,
         r,

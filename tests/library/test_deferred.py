@@ -11,8 +11,8 @@ from linear_cases import OBJECTIVES, Case, loss_and_gradients, make_case
 import tdpo_ext.fused.gradients
 import tdpo_ext.linear
 from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token, tdpo_loss
-from tdpo_ext.fused.plan import ChunkedPlan, StreamingPlan, make_plan
-from tdpo_ext.fused.sizes import Sizes
+from tdpo_ext.fused.planning.plan import ChunkedPlan, StreamingPlan, make_plan
+from tdpo_ext.fused.planning.sizes import Sizes
 from tdpo_ext.ops.matmul import product
 
 
@@ -155,7 +155,7 @@ def test_every_way_to_wait_for_the_factor_equals_the_oracle(way, dtype, options,
     _, sides, grads = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget, **options)
     assert plans[-1].deferred
     assert plans[-1].weight_apart == (way == "apart")
-    assert (plans[-1].dz_rows >= plans[-1].longest) == (way == "kept")
+    assert plans[-1].keeps_dz == (way == "kept")
     _, true_sides, true_grads = loss_and_gradients(
         eager.linear_preference_loss, case, objective, dtype=torch.float64, **options
     )
@@ -277,7 +277,7 @@ def test_a_pair_of_twenty_thousand_rows_at_64_mib(plans):
     ],
 )
 def test_margins_that_are_not_linear_are_refused(margin):
-    with pytest.raises(ValueError, match="margin is not linear"):
+    with pytest.raises(ValueError, match="margin that is not linear"):
         linear_preference_loss(MarginLoss(margin, torch.sigmoid), **make_case().tensors())
 
 
@@ -290,3 +290,28 @@ def test_the_planner_compares_costs():
     many_short = make_plan([256] * 64, sizes, budget, can_defer=True, device_type="cuda")
     assert isinstance(many_short, StreamingPlan)
     assert make_plan([8192], sizes, 1 << 30, can_defer=True, device_type="cuda").deferred
+
+
+def clamped(chosen, rejected):
+    return (chosen.logratio - rejected.logratio).clamp(-3, 3)
+
+
+@per_token
+def likely_tokens(chosen, rejected):
+    return chosen.sum((chosen.logps > -6) * chosen.logratio) - rejected.sum((rejected.logps > -6) * rejected.logratio)
+
+
+def halved_beyond_three(chosen, rejected):
+    logratios = chosen.logratio - rejected.logratio
+    return logratios if logratios.detach().abs().max() < 3 else logratios / 2
+
+
+@pytest.mark.parametrize("margin", [clamped, likely_tokens, halved_beyond_three])
+def test_margins_that_are_linear_at_ordinary_values_only_are_refused_at_others(margin, plans):
+    """The made-up pairs show nothing; the real values do, where the coefficients matter: in a long pair."""
+    case = make_case(torch.float64, pairs=2, tokens=150)
+    objective = MarginLoss(margin, torch.sigmoid)
+    linear_preference_loss(objective, **case.tensors())  # whole pairs need no coefficients
+    with pytest.raises(ValueError, match=f"objective has a margin that is not linear.*{margin.__name__}"):
+        linear_preference_loss(objective, **case.tensors(), logits_budget=500_000)
+    assert plans[-1].deferred

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BUDGETS, OBJECTIVES, ipo_loss, loss_and_gradients, make_case
 
-import tdpo_ext.fused.plan
+import tdpo_ext.fused.planning.plan
 import tdpo_ext.linear
 from tdpo_ext import LinearTDPOLoss, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
-from tdpo_ext.fused.plan import ChunkedPlan, make_plan
-from tdpo_ext.fused.sizes import Sizes
+from tdpo_ext.fused.planning.plan import ChunkedPlan, make_plan
+from tdpo_ext.fused.planning.sizes import Sizes
 
 
 def assert_matches_oracle(case, objective, **options):
@@ -64,7 +64,7 @@ def test_low_precision_weight_gradients_are_summed_in_float32(plan, monkeypatch)
     """The error of dW over many chunks, or blocks of rows, is that of one: a single rounding, not one per sum."""
     case = make_case(torch.bfloat16, pairs=40, tokens=12, width=16, vocab=401, ignored=0.0)
     objective = OBJECTIVES["tdpo2"] if plan == "chunked" else not_a_margin_loss
-    monkeypatch.setattr(tdpo_ext.fused.plan, "STREAMING_ROWS", 32)
+    monkeypatch.setattr(tdpo_ext.fused.planning.plan, "STREAMING_ROWS", 32)
     made = []
 
     def recorded(*arguments, **options):

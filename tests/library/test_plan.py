@@ -1,24 +1,26 @@
 """The planner, and the memory that plans run in."""
 
 import json
+import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import tdpo_ext
-from tdpo_ext.fused.costs import RATES
-from tdpo_ext.fused.plan import (
+from tdpo_ext.fused.planning.costs import RATES
+from tdpo_ext.fused.planning.plan import (
     ChunkedPlan,
+    LongPair,
     StreamingPlan,
+    WholePairs,
     cuda_budget,
     make_plan,
     streaming_plan,
 )
-from tdpo_ext.fused.sizes import Sizes, row_pitch
+from tdpo_ext.fused.planning.sizes import Sizes, row_pitch
 from tdpo_ext.ops import memory
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,11 +32,11 @@ def test_plan_kinds():
     lengths = [20, 30, 25, 5]
     everything = make_plan(lengths, SIZES, 1 << 30)
     assert isinstance(everything, ChunkedPlan)
-    assert everything.chunks == ((0, 4),)
+    assert everything.chunks == (WholePairs(0, 4),)
     some = make_plan(lengths, SIZES, 300_000)
     assert isinstance(some, ChunkedPlan)
     assert len(some.chunks) > 1
-    assert [pair for first, stop in some.chunks for pair in range(first, stop)] == [0, 1, 2, 3]
+    assert [pair for chunk in some.chunks for pair in chunk.pairs] == [0, 1, 2, 3]
     assert some.bytes <= some.budget
     streamed = make_plan(lengths, SIZES, 200_000)
     assert isinstance(streamed, StreamingPlan)
@@ -69,35 +71,68 @@ def test_no_chunk_exceeds_the_budget():
     assert plan.bytes <= plan.budget
 
 
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20),
-    rows=st.integers(1, 200),
-    weight_bytes=st.sampled_from([2, 4]),
-    needs_weight_grad=st.booleans(),
-    can_defer=st.booleans(),
-)
-def test_plans_cover_all_pairs_within_the_budget(lengths, rows, weight_bytes, needs_weight_grad, can_defer):
-    sizes = Sizes(
-        vocab=1000,
-        width=64,
-        ref_width=32,
-        weight_bytes=weight_bytes,
-        logit_bytes=4,
-        needs_weight_grad=needs_weight_grad,
-    )
-    plan = make_plan(lengths, sizes, rows * sizes.whole_row, can_defer=can_defer)
+def test_plans_cover_all_pairs_within_the_budget():
+    """Plans of any lengths and budget; those of long pairs, of each kind, are among them."""
+    draw, kinds = random.Random(0), Counter()
+    for _ in range(3000):
+        longest = draw.choice([60, 400])
+        lengths = [draw.randint(0, draw.choice([20, longest])) for _ in range(draw.randint(1, 12))]
+        low_precision = draw.random() < 0.5
+        sizes = Sizes(
+            vocab=1000,
+            width=draw.choice([64, 600]),
+            ref_width=32,
+            weight_bytes=2 if low_precision else 4,
+            logit_bytes=4,
+            needs_weight_grad=draw.random() < 0.7,
+        )
+        can_defer = draw.random() < 0.8
+        plan = make_plan(lengths, sizes, draw.randint(1, 500) * sizes.whole_row, can_defer=can_defer)
+        kinds[check_plan(plan, lengths, sizes, can_defer)] += 1
+    assert set(kinds) == {"streaming", "whole", "kept", "block", "apart"}
+    assert min(kinds.values()) >= 20, kinds
+
+
+def check_plan(plan, lengths, sizes, can_defer):
+    """The kind of a plan; AssertionError where it leaves out a pair, or where its parts do not fit."""
     if isinstance(plan, StreamingPlan):
-        return
-    assert [pair for first, stop in plan.chunks for pair in range(first, stop)] == list(range(len(lengths)))
-    chunk_rows = [sum(lengths[first:stop]) for first, stop in plan.chunks]
-    assert plan.longest == max(chunk_rows)
-    assert plan.deferred == (max(chunk_rows) > plan.rows)
+        return "streaming"
+    assert [pair for chunk in plan.chunks for pair in chunk.pairs] == list(range(len(lengths)))
+    rows_of = {chunk: sum(lengths[pair] for pair in chunk.pairs) for chunk in plan.chunks}
+    long = [rows for chunk, rows in rows_of.items() if isinstance(chunk, LongPair)]
+    whole = [rows for chunk, rows in rows_of.items() if isinstance(chunk, WholePairs)]
+    assert all(rows <= plan.rows for rows in whole)
+    assert all(rows > plan.rows for rows in long)
+    assert plan.deferred == bool(long)
+    assert can_defer or not long
+    assert plan.rows <= plan.dz_rows or sum(lengths) == 0
+    # The parts of the plan, beside the logits of its rows.
+    bytes = plan.rows * (sizes.row_without_dz if plan.keeps_dz else sizes.whole_row)
+    bytes += plan.dz_rows * sizes.dz_row if plan.keeps_dz else 0
+    bytes += sizes.weight_sum if plan.sums_weight else 0
+    bytes += sizes.accumulated_weight if plan.weight_apart else 0
+    assert plan.bytes == bytes
+    # Logits are within the budget; beside them one dW at most for a MarginLoss, and half of one where a pair's and the
+    # float32 sum of the others' are both needed.
+    beyond = sizes.accumulated_weight + (sizes.weight_sum if plan.weight_apart else 0)
     assert plan.rows * sizes.row_without_dz <= plan.budget
-    # One dW, and half of one where a pair's and the float32 sum of the others' are both needed.
-    beyond = sizes.accumulated_weight + sizes.weight_sum * plan.weight_apart if can_defer else 0
-    assert plan.bytes <= plan.budget + beyond
-    if plan.weight_apart:
-        assert plan.dz_rows < plan.longest
+    assert plan.bytes <= plan.budget + (beyond if can_defer else 0)
+    if not long:
+        return "whole"
+    if plan.keeps_dz:
+        assert max(long) <= plan.dz_rows or len(plan.chunks) == 1
+        return "kept"
+    assert plan.weight_apart == (len(plan.chunks) > 1 and sizes.needs_weight_grad)
+    return "apart" if plan.weight_apart else "block"
+
+
+def test_a_chunk_of_whole_pairs_has_no_more_rows_than_there_are_logits():
+    """Pairs of 60, 60 and 180 rows at 130 rows of logits: the long one in two blocks, the others as one chunk."""
+    sizes = replace(SIZES, width=8, ref_width=8)
+    plan = make_plan([60, 60, 180], sizes, 130 * sizes.whole_row, can_defer=True)
+    assert isinstance(plan, ChunkedPlan)
+    assert plan.chunks == (WholePairs(0, 2), LongPair(2))
+    assert plan.rows == 120
 
 
 def test_row_bytes_by_hand():

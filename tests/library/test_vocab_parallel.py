@@ -18,7 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import tdpo_ext
 from tdpo_ext import LinearTDPOLoss, VocabShard, eager, tdpo_loss, token_divergence
-from tdpo_ext.fused.inputs import LMHead, prepare
+from tdpo_ext.fused.heads import CallTensors, Head
+from tdpo_ext.fused.inputs import prepare
 from tdpo_ext.fused.options import FusedOptions
 from tdpo_ext.fused.rows import PaddedPairs
 
@@ -123,10 +124,10 @@ def compare_fused(objective, tensors, shard, budget, truth, chosen, truth_grads,
 def smallest_budget(rank, world, device):
     tensors = {n: t.to(device) for n, t in vars(make_case()).items() if t is not None}
     shard = VocabShard.from_group(301, dist.group.WORLD)
-    heads = [
-        LMHead(tensors[f"{whose}hidden"], tensors[f"{whose}weight"][shard.start : shard.stop], None)
-        for whose in ("", "ref_")
-    ]
+    weights = [tensors[name][shard.start : shard.stop] for name in ("weight", "ref_weight")]
+    arguments = CallTensors(
+        tensors["hidden"], Head(weights[0]), tensors["ref_hidden"], Head(weights[1]), tensors["labels"]
+    )
     options = FusedOptions(
         ignore_index=-100,
         temperature=1.0,
@@ -137,7 +138,8 @@ def smallest_budget(rank, world, device):
         logits_budget=1000 * (world - rank),
         shard=shard,
     )
-    assert prepare(*heads, tensors["labels"], PaddedPairs(), options).budget == 1000
+    _, _, plan_inputs = prepare(arguments, PaddedPairs(), options)
+    assert plan_inputs.budget == 1000
 
 
 @on_every_rank

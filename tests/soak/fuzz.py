@@ -4,8 +4,8 @@
 
 The oracle is numpy, written from the definitions: it shares no line with `tdpo_ext.eager`. A case draws shapes, dtypes
 of both models, magnitudes, offsets, perturbations, masks, ignored rows, strides, options, both directions of the KL,
-budgets and objectives. Prints a JSON line with the
-counts and every failing case, which `--only SEED` repeats.
+budgets and objectives. A fourth of the cases are whole batches of the preference loss (tests/helpers/any_batch.py), of
+which every path must be met. Prints a JSON line with the counts and every failing case, which `--only SEED` repeats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ import os
 import subprocess
 import sys
 import traceback
+from collections import Counter
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+# Batches of which at least one takes each path.
+_ENOUGH_BATCHES = 1000
 CAPABILITIES = ("default", "avx2", "avx512")
 
 
@@ -169,27 +175,38 @@ def fused_case(draw):
     assert not hidden.grad[labels == -100].any()
 
 
-CASES = {"token_divergence": logit_case, "linear losses": fused_case}
+def batch_case(draw):
+    """The gradients of a batch of pairs of any lengths, at any budget."""
+    from any_batch import check, draw_batch
+
+    check(draw_batch(draw))
+
+
+CASES = {"token_divergence": logit_case, "linear losses": fused_case, "batches": batch_case}
 
 
 def run(cases: int, seed: int, only: int | None) -> dict:
     import random
 
     import torch
+    from any_batch import KINDS, counting
 
     import tdpo_ext
 
     torch.set_num_threads(1)
-    counts, failures = dict.fromkeys(CASES, 0), []
+    counts, failures, met = dict.fromkeys(CASES, 0), [], Counter()
     for index in range(cases) if only is None else [only]:
         draw = random.Random(seed * 10_000_019 + index)
         torch.manual_seed(seed * 10_000_019 + index)
-        kind = draw.choice(["token_divergence", "token_divergence", "linear losses"])
+        kind = draw.choice(["token_divergence", "token_divergence", "linear losses", "batches"])
         counts[kind] += 1
         try:
-            CASES[kind](draw)
+            with counting(met):
+                CASES[kind](draw)
         except Exception:
             failures.append({"case": index, "kind": kind, "error": traceback.format_exc(limit=-2)})
+    if counts["batches"] >= _ENOUGH_BATCHES and KINDS - set(met):
+        failures.append({"error": f"paths that no batch took: {sorted(KINDS - set(met))}"})
     return {"capability": tdpo_ext.build_info()["cpu_capability"], "cases": counts, "failures": failures}
 
 

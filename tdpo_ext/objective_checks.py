@@ -1,4 +1,4 @@
-"""What an objective is given, and the checks that it treats each pair alone.
+"""Tries an objective on made-up pairs: a loss each, every pair treated alone, and margins that are linear.
 
 Objectives see one of two things for each side of some pairs: per-sequence sums (TokenDivergence), or, decorated with
 `per_token`, all tokens (TokenRows).
@@ -6,100 +6,18 @@ Objectives see one of two things for each side of some pairs: per-sequence sums 
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .divergence import TokenDivergence
-from .losses import MarginLoss, Objective
+from .divergence import TokenDivergence, TokenRows, segment_sums
+from .losses import MarginLoss, Objective, sees_tokens
 from .vocab_parallel import digest
-
-
-def segment_sums(
-    values: Tensor,  # (rows, ...)
-    lengths: Tensor,  # (segments,)
-) -> Tensor:  # (segments, ...), float64
-    """Sums over consecutive rows, in float64 and in a fixed order; differentiable.
-
-    The log-probabilities of some thousand tokens add up to numbers of which float32 keeps two decimals, too few for the
-    margin between two of them.
-    """
-    # unsafe: the lengths are ours, and checking them would make the host wait for the device.
-    return torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0, unsafe=True)
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """One side (chosen or rejected) of some pairs, token by token: the fields of TokenDivergence, each (rows,).
-
-    Rows of a pair are adjacent, in order. Gradient flows through `logps`, `kl` and columns that require it.
-
-    Attributes:
-        columns: the call's `token_columns` at these rows, each (rows,).
-        rows_of_pair: how many rows each pair has here, in order, (pairs,).
-    """
-
-    logps: Tensor
-    ref_logps: Tensor
-    kl: Tensor
-    entropy: Tensor
-    correct: Tensor
-    tokens: Tensor
-    columns: Mapping[str, Tensor]
-    rows_of_pair: Tensor
-
-    @property
-    def logratio(self) -> Tensor:
-        """log p(label) - log q(label), in nats, (rows,)."""
-        return self.logps - self.ref_logps
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens that count of each response, (pairs,)."""
-        return self.sum(self.tokens)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sums over each response, in float64: (rows,) -> (pairs,)."""
-        return segment_sums(values, self.rows_of_pair)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Means over each response, 0 for an empty one: (rows,) -> (pairs,)."""
-        return self.sum(values) / self.lengths.clamp(min=1)
-
-    def detach(self) -> TokenRows:
-        """The same values without a graph."""
-        return replace(self, logps=self.logps.detach(), kl=self.kl.detach())
-
-
-def per_token(objective: Objective) -> Objective:
-    """Decorator of an objective (or a margin) that sees tokens: it gets TokenRows, and still returns a loss per pair.
-
-    @tdpo_ext.per_token
-    def weighted_dpo(chosen, rejected):
-        w, l = chosen.columns["weight"], rejected.columns["weight"]  # token_columns={"weight": (2B, T)}
-        return -logsigmoid(0.1 * (chosen.sum(w * chosen.logratio) - rejected.sum(l * rejected.logratio)))
-    """
-    checks.function("objective", objective)
-    objective.sees_tokens = True  # type: ignore[attr-defined]
-    return objective
-
-
-def sees_tokens(objective: Objective) -> bool:
-    """Whether an objective, or what it wraps (a partial, a margin), is decorated with `per_token`."""
-    if isinstance(objective, functools.partial):
-        return sees_tokens(objective.func)
-    if isinstance(objective, MarginLoss):
-        return sees_tokens(objective.margin)
-    return getattr(objective, "sees_tokens", False)
-
-
-# ---- checks on made-up pairs ----
 
 _PAIRS = 3
 
@@ -170,7 +88,7 @@ def _check_on(objective: Objective, device: torch.device, columns: Mapping[str, 
                 raise ValueError("objective couples pairs: the loss of one pair depends on other pairs' values")
             _check_gradients(losses[pair], pair, (chosen, rejected))
     if isinstance(objective, MarginLoss):
-        _check_linear(objective, device, columns)
+        _check_made_up_margins(objective, device, columns)
     return losses.detach()
 
 
@@ -184,7 +102,7 @@ def _check_gradients(loss: Tensor, pair: int, sides) -> None:
             raise ValueError("objective couples pairs: the loss of one pair depends on another pair's values")
 
 
-def _check_linear(objective: MarginLoss, device: torch.device, columns: Mapping[str, Tensor]) -> None:
+def _check_made_up_margins(objective: MarginLoss, device: torch.device, columns: Mapping[str, Tensor]) -> None:
     """The margin's coefficients must not depend on values that are known only at a pair's end."""
     coefficients = []
     for shift in (0.0, 0.37):
@@ -196,10 +114,25 @@ def _check_linear(objective: MarginLoss, device: torch.device, columns: Mapping[
                 raise ValueError("margin depends on neither logps nor kl")
             coefficients.append(torch.autograd.grad(margins.sum(), leaves, allow_unused=True, materialize_grads=True))
     for first, second in zip(*coefficients):
-        if not torch.allclose(first, second, rtol=1e-4, atol=1e-6):
-            raise ValueError(
-                "margin is not linear in logps and kl; pass the loss as an ordinary objective instead of a MarginLoss"
-            )
+        check_linear(objective, first, second)
+
+
+def check_linear(objective: MarginLoss, coefficients: Tensor, others: Tensor) -> None:
+    """Compares a margin's coefficients at two sets of values; on a GPU, where the host must not wait, there.
+
+    Raises:
+        ValueError: they differ, so that the margin is not linear. On a GPU a device assertion fails instead.
+    """
+    message = (
+        f"objective has a margin that is not linear in logps and kl, {checks.describe(objective.margin)}; "
+        "pass the loss as an ordinary function instead of a MarginLoss"
+    )
+    scale = torch.maximum(coefficients.abs(), 1e-2 * coefficients.abs().max())
+    equal = ((coefficients - others).abs() <= 1e-4 * scale).all()
+    if coefficients.device.type == "cuda":
+        torch._assert_async(equal, message)
+    elif not equal:
+        raise ValueError(message)
 
 
 def _made_up_side(

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..divergence import TokenDivergence
-from ..losses import MarginLoss, Objective
-from ..objectives import TokenRows, sees_tokens
+from ..divergence import TokenDivergence, TokenRows
+from ..losses import MarginLoss, Objective, sees_tokens
+from ..objective_checks import check_linear
 from .rows import Chunk
 
 
@@ -45,6 +45,13 @@ class Coefficients:
     logps_grad: Tensor
     kl_grad: Tensor
 
+    def of_rows(self, rows: slice) -> Coefficients:
+        return Coefficients(self.logps_grad[rows], self.kl_grad[rows])
+
+    def stacked(self) -> Tensor:
+        """Both, (2, rows)."""
+        return torch.stack([self.logps_grad, self.kl_grad])
+
 
 @dataclass(frozen=True)
 class PairObjective:
@@ -75,24 +82,30 @@ class PairObjective:
         assert isinstance(self.function, MarginLoss)
         with torch.enable_grad():
             sides = _sides(self.function, values, chunk, columns, True)
-            upstream = sides.upstream(self.function.margin(sides.chosen, sides.rejected).sum())
-        return Coefficients(upstream.logps_grad, upstream.kl_grad)
+            return sides.coefficients(self.function.margin(sides.chosen, sides.rejected))
 
-    def link_upstream(self, values: Tensor, chunk: Chunk, columns: Mapping[str, Tensor]) -> tuple[Upstream, Tensor]:
-        """Of a chunk of one pair: loss, sums and gradients of columns, and the loss's derivative by the margin."""
+    def link_upstream(
+        self, values: Tensor, pair: Chunk, columns: Mapping[str, Tensor], used: Coefficients
+    ) -> tuple[Upstream, Tensor]:
+        """Of one pair: loss, sums and gradients of columns, and the loss's derivative by the pair's margin, a scalar.
+
+        Raises:
+            ValueError: the margin's coefficients at these values are not those that were `used`.
+        """
         assert isinstance(self.function, MarginLoss)
         with torch.set_grad_enabled(self.differentiable):
-            sides = _sides(self.function, values, chunk, self._column_leaves(columns), self.differentiable)
+            sides = _sides(self.function, values, pair, self._column_leaves(columns), self.differentiable)
             margin = self.function.margin(sides.chosen, sides.rejected)
-            loss = self._mean_share(self.function.link(margin), chunk)
+            loss = self._mean_share(self.function.link(margin), pair)
+        upstream = _without_gradients(loss.detach(), sides.sums, values)
         if not (self.differentiable and loss.requires_grad):
-            return _without_gradients(loss.detach(), sides.sums, values), loss.new_zeros(())
+            return upstream, loss.new_zeros(())
+        check_linear(self.function, used.stacked(), sides.coefficients(margin).stacked())
         leaves = sides.column_leaves
         slope, *column_grads = torch.autograd.grad(
             loss, (margin, *leaves.values()), allow_unused=True, materialize_grads=True
         )
-        upstream = _without_gradients(loss.detach(), sides.sums, values)
-        return replace(upstream, columns_grad=dict(zip(leaves, column_grads))), slope.sum()
+        return replace(upstream, columns_grad=dict(zip(leaves, column_grads))), slope.reshape(())
 
     def nothing(self, values: Tensor, chunk: Chunk) -> Upstream:
         """What stands for a chunk's loss where it could not be computed."""
@@ -128,26 +141,52 @@ class _Sides:
 
     def upstream(self, loss: Tensor) -> Upstream:
         """The gradients of `loss`, for every row."""
-        leaves = (self.chosen.logps, self.rejected.logps, self.chosen.kl, self.rejected.kl)
-        grads = torch.autograd.grad(loss, (*leaves, *self.column_leaves.values()), allow_unused=True)
-        filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
-        both = torch.cat(filled).view(2, -1)  # of logps, of kl
-        if isinstance(self.chosen, TokenDivergence):
-            both = self.chunk.segments.spread(both)
-        both = both.to(self.row_dtype)
-        columns_grad = {
-            name: torch.zeros_like(leaf) if grad is None else grad
-            for (name, leaf), grad in zip(self.column_leaves.items(), grads[4:])
-        }
+        grads = _gradients(loss, self._value_leaves() | self.column_leaves)
+        of_rows = self._of_rows(grads)
         return Upstream(
             loss=loss.detach(),
             sums=self.sums,
-            logps_grad=both[0],
-            kl_grad=both[1],
-            columns_grad=columns_grad,
-            chosen_kl=grads[2] is not None,
-            rejected_kl=grads[3] is not None,
+            logps_grad=of_rows.logps_grad,
+            kl_grad=of_rows.kl_grad,
+            columns_grad={name: _or_zeros(grads[name], leaf) for name, leaf in self.column_leaves.items()},
+            chosen_kl=grads["chosen.kl"] is not None,
+            rejected_kl=grads["rejected.kl"] is not None,
         )
+
+    def coefficients(self, margin: Tensor) -> Coefficients:
+        """The gradients of a pair's margin, whose graph stays, for every row."""
+        return self._of_rows(_gradients(margin, self._value_leaves(), retain_graph=True))
+
+    def _value_leaves(self) -> dict[str, Tensor]:
+        """In the order of `_of_rows`: chosen before rejected, logps before kl."""
+        return {
+            "chosen.logps": self.chosen.logps,
+            "rejected.logps": self.rejected.logps,
+            "chosen.kl": self.chosen.kl,
+            "rejected.kl": self.rejected.kl,
+        }
+
+    def _of_rows(self, grads: Mapping[str, Tensor | None]) -> Coefficients:
+        """The gradients of both sides' values, for every row."""
+        both = torch.cat([_or_zeros(grads[name], leaf) for name, leaf in self._value_leaves().items()]).view(2, -1)
+        if isinstance(self.chosen, TokenDivergence):
+            both = self.chunk.segments.spread(both)
+        logps_grad, kl_grad = both.to(self.row_dtype).unbind(0)
+        return Coefficients(logps_grad, kl_grad)
+
+
+def _gradients(output: Tensor, leaves: Mapping[str, Tensor], *, retain_graph: bool = False) -> dict[str, Tensor | None]:
+    """The gradients of a sum by name; None where it does not depend on a leaf."""
+    if not output.requires_grad:
+        return dict.fromkeys(leaves)
+    with torch.enable_grad():
+        total = output.sum()
+    grads = torch.autograd.grad(total, tuple(leaves.values()), allow_unused=True, retain_graph=retain_graph)
+    return dict(zip(leaves, grads))
+
+
+def _or_zeros(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if grad is None else grad
 
 
 def _sides(

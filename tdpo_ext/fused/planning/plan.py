@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import checks
+from ... import checks
 from .costs import ForwardSteps, MachineRates, forward_work, rates_of, streaming_work
 from .sizes import Sizes, row_pitch
 
@@ -57,6 +57,29 @@ def check_budget(budget: int) -> int:
 
 
 @dataclass(frozen=True)
+class WholePairs:
+    """Consecutive pairs, `first` to `stop`, whose logits are there together: their gradients are formed at once."""
+
+    first: int
+    stop: int
+
+    @property
+    def pairs(self) -> range:
+        return range(self.first, self.stop)
+
+
+@dataclass(frozen=True)
+class LongPair:
+    """One pair, taken a block of rows at a time: its gradients wait for a factor that belongs to this pair alone."""
+
+    pair: int
+
+    @property
+    def pairs(self) -> range:
+        return range(self.pair, self.pair + 1)
+
+
+@dataclass(frozen=True)
 class ChunkedPlan:
     """Pairs in chunks whose gradients are formed in the forward pass: four matrix products, no recompute.
 
@@ -65,32 +88,32 @@ class ChunkedPlan:
     until then where that takes no more memory than its dW; else its dW is summed apart.
 
     Attributes:
-        chunks: (first, stop) of the pairs of each chunk.
-        rows: rows of logits at a time, at most.
-        longest: rows of the longest chunk.
+        chunks: all pairs, in order.
+        rows: rows of logits at a time, at most; a chunk of whole pairs has no more.
         dz_rows: rows whose dz is kept, at most, until dhidden and dW are formed from all of them at once.
         budget: bytes of temporaries that were allowed.
         bytes: bytes of temporaries that the plan needs. For a `MarginLoss`, where it saves the recompute, these may be
             beyond the budget: see `make_plan`.
-        reason: why, for people.
+        reason: human-readable reason for this plan.
+        steps: how often it takes its products, for the cost model.
         sums_weight: a low-precision dW is added to more than once, and so summed in float32.
         weight_apart: the dW of a long pair is summed apart from that of the other pairs.
     """
 
-    chunks: tuple[tuple[int, int], ...]
+    chunks: tuple[WholePairs | LongPair, ...]
     rows: int
-    longest: int
     dz_rows: int
     budget: int
     bytes: int
     reason: str
+    steps: ForwardSteps
     sums_weight: bool = False
     weight_apart: bool = False
 
     @property
     def deferred(self) -> bool:
         """Whether some pair is taken in several blocks of rows."""
-        return self.longest > self.rows
+        return any(isinstance(chunk, LongPair) for chunk in self.chunks)
 
     @property
     def keeps_dz(self) -> bool:
@@ -110,7 +133,7 @@ class StreamingPlan:
         columns: vocabulary entries of a slice, at most.
         budget: bytes of temporaries that were allowed.
         bytes: bytes of temporaries that the plan needs.
-        reason: why, for people.
+        reason: human-readable reason for this plan.
     """
 
     rows: int
@@ -139,16 +162,8 @@ def make_plan(
     """
     rows = sum(pair_lengths)
     if rows * sizes.whole_row <= budget:
-        return ChunkedPlan(
-            chunks=((0, len(pair_lengths)),),
-            rows=rows,
-            longest=rows,
-            dz_rows=rows,
-            budget=budget,
-            bytes=rows * sizes.whole_row,
-            reason=f"all {rows} rows fit the budget at once",
-        )
-    chunked = _chunked_plan(pair_lengths, sizes, budget)
+        return _forward_plan(_cut(pair_lengths, rows), sizes, budget, f"all {rows} rows fit the budget at once")
+    chunked = _plan_of_whole_pairs(pair_lengths, sizes, budget)
     if chunked is not None:
         return chunked
     longest = max(pair_lengths)
@@ -162,20 +177,16 @@ def make_plan(
     streamed = streaming_plan(rows, sizes, budget, why)
     if not can_defer:
         return streamed
-    return _fastest(_deferred_plans(pair_lengths, sizes, budget, why), streamed, pair_lengths, sizes, device_type)
+    return _fastest(_deferred_plans(pair_lengths, sizes, budget, why), streamed, rows, sizes, device_type)
 
 
 def _fastest(
-    deferred: Sequence[ChunkedPlan],
-    streamed: StreamingPlan,
-    pair_lengths: Sequence[int],
-    sizes: Sizes,
-    device_type: str,
+    deferred: Sequence[ChunkedPlan], streamed: StreamingPlan, rows: int, sizes: Sizes, device_type: str
 ) -> ChunkedPlan | StreamingPlan:
     """The plan that the cost model takes to be fastest; of nearly equal ones, that with the least memory."""
     rates = rates_of(device_type, sizes)
-    streaming_seconds = _streaming_seconds(streamed, sum(pair_lengths), sizes, rates)
-    seconds = {plan: _forward_seconds(plan, pair_lengths, sizes, rates) for plan in deferred}
+    streaming_seconds = _streaming_seconds(streamed, rows, sizes, rates)
+    seconds = {plan: forward_work(sizes, rows, plan.steps).seconds(rates) for plan in deferred}
     least = min(seconds.values(), default=streaming_seconds)
     if not deferred or least > streaming_seconds:
         compared = f"; forward gradients would take {least / streaming_seconds:.2f}x the time" if deferred else ""
@@ -186,30 +197,20 @@ def _fastest(
     return replace(plan, reason=plan.reason + compared)
 
 
-def _chunked_plan(pair_lengths: Sequence[int], sizes: Sizes, budget: int) -> ChunkedPlan | None:
+def _plan_of_whole_pairs(pair_lengths: Sequence[int], sizes: Sizes, budget: int) -> ChunkedPlan | None:
     """Several chunks of whole pairs, or None where the longest pair does not fit."""
-    rows, row_bytes = sum(pair_lengths), sizes.whole_row
+    rows = sum(pair_lengths)
     # A low-precision dW of several chunks is never summed in low precision: either the dz of all rows are kept for one
     # product, or dW is summed in float32, whichever is smaller.
-    fixed = sizes.weight_sum
-    keeps_dz = 0 < rows * sizes.dz_row <= fixed
-    if keeps_dz:
-        fixed = rows * sizes.dz_row
-        row_bytes = sizes.row_without_dz
-    if max(pair_lengths) * row_bytes > budget - fixed:
+    beside, row_bytes, kept_rows = sizes.weight_sum, sizes.whole_row, None
+    if 0 < rows * sizes.dz_row <= sizes.weight_sum:
+        beside, row_bytes, kept_rows = rows * sizes.dz_row, sizes.row_without_dz, rows
+    limit = (budget - beside) // row_bytes
+    if max(pair_lengths) > limit:
         return None
-    chunks = _balanced(pair_lengths, (budget - fixed) // row_bytes)
-    most = max(_chunk_rows(chunks, pair_lengths))
-    return ChunkedPlan(
-        chunks=chunks,
-        rows=most,
-        longest=most,
-        dz_rows=rows if keeps_dz else most,
-        budget=budget,
-        bytes=fixed + most * row_bytes,
-        reason=f"{len(pair_lengths)} pairs in {len(chunks)} chunks of at most {most} rows",
-        sums_weight=fixed > 0 and not keeps_dz,
-    )
+    cut = _cut(pair_lengths, limit)
+    reason = f"{len(pair_lengths)} pairs in {len(cut.chunks)} chunks of at most {cut.rows} rows"
+    return _forward_plan(cut, sizes, budget, reason, kept_rows)
 
 
 def _deferred_plans(pair_lengths: Sequence[int], sizes: Sizes, budget: int, why: str) -> list[ChunkedPlan]:
@@ -217,57 +218,91 @@ def _deferred_plans(pair_lengths: Sequence[int], sizes: Sizes, budget: int, why:
 
     The candidates differ in the rows whose dz is kept: those of a block, within the budget, or as many as fit beside.
     """
-    plans = [_deferred_plan(pair_lengths, sizes, budget, why, sizes.whole_row, 0)]
-    if sizes.dz_row <= sizes.accumulated_weight:
+    fewest = min(_MIN_BLOCK_ROWS, max(pair_lengths))
+    plans = []
+    if budget // sizes.whole_row >= fewest:
+        cut = _cut(pair_lengths, budget // sizes.whole_row)
+        plans.append(_forward_plan(cut, sizes, budget, f"{why}; {cut.rows} rows at a time"))
+    if budget // sizes.row_without_dz >= fewest and sizes.dz_row <= sizes.accumulated_weight:
+        cut = _cut(pair_lengths, budget // sizes.row_without_dz)
         rows = sum(pair_lengths)
-        kept = sizes.accumulated_weight // sizes.dz_row
-        if kept < rows:  # then dW is added to more than once
-            kept = (sizes.accumulated_weight - sizes.weight_sum) // sizes.dz_row
-        plans.append(_deferred_plan(pair_lengths, sizes, budget, why, sizes.row_without_dz, min(kept, rows)))
-    return [plan for plan in plans if plan is not None]
+        kept_rows = min(rows, sizes.accumulated_weight // sizes.dz_row)
+        if kept_rows < rows:  # then dW is added to more than once
+            kept_rows = (sizes.accumulated_weight - sizes.weight_sum) // sizes.dz_row
+        if kept_rows >= cut.rows and (kept_rows >= cut.longest or len(cut.chunks) == 1):
+            plans.append(_forward_plan(cut, sizes, budget, f"{why}; {cut.rows} rows at a time", kept_rows))
+    return plans
 
 
-def _deferred_plan(
-    pair_lengths: Sequence[int], sizes: Sizes, budget: int, why: str, row_bytes: int, kept: int
-) -> ChunkedPlan | None:
-    """One of them: `kept` rows of dz are kept beside the budget; 0: those of a block are part of `row_bytes`."""
-    most = budget // row_bytes
-    longest = max(pair_lengths)
-    if most < min(_MIN_BLOCK_ROWS, longest):
-        return None
-    chunks = _balanced(pair_lengths, most)
-    chunk_rows = _chunk_rows(chunks, pair_lengths)
-    longest = max(chunk_rows)
-    block = -(-longest // -(-longest // most))  # the longest chunk in equal blocks
-    if 0 < kept < min(block, longest) or (kept and longest > kept and len(chunks) > 1):
-        return None  # dz of a pair must be kept whole, or its dW needs memory of its own
-    dz_rows = block
-    if kept:
-        dz_rows = max(kept_together(chunk_rows, kept)) if longest <= kept else kept // block * block
-    plan = ChunkedPlan(
-        chunks=chunks,
-        rows=block,
-        longest=longest,
+@dataclass(frozen=True)
+class _Cut:
+    """Pairs in chunks: the rows of each chunk, and the rows of logits at a time."""
+
+    chunks: tuple[WholePairs | LongPair, ...]
+    lengths: tuple[int, ...]
+    rows: int
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def steps(self, dz_rows: int) -> ForwardSteps:
+        """How often the products are taken where dz of at most `dz_rows` rows is kept."""
+        blocks = sum(_ceil_div(length, self.rows) for length in self.lengths if length)
+        if dz_rows <= self.rows:
+            apart = sum(isinstance(chunk, LongPair) for chunk in self.chunks) if len(self.chunks) > 1 else 0
+            return ForwardSteps(blocks, blocks, apart)
+        if self.longest > dz_rows:
+            return ForwardSteps(blocks, _ceil_div(sum(self.lengths), dz_rows), 0)
+        return ForwardSteps(blocks, len(_kept_together(self.lengths, dz_rows)), 0)
+
+
+def _cut(pair_lengths: Sequence[int], limit: int) -> _Cut:
+    """Whole pairs in chunks of at most `limit` rows; longer pairs in blocks, equal ones of the longest."""
+    chunks = tuple(
+        LongPair(first) if sum(pair_lengths[first:stop]) > limit else WholePairs(first, stop)
+        for first, stop in _balanced(pair_lengths, limit)
+    )
+    lengths = tuple(sum(pair_lengths[pair] for pair in chunk.pairs) for chunk in chunks)
+    whole = [length for length in lengths if length <= limit]
+    longest = max(lengths)
+    block = _ceil_div(longest, _ceil_div(longest, limit)) if longest > limit else 0
+    return _Cut(chunks, lengths, max(block, *whole, 0))
+
+
+def _forward_plan(cut: _Cut, sizes: Sizes, budget: int, reason: str, kept_rows: int | None = None) -> ChunkedPlan:
+    """The plan of a cut: dz of up to `kept_rows` rows is kept together; None: of the rows whose logits are there."""
+    dz_rows, row_bytes, beside = cut.rows, sizes.whole_row, 0
+    if kept_rows is not None:
+        row_bytes = sizes.row_without_dz
+        dz_rows = kept_rows // cut.rows * cut.rows
+        if cut.longest <= kept_rows:
+            dz_rows = max(_kept_together(cut.lengths, kept_rows))
+        beside += dz_rows * sizes.dz_row
+    steps = cut.steps(dz_rows)
+    sums_weight = sizes.weight_sum > 0 and steps.gradient_products > 1
+    weight_apart = sizes.needs_weight_grad and steps.pairs_apart > 0
+    if sums_weight:
+        beside += sizes.weight_sum
+    if weight_apart:
+        beside += sizes.accumulated_weight
+    return ChunkedPlan(
+        chunks=cut.chunks,
+        rows=cut.rows,
         dz_rows=dz_rows,
         budget=budget,
-        bytes=0,
-        reason=f"{why}; {block} rows at a time",
+        bytes=cut.rows * row_bytes + beside,
+        reason=reason,
+        steps=steps,
+        sums_weight=sums_weight,
+        weight_apart=weight_apart,
     )
-    steps = _steps(plan, chunk_rows)
-    plan = replace(
-        plan,
-        sums_weight=sizes.weight_sum > 0 and steps.gradient_products > 1,
-        weight_apart=sizes.needs_weight_grad and steps.pairs_apart > 0,
-    )
-    beside = dz_rows * sizes.dz_row if kept else 0
-    beside += sizes.weight_sum * plan.sums_weight + sizes.accumulated_weight * plan.weight_apart
-    return replace(plan, bytes=block * row_bytes + beside)
 
 
-def kept_together(chunk_rows: Sequence[int], most: int) -> list[int]:
+def _kept_together(lengths: Sequence[int], most: int) -> list[int]:
     """Rows whose dz are kept together, where chunks of at most `most` rows are kept until the next would not fit."""
     kept: list[int] = []
-    for rows in chunk_rows:
+    for rows in lengths:
         if kept and kept[-1] + rows <= most:
             kept[-1] += rows
         else:
@@ -275,27 +310,12 @@ def kept_together(chunk_rows: Sequence[int], most: int) -> list[int]:
     return kept
 
 
-def _chunk_rows(chunks: Sequence[tuple[int, int]], pair_lengths: Sequence[int]) -> list[int]:
-    return [sum(pair_lengths[first:stop]) for first, stop in chunks]
-
-
-def _steps(plan: ChunkedPlan, chunk_rows: Sequence[int]) -> ForwardSteps:
-    blocks = sum(-(-rows // plan.rows) for rows in chunk_rows)
-    if not plan.keeps_dz:
-        apart = sum(rows > plan.rows for rows in chunk_rows) if len(chunk_rows) > 1 else 0
-        return ForwardSteps(blocks, blocks, apart)
-    if plan.longest > plan.dz_rows:
-        return ForwardSteps(blocks, -(-sum(chunk_rows) // plan.dz_rows), 0)
-    return ForwardSteps(blocks, len(kept_together(chunk_rows, plan.dz_rows)), 0)
-
-
-def _forward_seconds(plan: ChunkedPlan, pair_lengths: Sequence[int], sizes: Sizes, rates: MachineRates) -> float:
-    steps = _steps(plan, _chunk_rows(plan.chunks, pair_lengths))
-    return forward_work(sizes, sum(pair_lengths), steps).seconds(rates)
+def _ceil_div(total: int, size: int) -> int:
+    return -(-total // size)
 
 
 def _streaming_seconds(plan: StreamingPlan, rows: int, sizes: Sizes, rates: MachineRates) -> float:
-    blocks, slices = -(-rows // plan.rows), -(-sizes.vocab // plan.columns)
+    blocks, slices = _ceil_div(rows, plan.rows), _ceil_div(sizes.vocab, plan.columns)
     return streaming_work(sizes, rows, blocks, slices).seconds(rates)
 
 
@@ -334,5 +354,5 @@ def _balanced(lengths: Sequence[int], most: int) -> tuple[tuple[int, int], ...]:
 
     chunks = cut(most)
     longest = max(lengths)
-    even = cut(min(most, max(-(-sum(lengths) // len(chunks)) + longest // 2, longest)))
+    even = cut(min(most, max(_ceil_div(sum(lengths), len(chunks)) + longest // 2, longest)))
     return tuple(even if len(even) == len(chunks) else chunks)

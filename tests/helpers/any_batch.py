@@ -1,0 +1,390 @@
+"""Random batches as training meets them, and the fused loss of each against float64: any lengths at any budget.
+
+`checked_batches(seeds)` draws a batch for each seed, compares loss, sums and every gradient, and returns how often each
+kind of plan, chunk and gradient product was met, so that a test can fail where one was never met.
+"""
+
+import contextlib
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+from tdpo.objectives import OBJECTIVES as NAMED
+from tdpo.objectives import ObjectiveOptions
+
+import tdpo_ext.fused.planning.plan
+import tdpo_ext.linear
+from tdpo_ext import TokenDivergence, TokenRows, VocabShard, eager, linear_preference_loss, per_token
+from tdpo_ext.fused import chunked, streaming
+from tdpo_ext.fused.planning.plan import LongPair
+from tdpo_ext.losses import sees_tokens
+
+
+def squared_margin(chosen, rejected):
+    """No MarginLoss, with a gradient of both KLs: pairs that don't fit the budget are streamed."""
+    return (0.05 * (chosen.logratio - rejected.logratio) - 0.1 * chosen.kl - 0.2 * rejected.kl - 1.0) ** 2
+
+
+@per_token
+def bounded_tokens(chosen, rejected):
+    """No MarginLoss either, on tokens: some have no gradient."""
+    sides = [side.sum(side.columns["weight"] * side.logratio.tanh()) for side in (chosen, rejected)]
+    return torch.nn.functional.softplus(-0.2 * (sides[0] - sides[1]))
+
+
+OBJECTIVES = {name: named.build(ObjectiveOptions()) for name, named in NAMED.items()}
+OBJECTIVES["squared margin"] = squared_margin
+OBJECTIVES["bounded tokens"] = bounded_tokens
+
+# Relative errors that rounding explains: of a sequence's dhidden and of dW.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# A float16 dz has no numbers between these; where all of a gradient is as small, its error is not relative.
+_SMALLEST = {torch.float16: 2.0**-24}
+
+
+@dataclass
+class Batch:
+    """2B sequences, chosen before rejected, in rows one after the other.
+
+    Attributes:
+        lengths: rows of each sequence, ignored ones among them.
+        tensors: the arguments of linear_preference_loss, packed: hidden (N, D), labels (N,), ...
+        trained: names of the tensors that require a gradient.
+        layout: "padded", "cu_seqlens" or "row_lengths".
+    """
+
+    lengths: list[int]
+    tensors: dict[str, torch.Tensor]
+    trained: list[str]
+    weights: torch.Tensor
+    objective: str
+    layout: str
+    options: dict
+    budget: int
+    streaming_rows: int
+
+    @property
+    def pairs(self) -> int:
+        return len(self.lengths) // 2
+
+    @property
+    def vocab(self) -> int:
+        return len(self.tensors["weight"])
+
+    def __str__(self) -> str:
+        tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors.items() if name != "labels"}
+        return (
+            f"lengths {self.lengths}, {tensors}, gradients of {self.trained}, {self.objective}, {self.layout}, "
+            f"{self.options}, logits_budget {self.budget}, streaming rows {self.streaming_rows}"
+        )
+
+
+def draw_batch(draw) -> Batch:
+    """A batch from a `random.Random`."""
+    torch.manual_seed(draw.randrange(1 << 30))
+    dtype = draw.choice([torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16])
+    ref_dtype = draw.choice([dtype, dtype, torch.float32, torch.bfloat16])
+    vocab, width = draw.choice([(2, 8), (97, 400), (97, 400), (97, 400), (300, 8), (300, 200), (1100, 32)])
+    ref_width = draw.choice([width, 24])
+    longest = draw.choice([6, 60, 60, 60])
+    pairs = draw.choice([1, draw.randint(2, 8), draw.randint(2, 8)])
+    ratio = draw.choice([50, 50, 2])  # of the longest to the shortest, about
+    lengths = [int(longest / ratio ** draw.random()) for _ in range(2 * pairs)]
+    for _ in range(draw.choice([0, 1, 2, 3])):  # a long response among short ones
+        lengths[draw.randrange(len(lengths))] = draw.randint(longest, 2 * longest)
+    rows = sum(lengths)
+    spread = draw.choice([0.03, 0.3, 1.0])  # the reference beside the policy
+    hidden, weight = torch.randn(rows, width), torch.randn(vocab, width) / width**0.5
+    same_width = ref_width == width
+    ref_hidden = hidden + spread * torch.randn(rows, width) if same_width else torch.randn(rows, ref_width)
+    ref_weight = weight if same_width else torch.randn(vocab, ref_width) / ref_width**0.5
+    tensors = {
+        "hidden": hidden.to(dtype),
+        "weight": weight.to(dtype),
+        "ref_hidden": ref_hidden.to(ref_dtype),
+        "ref_weight": ref_weight.to(ref_dtype),
+        "labels": torch.randint(vocab, (rows,)),
+    }
+    if draw.random() < 0.4:
+        tensors["bias"], tensors["ref_bias"] = torch.randn(vocab).to(dtype), torch.randn(vocab).to(ref_dtype)
+    tensors["labels"][torch.rand(rows) < draw.choice([0.0, 0.1, 0.9])] = -100
+    trained = draw.choice([["hidden", "weight"], ["hidden", "weight"], ["hidden"], ["weight"], []])
+    if "bias" in tensors and draw.random() < 0.7:
+        trained = [*trained, "bias"]
+    options = {"kl_direction": draw.choice(["forward", "reverse"])}
+    if draw.random() < 0.3:
+        options |= {"temperature": 1.3, "softcap": 5.0, "logit_scale": 0.7, "ref_logit_scale": 0.6}
+    row_bytes = vocab * (16 if dtype == torch.float64 else 11) + 8 * (2 * width + ref_width)
+    budget = int((rows * row_bytes + 1000) * 10 ** draw.uniform(-3.5, 0.5)) + 1
+    longest_pair = max(map(sum, zip(lengths[: len(lengths) // 2], lengths[len(lengths) // 2 :])))
+    if draw.random() < 0.7:  # room for some rows, but hardly for more than the longest pair
+        fewest = min(66, longest_pair)
+        budget = row_bytes * draw.choice([fewest, draw.randint(fewest, longest_pair)]) + 1
+    return Batch(
+        lengths=lengths,
+        tensors=tensors,
+        trained=trained,
+        weights=torch.rand(rows) * (torch.rand(rows) < draw.choice([0.0, 0.8, 0.8, 0.8])),
+        objective=draw.choice(list(OBJECTIVES)),
+        layout=draw.choice(["padded", "cu_seqlens", "row_lengths"]),
+        options=options,
+        budget=budget,
+        streaming_rows=draw.choice([4096, 40]),
+    )
+
+
+@dataclass
+class Result:
+    """Loss, sums of the chosen and the rejected sequences, and gradients by name; that of hidden is packed, (N, D).
+
+    `summed` are the root sums of squares of the rows' shares of dW and dbias: rows may cancel, but the rounding of each
+    does not.
+    """
+
+    loss: torch.Tensor
+    sides: tuple[TokenDivergence, TokenDivergence]
+    gradients: dict[str, torch.Tensor]
+    summed: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def float64_result(batch: Batch) -> Result:
+    """Materialised logits and autograd in float64."""
+    doubles = {name: t.double() if t.is_floating_point() else t for name, t in batch.tensors.items()}
+    leaves = {name: doubles[name].clone().requires_grad_() for name in batch.trained}
+    tensors, options = {**doubles, **leaves}, dict(batch.options)
+    scales = options.pop("logit_scale", 1.0), options.pop("ref_logit_scale", 1.0)
+    linear = torch.nn.functional.linear
+    logits = scales[0] * linear(tensors["hidden"], tensors["weight"], tensors.get("bias"))
+    ref_logits = scales[1] * linear(tensors["ref_hidden"], tensors["ref_weight"], tensors.get("ref_bias"))
+    values = eager.token_divergence(logits, ref_logits, tensors["labels"], **options)
+    of_sequences = list(zip(*(value.split(batch.lengths) for value in values)))
+    weights = batch.weights.double().split(batch.lengths)
+    sums = TokenDivergence._make(torch.stack([field.sum() for field in fields]) for fields in zip(*of_sequences)).chunk(
+        2
+    )
+    objective = OBJECTIVES[batch.objective]
+    sides = sums
+    if sees_tokens(objective):
+        sides = [
+            TokenRows(
+                **{name: torch.cat(column) for name, column in zip(TokenDivergence._fields, zip(*of_sequences[half]))},
+                columns={"weight": torch.cat(weights[half])},
+                rows_of_pair=torch.tensor(batch.lengths[half]),
+            )
+            for half in (slice(0, batch.pairs), slice(batch.pairs, None))
+        ]
+    loss = objective(*sides).mean()
+    grads, summed = dict.fromkeys(leaves), {}
+    if leaves and loss.requires_grad:
+        dz, *found = torch.autograd.grad(loss, [logits, *leaves.values()], allow_unused=True, materialize_grads=True)
+        grads = dict(zip(leaves, found))
+        rows = scales[0] * dz.norm(dim=-1)
+        summed = {"weight": (rows * tensors["hidden"].norm(dim=-1)).norm(), "bias": rows.norm()}
+    return Result(loss.detach(), tuple(side.detach() for side in sums), grads, summed)
+
+
+def fused_result(batch: Batch, shard: VocabShard | None = None) -> Result:
+    """Of `linear_preference_loss`; with a shard, this rank's rows of the heads."""
+    tensors = dict(batch.tensors)
+    if shard is not None:
+        for name in tensors:
+            if name.endswith(("weight", "bias")):
+                tensors[name] = tensors[name][shard.start : shard.stop]
+    leaves = {name: tensors[name].clone().requires_grad_() for name in batch.trained}
+    arguments = {**tensors, **leaves}
+    columns = {"weight": batch.weights}
+    offsets = torch.tensor([0, *batch.lengths]).cumsum(0)
+    layout = {"cu_seqlens": {"cu_seqlens": offsets}, "row_lengths": {"row_lengths": batch.lengths}}.get(
+        batch.layout, {}
+    )
+    if batch.layout == "padded":
+        for name in ("hidden", "ref_hidden"):
+            arguments[name] = _padded(arguments[name], batch.lengths, math.nan)
+        arguments["labels"] = _padded(arguments["labels"], batch.lengths, -100)
+        columns["weight"] = _padded(columns["weight"], batch.lengths, math.nan)
+    loss, *sides = linear_preference_loss(
+        OBJECTIVES[batch.objective],
+        **arguments,
+        **layout,
+        **batch.options,
+        token_columns=columns if sees_tokens(OBJECTIVES[batch.objective]) else None,
+        logits_budget=batch.budget,
+        shard=shard,
+    )
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())))) if leaves else {}
+    return Result(loss.detach(), tuple(sides), grads)
+
+
+def _padded(rows, lengths, value):
+    longest = max(lengths)
+    return torch.stack(
+        [
+            torch.cat([part, part.new_full((longest - len(part), *part.shape[1:]), value)])
+            for part in rows.split(lengths)
+        ]
+    )
+
+
+def check(batch: Batch, shard: VocabShard | None = None) -> None:
+    """Raises AssertionError where the fused loss is not that of float64."""
+    truth = float64_result(batch)
+    with mock.patch.object(tdpo_ext.fused.planning.plan, "STREAMING_ROWS", batch.streaming_rows):
+        ours = fused_result(batch, shard)
+    dtype = batch.tensors["hidden"].dtype
+    exact = dtype == torch.float64
+    scale = 1 + max(value.abs().max().item() for side in truth.sides for value in side)  # of what the loss is made of
+    assert abs(ours.loss.double() - truth.loss) <= (1e-10 if exact else 1e-5) * scale, (ours.loss, truth.loss)
+    for side, true_side in zip(ours.sides, truth.sides):
+        for name, value, expected in zip(TokenDivergence._fields, side, true_side):
+            if name != "correct":  # the most likely token may be another one by a rounding
+                error = (value.double() - expected).abs().max()
+                assert error <= (1e-10 if exact else 2e-5) * scale, (name, error)
+    tolerance = TOLERANCES[dtype]
+    for name, expected in truth.gradients.items():
+        grad = ours.gradients[name].double()
+        parts = [(name, grad, expected)]
+        if name == "hidden":  # each sequence by itself: one of a few rows is nothing beside the others
+            parts = list(
+                zip(
+                    map("hidden of sequence {}".format, range(100)), *(g.split(batch.lengths) for g in (grad, expected))
+                )
+            )
+        elif shard is not None:
+            parts = [(name, grad, expected[shard.start : shard.stop])]
+        largest = torch.maximum(expected.norm(), 50 * truth.summed.get(name, expected.new_zeros(())))
+        for what, got, right in parts:
+            floor = 1e-2 * tolerance * largest + _SMALLEST.get(dtype, 0.0) * right.numel() ** 0.5
+            assert (got - right).norm() <= tolerance * right.norm() + floor, (
+                f"d{what}: error {(got - right).norm():.2e} beside {right.norm():.2e}"
+            )
+
+
+def checked_batches(seeds, shard_of=lambda batch, draw: None) -> Counter[str]:
+    """How often each of KINDS was met by the batches of these seeds.
+
+    Args:
+        shard_of: shard_of(batch, draw), the same on all ranks but for the rank's place.
+
+    Raises:
+        AssertionError: a batch failed; the message says which.
+    """
+    met: Counter[str] = Counter()
+    with counting(met):
+        for seed in seeds:
+            draw = random.Random(seed)
+            batch = draw_batch(draw)
+            try:
+                check(batch, shard_of(batch, draw))
+            except Exception as error:
+                raise AssertionError(f"seed {seed}: {batch}: {type(error).__name__}: {error}") from error
+    return met
+
+
+@contextlib.contextmanager
+def counting(met: Counter[str]):
+    """A context that counts which of KINDS the calls within it meet, by the functions that do them."""
+
+    def counted(owner, name, kinds):
+        original = getattr(owner, name)
+
+        def wrapper(*arguments, **options):
+            met.update(kinds(*arguments, **options))
+            return original(*arguments, **options)
+
+        return mock.patch.object(owner, name, wrapper)
+
+    with (
+        counted(tdpo_ext.linear, "chunked_loss", lambda loss, plan, *_: _kinds_of_plan(plan)),
+        counted(tdpo_ext.linear, "streamed_loss", lambda *_: ["plan: streaming"]),
+        counted(chunked, "_whole_pairs", _kinds_of_whole_pairs),
+        counted(chunked, "_long_pair", _kinds_of_long_pair),
+        counted(chunked._Run, "flush", _kinds_of_flush),
+        counted(streaming, "_gradients", _kinds_of_streaming),
+    ):
+        yield
+
+
+KINDS = {
+    "plan: all at once",
+    "plan: whole pairs in chunks",
+    "plan: one long pair",
+    "plan: long pairs alone",
+    "plan: long pairs beside chunks of several pairs",
+    "plan: streaming",
+    "plan: sum of dW beside it",
+    "plan: dz of several chunks kept",
+    "whole pairs: one",
+    "whole pairs: several",
+    "whole pairs: without rows",
+    "long pair: dz kept",
+    "long pair: dW summed apart",
+    "long pair: dW scaled in place",
+    "long pair: frozen head, dz of a block",
+    "long pair: no gradient",
+    "flush: one block",
+    "flush: several blocks",
+    "flush: with a pair's factor",
+    "flush: factors of several pairs",
+    "flush: blocks with and without a factor",
+    "flush: rows without gradient dropped",
+    "flush: into the sums of one pair",
+    "streaming: one slice",
+    "streaming: several slices",
+    "streaming: several blocks",
+    "streaming: rows without KL",
+    "streaming: no rows",
+}
+
+
+def _kinds_of_plan(plan):
+    long = [chunk for chunk in plan.chunks if isinstance(chunk, LongPair)]
+    several = any(len(chunk.pairs) > 1 for chunk in plan.chunks)
+    kinds = ["plan: sum of dW beside it"] * plan.sums_weight
+    kinds += ["plan: dz of several chunks kept"] * (plan.keeps_dz and len(plan.chunks) > 1)
+    if not long:
+        return [*kinds, "plan: all at once" if len(plan.chunks) == 1 else "plan: whole pairs in chunks"]
+    if len(plan.chunks) == 1:
+        return [*kinds, "plan: one long pair"]
+    return [*kinds, "plan: long pairs beside chunks of several pairs" if several else "plan: long pairs alone"]
+
+
+def _kinds_of_whole_pairs(run, chunk):
+    if chunk.count == 0:
+        return ["whole pairs: without rows"]
+    return ["whole pairs: one" if chunk.pairs == 1 else "whole pairs: several"]
+
+
+def _kinds_of_long_pair(run, pair):
+    if not run.objective.differentiable:
+        return ["long pair: no gradient"]
+    if pair.count <= run.plan.dz_rows:
+        return ["long pair: dz kept"]
+    if run.gradients.weight is None:
+        return ["long pair: frozen head, dz of a block"]
+    return ["long pair: dW scaled in place" if run.buffers.pair_weight is None else "long pair: dW summed apart"]
+
+
+def _kinds_of_flush(run, pair=None):
+    if not run.kept:
+        return []
+    kinds = ["flush: one block" if len(run.kept) == 1 else "flush: several blocks"]
+    factors = [kept.factor for kept in run.kept]
+    given = {id(factor) for factor in factors if factor is not None}
+    kinds += ["flush: with a pair's factor"] * (len(given) == 1)
+    kinds += ["flush: factors of several pairs"] * (len(given) > 1)
+    kinds += ["flush: blocks with and without a factor"] * (bool(given) and None in factors)
+    kinds += ["flush: rows without gradient dropped"] * any(kept.counted is not None for kept in run.kept)
+    kinds += ["flush: into the sums of one pair"] * (pair is not None)
+    return kinds
+
+
+def _kinds_of_streaming(inputs, rows, plan, wanted):
+    if len(rows.index) == 0:
+        return ["streaming: no rows"]
+    kinds = ["streaming: one slice" if plan.columns >= inputs.vocab else "streaming: several slices"]
+    kinds += ["streaming: several blocks"] * (len(rows.blocks(plan.rows)) > 2)
+    kinds += ["streaming: rows without KL"] * (rows.with_kl < len(rows.index))
+    return kinds

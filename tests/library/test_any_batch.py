@@ -1,0 +1,37 @@
+"""Batches as training meets them, of pairs of any lengths at any budget, against float64; every path must be met."""
+
+import hypothesis
+import torch.distributed as dist
+from any_batch import KINDS, checked_batches
+from distributed import run_on_ranks
+
+from tdpo_ext import VocabShard
+
+# Ranks of a shard exchange rows, so that they drop none.
+NOT_SHARDED = {"flush: rows without gradient dropped", "streaming: no rows"}
+
+
+def assert_all_met(counts, kinds):
+    assert set(counts) == kinds, f"never met: {kinds - set(counts)}; not expected: {set(counts) - kinds}"
+
+
+def test_gradients_of_any_batch_are_those_of_float64():
+    """600 batches, and ten times as many in `make test-nightly`."""
+    assert_all_met(checked_batches(range(3 * hypothesis.settings().max_examples)), KINDS)
+
+
+def any_sharded_batch(rank, world, device):
+    def shard_of(batch, draw):
+        """This rank's part of two, at any place; one may be empty."""
+        middle = draw.randint(0, batch.vocab)
+        batch.budget = batch.budget * max(middle, batch.vocab - middle) // batch.vocab + 1  # plans as without a shard
+        bounds = [0, middle, batch.vocab]
+        return VocabShard(bounds[rank], bounds[rank + 1], dist.group.WORLD)
+
+    assert_all_met(checked_batches(range(3 * hypothesis.settings().max_examples), shard_of), KINDS - NOT_SHARDED)
+
+
+def test_gradients_of_any_sharded_batch_are_those_of_float64(tmp_path):
+    outcomes = run_on_ranks({"any_sharded_batch": any_sharded_batch}, 2, "cpu", tmp_path)
+    failed = [outcome for outcome in outcomes.values() if outcome]
+    assert not failed, "\n".join(failed)
