@@ -42,8 +42,8 @@ from common import RESULTS, peak_extra_bytes, processor_medians, save, text_tabl
 from datasets import Dataset
 from peers import published, trl_linear
 from tdpo import CausalLM, PreferenceCollator
-from tdpo.causal_lm import CachedReferenceHead
-from tdpo.loss import PreferenceLoss
+from tdpo.loss.preference_loss import PreferenceLoss
+from tdpo.models.causal_lm import CachedReferenceHead
 from torch import Tensor
 
 from tdpo_ext import TokenDivergence, eager, linear_preference_loss, tdpo_loss

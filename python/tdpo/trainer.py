@@ -23,21 +23,21 @@ from transformers.trainer_utils import TrainOutput
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective, sees_tokens
 
-from . import checkpoints
-from .collator import PreferenceCollator
 from .config import TDPOConfig
-from .data import padding_token, tokenize_preferences
-from .loss import patch_forward
-from .metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
-from .model_card import model_card
+from .data.collator import PreferenceCollator
+from .data.load import padding_token, tokenize_preferences
+from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
+from .loss.preference_loss import patch_forward
 from .policy import check_arguments, default_learning_rate, prepare_policy
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
-from .progress import show_readable_logs
-from .reference import set_up_loss
-from .reference_cache import ReferenceCache
-from .run_record import check_same_run, record_of, write_record
-from .samples import show_samples
-from .stopping import StopAfterStep
+from .reference.cache import ReferenceCache
+from .reference.choose import set_up_loss
+from .runs import checkpoints
+from .runs.logs import show_readable_logs
+from .runs.model_card import model_card
+from .runs.record import check_same_run, record_of, write_record
+from .runs.samples import show_samples
+from .runs.stopping import StopAfterStep
 
 logger = logging.getLogger(__name__)
 

@@ -317,8 +317,8 @@ def tensor_parallel_training(rank, world, device):
 
 @on_every_rank
 def trainer_loss_with_a_sharded_head(rank, world, device):
-    from tdpo.causal_lm import CausalLM
-    from tdpo.loss import PreferenceLoss
+    from tdpo.loss.preference_loss import PreferenceLoss
+    from tdpo.models.causal_lm import CausalLM
 
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 9, i], "rejected_ids": [4, 5]} for i in range(3)]
     batch = PreferenceCollator(0)(rows)

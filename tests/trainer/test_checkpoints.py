@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from damage import flip_bit, random_damage
-from tdpo import checkpoints
+from tdpo.runs import checkpoints as checkpoints
 from trainer_cases import losses, make_trainer
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}

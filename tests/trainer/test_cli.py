@@ -13,12 +13,12 @@ from damage import flip_bit
 from datasets import Dataset, DatasetDict
 from model_families import make_model, make_tokenizer
 from peft import PeftModel
-from tdpo import commands
-from tdpo.cli import main
+from tdpo.cli import commands
+from tdpo.cli.help import COMMON
+from tdpo.cli.main import main
+from tdpo.cli.parse import DataOptions, ModelOptions, parse_options
 from tdpo.config import TDPOConfig
-from tdpo.help import COMMON
-from tdpo.options import DataOptions, ModelOptions, parse_options
-from tdpo.tdpo_options import TDPOOptions
+from tdpo.options import TDPOOptions
 from trainer_cases import make_preferences, run_python
 from transformers import AutoModelForCausalLM
 
@@ -220,7 +220,7 @@ def test_examples_parse(name, tmp_path):
     assert args.learning_rate == example["learning_rate"]
 
 
-HELP = "import sys; from tdpo.cli import main\ntry: main({})\nfinally: sys.stderr.write(' '.join(sys.modules))"
+HELP = "import sys; from tdpo.cli.main import main\ntry: main({})\nfinally: sys.stderr.write(' '.join(sys.modules))"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "cache-reference"])

@@ -13,8 +13,8 @@ import torch
 from model_families import make_model, make_tokenizer
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tdpo.cli import main
-from tdpo.options import ModelOptions
+from tdpo.cli.main import main
+from tdpo.cli.parse import ModelOptions
 from trainer_cases import make_preferences, make_trainer, run_python
 from transformers import AutoModelForCausalLM
 

@@ -9,10 +9,11 @@ from datasets import Dataset
 from gguf_files import write_gguf
 from model_families import make_model, make_tokenizer
 from peft import LoraConfig
-from tdpo import TDPOConfig, TDPOTrainer, gguf, load_gguf_model, load_gguf_tokenizer, tokenize_preferences
-from tdpo.cli import main
+from tdpo import TDPOConfig, TDPOTrainer, load_gguf_model, load_gguf_tokenizer, tokenize_preferences
+from tdpo.cli.main import main
+from tdpo.cli.parse import ModelOptions
 from tdpo.demo import smollm2
-from tdpo.options import ModelOptions
+from tdpo.models import gguf
 from trainer_cases import SETTINGS, make_preferences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

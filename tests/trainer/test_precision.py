@@ -11,8 +11,8 @@ from model_families import make_model, make_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tdpo import TDPOConfig, TDPOTrainer
-from tdpo.cli import main
-from tdpo.options import ModelOptions
+from tdpo.cli.main import main
+from tdpo.cli.parse import ModelOptions
 from tdpo.precision import spacing, typical_size
 from tdpo.trl import TDPOTrainer as TRLTrainer
 from trainer_cases import SETTINGS, losses, make_preferences, make_trainer

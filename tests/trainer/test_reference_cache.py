@@ -17,11 +17,11 @@ from tdpo import (
     PreferenceCollator,
     ReferenceCache,
     cache_reference,
-    reference_cache,
     tokenize_preferences,
 )
 from tdpo.files import allocate
-from tdpo.stored_states import STORED_STATES
+from tdpo.reference import cache as reference_cache
+from tdpo.reference.stored_states import STORED_STATES
 from trainer_cases import losses, make_trainer, run_python
 
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 from model_families import make_model
 from peft import LoraConfig
-from tdpo.checkpoints import checkpoints_of
-from tdpo.stopping import Terminated
+from tdpo.runs.checkpoints import checkpoints_of
+from tdpo.runs.stopping import Terminated
 from trainer_cases import losses, make_preferences, make_trainer
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -6,7 +6,7 @@ import transformers
 from model_families import SMALL, make_model
 from peft import LoraConfig
 from tdpo import CausalLM, PreferenceCollator
-from tdpo.branches import branch_mask
+from tdpo.models.attention_masks import branch_mask
 from trainer_cases import make_trainer
 
 ROWS = [

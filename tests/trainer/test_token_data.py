@@ -4,8 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 from model_families import make_model, make_tokenizer
-from tdpo.data import tokenize_preferences
-from tdpo.objectives import tis_dpo
+from tdpo.data.load import tokenize_preferences
+from tdpo.loss.objectives import tis_dpo
 from trainer_cases import losses, make_trainer
 
 from tdpo_ext import eager, per_token

@@ -4,7 +4,7 @@ import pytest
 import torch
 from model_families import make_model
 from peft import LoraConfig, PeftModel
-from tdpo import loss
+from tdpo.loss import preference_loss as loss
 from trainer_cases import make_trainer
 
 from tdpo_ext import linear_preference_loss

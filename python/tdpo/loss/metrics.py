@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdpo_ext import rewards
 
-from .loss import PreferenceOutput
+from .preference_loss import PreferenceOutput
 
 
 class PairMetric(NamedTuple):

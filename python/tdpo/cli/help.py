@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from .tdpo_options import TDPOOptions
+from ..options import TDPOOptions
 
 HELP_FLAGS = {"-h": False, "--help": False, "--help-all": True}
 # What most runs set of transformers' options. The defaults are stated here, where loading transformers takes seconds.
@@ -42,7 +42,7 @@ def usage(command: str) -> str:
 
 def print_help(command: str, description: str, *, everything: bool) -> None:
     """Prints our options, then the most used of transformers', or `everything` that transformers takes."""
-    from .options import DataOptions, ModelOptions
+    from .parse import DataOptions, ModelOptions
 
     print(f"usage: {usage(command)}\n\n{textwrap.fill(description, 110)}\n")
     print("Options are flags, or keys of a YAML file; flags override the file.")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tdpo_ext import TokenDivergence, linear_preference_loss, token_divergence
 from tdpo_ext.losses import Objective, sees_tokens
 
-from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
-from .engines import full_tensor, gathered
-from .routers import router_loss
+from ..models.causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
+from ..models.routers import router_loss
+from ..models.sharding import full_tensor, gathered
 
 
 class PreferenceOutput(NamedTuple):

@@ -31,10 +31,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .causal_lm import CausalLM, unwrap_peft
-from .collator import PreferenceCollator
-from .data import tokens_digest
-from .files import allocate, digest, read_sealed, write_sealed
+from ..data.collator import PreferenceCollator
+from ..data.load import tokens_digest
+from ..files import allocate, digest, read_sealed, write_sealed
+from ..models.causal_lm import CausalLM, unwrap_peft
 from .stored_states import STORED_STATES, StoredStates
 
 FORMAT = 3

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .causal_lm import unwrap_peft
-from .data import tokens_digest
-from .files import read_json, write_json
+from ..data.load import tokens_digest
+from ..files import read_json, write_json
+from ..models.causal_lm import unwrap_peft
 
 if TYPE_CHECKING:
-    from .trainer import TDPOTrainer
+    from ..trainer import TDPOTrainer
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"

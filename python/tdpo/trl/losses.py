@@ -12,7 +12,7 @@ from trl import DPOConfig
 from tdpo_ext import MarginLoss, TokenDivergence, checks
 from tdpo_ext.losses import Objective, check_label_smoothing, logratio_margin
 
-from .objectives import OBJECTIVES, ObjectiveOptions, ipo, mean_logratio_margin, weighted_sum
+from ..loss.objectives import OBJECTIVES, ObjectiveOptions, ipo, mean_logratio_margin, weighted_sum
 
 VARIANTS = ("tdpo2", "tdpo1", "dpo")  # of the loss that takes the place of "sigmoid"
 _COUPLED = {

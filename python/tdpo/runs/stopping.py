@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from .trainer import TDPOTrainer
+    from ..trainer import TDPOTrainer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

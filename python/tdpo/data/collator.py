@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import RESPONSES
+from .load import RESPONSES
 
 if TYPE_CHECKING:
-    from .reference_cache import ReferenceCache
+    from ..reference.cache import ReferenceCache
 
 
 def predicted_responses(

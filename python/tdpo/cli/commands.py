@@ -9,14 +9,14 @@ from pathlib import Path
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from . import checkpoints
-from .data import load_preferences, padding_token, tokenize_preferences
-from .files import read_json
-from .options import ModelOptions, Options, require
-from .precision import autocast
-from .reference_cache import cache_reference
-from .run_record import check_same_run, write_record
-from .trainer import TDPOTrainer
+from ..data.load import load_preferences, padding_token, tokenize_preferences
+from ..files import read_json
+from ..precision import autocast
+from ..reference.cache import cache_reference
+from ..runs import checkpoints
+from ..runs.record import check_same_run, write_record
+from ..trainer import TDPOTrainer
+from .parse import ModelOptions, Options, require
 
 
 def _trainer(options: Options, *, train_dataset: Dataset | None, eval_dataset: Dataset | None) -> TDPOTrainer:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .branches import branch_masks, takes_any_mask
-from .collator import PreferenceCollator
-from .engines import full_tensor, is_sharded, stand_in
+from ..data.collator import PreferenceCollator
+from .attention_masks import branch_masks, takes_any_mask
+from .sharding import full_tensor, is_sharded, stand_in
 
 _LONGEST_PROBED_WINDOW = 64  # tokens: a probe beyond the windows of large models would take longer than it tells
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .precision import autocast
+from ..precision import autocast
 
 if TYPE_CHECKING:
-    from .trainer import TDPOTrainer
+    from ..trainer import TDPOTrainer
 
 logger = logging.getLogger(__name__)
 

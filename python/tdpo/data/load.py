@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .messages import RESPONSES, check_ids, check_row, check_token_column, row_texts
+from .rows import RESPONSES, check_ids, check_row, check_token_column, row_texts
 
 logger = logging.getLogger(__name__)
 _ROWS_PER_DIGEST = 1000

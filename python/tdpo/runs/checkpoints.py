@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from .engines import local_values
-from .files import file_digest, read_sealed, write_sealed
+from ..files import file_digest, read_sealed, write_sealed
+from ..models.sharding import local_values
 
 logger = logging.getLogger(__name__)
 STAGING = ".checkpoint-being-written"

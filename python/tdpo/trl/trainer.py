@@ -21,14 +21,14 @@ from transformers import ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import create_model_from_path
 
-from .causal_lm import CausalLM
-from .collator import predicted_responses
-from .engines import is_sharded, keep_quantized_weights_unpacked
-from .loss import PreferenceLoss, patch_forward
-from .metrics import MetricMeans, preference_metrics
-from .precision import WarnOfCoarseWeights, autocast
-from .routers import router_coefficient
-from .trl_losses import trl_objective
+from ..data.collator import predicted_responses
+from ..loss.metrics import MetricMeans, preference_metrics
+from ..loss.preference_loss import PreferenceLoss, patch_forward
+from ..models.causal_lm import CausalLM
+from ..models.routers import router_coefficient
+from ..models.sharding import is_sharded, keep_quantized_weights_unpacked
+from ..precision import WarnOfCoarseWeights, autocast
+from .losses import trl_objective
 
 # Options that have no meaning for these losses, and the values that leave them unused.
 REFUSED: dict[str, tuple[Any, ...]] = {

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .config import TDPOConfig
-from .objectives import OBJECTIVES
+from ..config import TDPOConfig
+from ..loss.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
-    from .trainer import TDPOTrainer
+    from ..trainer import TDPOTrainer
 
 CITATION = """@inproceedings{zeng2024tdpo,
   title     = {Token-level Direct Preference Optimization},

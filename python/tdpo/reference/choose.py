@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
-from .collator import PreferenceCollator
-from .data import padding_token
-from .engines import is_sharded, is_tensor_parallel, keep_quantized_weights_unpacked, prepare_reference
-from .loss import PreferenceLoss
-from .objectives import TrainedObjective
-from .reference_cache import cache_reference
-from .routers import router_coefficient
+from ..data.collator import PreferenceCollator
+from ..data.load import padding_token
+from ..loss.objectives import TrainedObjective
+from ..loss.preference_loss import PreferenceLoss
+from ..models.causal_lm import CachedReferenceHead, CausalLM, unwrap_peft
+from ..models.routers import router_coefficient
+from ..models.sharding import is_sharded, is_tensor_parallel, keep_quantized_weights_unpacked, prepare_reference
+from .cache import cache_reference
 
 if TYPE_CHECKING:
-    from .trainer import TDPOTrainer
+    from ..trainer import TDPOTrainer
 
 
 def set_up_loss(trainer: TDPOTrainer, ref_model: nn.Module | None, trained: TrainedObjective) -> PreferenceLoss:

@@ -40,13 +40,13 @@ def _add_flags(parser: argparse.ArgumentParser, options: type) -> None:
 
 def _of_scratch(name: str) -> str:
     """What the help adds to a default that is another one for the demo's model from scratch."""
-    from .demo.settings import SCRATCH
+    from ..demo.settings import SCRATCH
 
     return f"; with --model scratch: {SCRATCH[name]}" if name in SCRATCH else ""
 
 
 def _demo(arguments: list[str]) -> None:
-    from .demo.settings import FROM_SCRATCH, SCRATCH, DemoSettings
+    from ..demo.settings import FROM_SCRATCH, SCRATCH, DemoSettings
 
     parser = argparse.ArgumentParser(
         prog="tdpo demo",
@@ -59,7 +59,7 @@ def _demo(arguments: list[str]) -> None:
         parser.set_defaults(**SCRATCH)
     options = vars(parser.parse_args(arguments))
     settings = DemoSettings(**{**options, "methods": tuple(options["methods"])})
-    from .demo.experiment import run
+    from ..demo.experiment import run
 
     run(settings)
 
@@ -67,7 +67,7 @@ def _demo(arguments: list[str]) -> None:
 def _run(command: str, arguments: list[str]) -> None:
     if command == "demo":
         return _demo(arguments)
-    from .options import parse_options
+    from .parse import parse_options
 
     options = parse_options(command, _DESCRIPTIONS[command], arguments)
     from . import commands  # loads torch and transformers, for which `--help` need not wait

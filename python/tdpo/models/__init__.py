@@ -1,0 +1,1 @@
+"""What is known of a causal language model: head and backbone, attention masks, sharding, routers, loading."""

@@ -1,0 +1,1 @@
+"""The frozen reference: how it is chosen, and its hidden states on disk."""
