@@ -38,6 +38,37 @@ def precision_steps() -> str:
     return markdown(["relative error of the mean KL", "median of the steps", "largest"], rows)
 
 
+@table
+def bfloat16_checkpoint() -> str:
+    """What trains of a bfloat16 checkpoint, by the precision it is loaded in."""
+    results = load("bench_bfloat16_checkpoint")
+    loaded = {"bfloat16": "bfloat16, the checkpoint's", "auto": "float32, the default"}
+    rows = [
+        [
+            run["options"],
+            loaded[run["dtype"]],
+            f"{run['changed']:.2%}",
+            f"{run['first_loss']:.6f}",
+            f"{run['last_loss']:.6f}",
+        ]
+        for run in results["training"]
+    ]
+    changed = f"weights changed after {results['steps']} steps"
+    return markdown(
+        ["options", "weights", changed, "first loss", f"loss, mean of the last {results['last_steps']}"], rows
+    )
+
+
+@table
+def reference_precision() -> str:
+    """Loss and KL before the first step, by the reference's precision."""
+    rows = [
+        [run["computes in"], run["reference"], f"{run['loss']:.6f}", f"{run['kl/chosen']:.1e}"]
+        for run in load("bench_bfloat16_checkpoint")["start"]
+    ]
+    return markdown(["computes in", "reference's weights", "loss", "KL of chosen responses, nats"], rows)
+
+
 def _of_models(part: str) -> str:
     rows = []
     for model, parts in load("bench_models")["models"].items():
