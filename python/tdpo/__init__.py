@@ -8,10 +8,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .config import TDPOConfig as TDPOConfig
     from .data.collator import PreferenceCollator as PreferenceCollator
     from .data.load import load_preferences as load_preferences
-    from .data.load import tokenize_preferences as tokenize_preferences
+    from .data.tokenize import tokenize_preferences as tokenize_preferences
     from .models.causal_lm import CausalLM as CausalLM
-    from .models.gguf import load_gguf_model as load_gguf_model
-    from .models.gguf import load_gguf_tokenizer as load_gguf_tokenizer
+    from .models.loading import load_gguf_model as load_gguf_model
+    from .models.loading import load_gguf_tokenizer as load_gguf_tokenizer
     from .reference.cache import ReferenceCache as ReferenceCache
     from .reference.cache import cache_reference as cache_reference
     from .trainer import TDPOTrainer as TDPOTrainer
@@ -23,10 +23,10 @@ _DEFINED_IN = {
     "TDPOConfig": "config",
     "TDPOTrainer": "trainer",
     "cache_reference": "reference.cache",
-    "load_gguf_model": "models.gguf",
-    "load_gguf_tokenizer": "models.gguf",
+    "load_gguf_model": "models.loading",
+    "load_gguf_tokenizer": "models.loading",
     "load_preferences": "data.load",
-    "tokenize_preferences": "data.load",
+    "tokenize_preferences": "data.tokenize",
 }
 
 __all__ = sorted(_DEFINED_IN)

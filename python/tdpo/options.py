@@ -1,10 +1,14 @@
-"""The options that TDPO adds to transformers' TrainingArguments. Free of torch, so that `--help` is quick."""
+"""The options of the commands: the trainer's own, the models and the data. Free of torch, so that `--help` is quick."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from .fields import option
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the help text of its command-line flag."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -67,3 +71,53 @@ class TDPOOptions:
         False, "Resume from a checkpoint although options or data differ from those that it was trained with."
     )
     remove_unused_columns: bool = option(False, "Leave False: the collator reads columns that no model takes.")
+
+
+@dataclass
+class ModelOptions:
+    """The models, and adapters to train instead of the whole policy."""
+
+    model: str | None = option(None, "Policy: a folder or a hub name. Required.")
+    gguf_file: str | None = option(None, "File in the policy's folder to load, dequantized; its tokenizer is used too.")
+    ref_model: str | None = option(None, "Reference: a folder or a hub name (default: the policy as it starts).")
+    ref_gguf_file: str | None = option(None, "File in the reference's folder to load, dequantized.")
+    dtype: str = option(
+        "auto",
+        "Precision of the weights: auto (float32, or the checkpoint's where adapters are trained), float32, bfloat16 "
+        "or float16.",
+    )
+    attn_implementation: str | None = option(None, "Attention of the model: eager, sdpa, flash_attention_2, ...")
+    tp_plan: str | None = option(None, "Split every layer over the processes: auto, by transformers' plan for it.")
+    trust_remote_code: bool = option(False, "Allow models whose code comes with the checkpoint.")
+    lora_r: int = option(0, "Rank of LoRA adapters; 0 trains the whole policy.")
+    lora_alpha: int = option(16, "Scale of the adapters: their product is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout before the adapters.")
+    lora_target_modules: list[str] | None = option(  # noqa: RUF009
+        None, "Layers that get adapters (default: all linear layers but the head)."
+    )
+    load_in_4bit: bool = option(False, "Quantize the frozen weights to 4 bits (QLoRA; needs bitsandbytes).")
+    merge_adapters: bool = option(False, "Also save the policy with its adapters merged, to merged in output_dir.")
+
+
+@dataclass
+class DataOptions:
+    """The preference data."""
+
+    dataset: str | None = option(
+        None, "Preferences: a JSON, JSONL, Parquet or CSV file, a folder of save_to_disk, or a hub name. Required."
+    )
+    split: str = option("train", "Split of a folder or hub dataset.")
+    eval_dataset: str | None = option(None, "Preferences to evaluate on.")
+    eval_split: str = option("test", "Split of eval_dataset.")
+
+
+def require(options: ModelOptions | DataOptions, name: str) -> Any:
+    """The value of an option.
+
+    Raises:
+        ValueError: it was not given.
+    """
+    value = getattr(options, name)
+    if value is None:
+        raise ValueError(f"{name} is missing; give --{name} or put it in the configuration file")
+    return value

@@ -25,7 +25,8 @@ from tdpo_ext.losses import Objective, sees_tokens
 
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
-from .data.load import padding_token, tokenize_preferences
+from .data.tokenize import padding_token, tokenize_preferences
+from .files import check_manifest
 from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .loss.preference_loss import patch_forward
 from .policy import check_arguments, default_learning_rate, prepare_policy
@@ -310,7 +311,7 @@ class TDPOTrainer(Trainer):
         return record_of(self)
 
     def _load_best_model(self) -> None:
-        checkpoints.check(self.state.best_model_checkpoint)
+        check_manifest(self.state.best_model_checkpoint)
         super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from model_families import make_tokenizer
 from tdpo import PreferenceCollator, load_preferences, tokenize_preferences
-from tdpo.data.load import padding_token
+from tdpo.data.tokenize import padding_token
 from tokenizers.processors import TemplateProcessing
 
 END = "<|end|>"

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from model_families import make_tokenizer
 from tdpo import load_preferences, tokenize_preferences
-from tdpo.data.load import tokens_digest
+from tdpo.data.tokenize import tokens_digest
 
 CHAT = (
     "{% if tools %}<{{ tools[0].name }}>{% endif %}{% if loud %}!{% endif %}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from model_families import make_model, make_tokenizer
-from tdpo.data.load import tokenize_preferences
+from tdpo.data.tokenize import tokenize_preferences
 from tdpo.loss.objectives import tis_dpo
 from trainer_cases import losses, make_trainer
 

@@ -9,27 +9,30 @@ from pathlib import Path
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..data.load import load_preferences, padding_token, tokenize_preferences
+from ..data.load import load_preferences
+from ..data.tokenize import padding_token, tokenize_preferences
 from ..files import read_json
+from ..models.loading import load_policy, load_reference, load_tokenizer, lora_config
+from ..options import ModelOptions, require
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs import checkpoints
 from ..runs.record import check_same_run, write_record
 from ..trainer import TDPOTrainer
-from .parse import ModelOptions, Options, require
+from .parse import Options
 
 
 def _trainer(options: Options, *, train_dataset: Dataset | None, eval_dataset: Dataset | None) -> TDPOTrainer:
     models = options.models
     _ = options.training.device  # sets up the processes, among which DeepSpeed may partition what is loaded
     return TDPOTrainer(
-        models.policy(),
-        models.reference(),
+        load_policy(models),
+        load_reference(models),
         options.training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=models.tokenizer(),
-        peft_config=models.adapters(),
+        processing_class=load_tokenizer(models),
+        peft_config=lora_config(models),
     )
 
 
@@ -72,7 +75,7 @@ def _save_merged(models: ModelOptions, out: Path) -> None:
     """Merges the saved adapters into the policy as it started, in its own precision: never into 4-bit weights."""
     from peft import PeftModel
 
-    base = replace(models, load_in_4bit=False, tp_plan=None).policy()
+    base = load_policy(replace(models, load_in_4bit=False, tp_plan=None))
     PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
 
 
@@ -122,8 +125,8 @@ def cache(options: Options) -> None:
     splits = {"train": (require(data, "dataset"), data.split)}
     if data.eval_dataset is not None:
         splits["eval"] = (data.eval_dataset, data.eval_split)
-    tokenizer = models.tokenizer()
-    model = (models.reference() or models.policy()).to(args.device)
+    tokenizer = load_tokenizer(models)
+    model = (load_reference(models) or load_policy(models)).to(args.device)
     for name, (source, split) in splits.items():
         tokens = tokenize_preferences(
             load_preferences(source, split), tokenizer, args.max_length, args.max_prompt_length, args.overlong

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from ..options import TDPOOptions
+from ..options import DataOptions, ModelOptions, TDPOOptions
 
 HELP_FLAGS = {"-h": False, "--help": False, "--help-all": True}
 # What most runs set of transformers' options. The defaults are stated here, where loading transformers takes seconds.
@@ -42,8 +42,6 @@ def usage(command: str) -> str:
 
 def print_help(command: str, description: str, *, everything: bool) -> None:
     """Prints our options, then the most used of transformers', or `everything` that transformers takes."""
-    from .parse import DataOptions, ModelOptions
-
     print(f"usage: {usage(command)}\n\n{textwrap.fill(description, 110)}\n")
     print("Options are flags, or keys of a YAML file; flags override the file.")
     groups = {"Models": ModelOptions, "Data": DataOptions, "TDPO and the run": TDPOOptions}

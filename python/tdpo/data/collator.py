@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .load import RESPONSES
+from .rows import RESPONSES
 
 if TYPE_CHECKING:
     from ..reference.cache import ReferenceCache

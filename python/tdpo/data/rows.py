@@ -1,6 +1,10 @@
-"""The forms of a preference row: texts or chat messages, with a prompt of its own or at the start of both responses.
+"""The forms of a preference row.
 
-Or token ids, with numbers per token beside them.
+Prompt/chosen/rejected texts; chosen/rejected texts that both begin with the prompt (an implicit prompt), among
+them transcripts in the style of Anthropic's HH ("\\n\\nHuman: ...\\n\\nAssistant: ..."); the same as lists of chat
+messages, to which the tokenizer's chat template is applied, or a prompt's text beside whole conversations. With
+messages, the columns `system` (a text), `tools` (a list, or JSON) and `chat_template_kwargs` reach the template. Or
+token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, with numbers per token beside them (docs/objectives.md).
 """
 
 from __future__ import annotations

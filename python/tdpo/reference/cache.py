@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.collator import PreferenceCollator
-from ..data.load import tokens_digest
+from ..data.tokenize import tokens_digest
 from ..files import allocate, digest, read_sealed, write_sealed
 from ..models.causal_lm import CausalLM, unwrap_peft
 from .stored_states import STORED_STATES, StoredStates

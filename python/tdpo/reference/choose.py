@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..data.collator import PreferenceCollator
-from ..data.load import padding_token
+from ..data.tokenize import padding_token
 from ..loss.objectives import TrainedObjective
 from ..loss.preference_loss import PreferenceLoss
 from ..models.causal_lm import CachedReferenceHead, CausalLM, unwrap_peft

@@ -15,12 +15,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..files import file_digest, read_sealed, write_sealed
+from ..files import check_manifest, read_manifest, write_manifest
 from ..models.sharding import local_values
 
 logger = logging.getLogger(__name__)
 STAGING = ".checkpoint-being-written"
-MANIFEST = "manifest.json"  # sizes and digests of all other files of a checkpoint, written last
 
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:
@@ -28,28 +27,6 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
     found = {path: int(match[1]) for path, match in steps.items() if match and path.is_dir()}
     return sorted(found, key=lambda path: found[path], reverse=True)
-
-
-def check(checkpoint: str | Path) -> None:
-    """Compares a checkpoint with its manifest.
-
-    Raises:
-        ValueError: a file is missing, damaged or not listed; the message names it.
-    """
-    folder = Path(checkpoint)
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder / MANIFEST} is missing: the checkpoint is not complete, or not of this trainer")
-    manifest = read_sealed(folder / MANIFEST)
-    listed = manifest["files"]
-    for name, (size, digest) in listed.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != size or file_digest(path) != digest:
-            raise ValueError(f"{path} is damaged: it does not match {MANIFEST}")
-    unknown = sorted(set(_files(folder)) - set(listed))
-    if unknown:  # a loader might prefer it to a listed one
-        raise ValueError(f"{folder / unknown[0]} does not belong to the checkpoint: it is not in {MANIFEST}")
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -62,7 +39,7 @@ def _newest_good(output_dir: str | Path) -> tuple[str | None, list[str]]:
     problems = []
     for checkpoint in checkpoints_of(output_dir):
         try:
-            check(checkpoint)
+            check_manifest(checkpoint)
         except (ValueError, OSError) as error:
             problems.append(str(error))
         else:
@@ -77,7 +54,7 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool) -> str:
         ValueError: it is damaged or holds no optimizer; or there is none, or none that is good.
     """
     if isinstance(wanted, str):
-        check(wanted)
+        check_manifest(wanted)
     else:
         good, problems = _newest_good(output_dir)
         if good is None:
@@ -85,7 +62,7 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool) -> str:
         for problem in problems:
             logger.warning("resuming from an older checkpoint, %s: %s", good, problem)
         wanted = good
-    if read_sealed(Path(wanted, MANIFEST))["only_model"]:
+    if read_manifest(wanted)["only_model"]:
         raise ValueError(f"{wanted} was written with save_only_model: it holds no optimizer state to resume from")
     return wanted
 
@@ -130,7 +107,7 @@ def atomic_checkpoint(trainer: Trainer) -> Iterator[str]:
         _relocate_best(trainer, staging, output_dir)
         if args.should_save:
             for checkpoint in staging.iterdir():
-                _write_manifest(checkpoint, only_model=args.save_only_model)
+                write_manifest(checkpoint, only_model=args.save_only_model)
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise RuntimeError(
@@ -146,18 +123,6 @@ def atomic_checkpoint(trainer: Trainer) -> Iterator[str]:
             use_mtime=True,
         )
     accelerator.wait_for_everyone()
-
-
-def _files(checkpoint: Path) -> list[str]:
-    """The files of a checkpoint but its manifest, relative to it."""
-    paths = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if not path.is_dir())
-    return sorted(path.as_posix() for path in paths if path.as_posix() != MANIFEST)
-
-
-def _write_manifest(checkpoint: Path, only_model: bool) -> None:
-    paths = {name: checkpoint / name for name in _files(checkpoint)}
-    files = {name: (path.stat().st_size, file_digest(path)) for name, path in paths.items()}
-    write_sealed(checkpoint / MANIFEST, {"only_model": only_model, "files": files})
 
 
 def _relocate_best(trainer: Trainer, staging: Path, output_dir: Path) -> None:

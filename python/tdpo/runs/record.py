@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.load import tokens_digest
+from ..data.tokenize import tokens_digest
 from ..files import read_json, write_json
 from ..models.causal_lm import unwrap_peft
 
