@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .rows import RESPONSES
-
-if TYPE_CHECKING:
-    from ..reference.cache import ReferenceCache
 
 
 def predicted_responses(
@@ -75,13 +73,13 @@ class PreferenceCollator:
     sequences have. With `shared_prompts` a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
     [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) instead of an `attention_mask`.
     `token_columns` names numbers per response token, `chosen_NAME` and `rejected_NAME` of the rows; a batch holds them,
-    each (R,), in a dict of that name. With a `reference_cache` a batch also holds `ref_hidden`, (R, D_ref), the
-    reference's hidden states at these positions.
+    each (R,), in a dict of that name. With `stored_hidden`, such as a cache's `hidden`, a batch also holds
+    `ref_hidden`, (R, D_ref), the reference's hidden states at these positions.
     """
 
     pad_token_id: int
     padding_free: bool = False
-    reference_cache: ReferenceCache | None = None
+    stored_hidden: Callable[[int, str], Tensor] | None = None
     shared_prompts: bool = False
     token_columns: tuple[str, ...] = ()
 
@@ -99,8 +97,8 @@ class PreferenceCollator:
         batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)
         if self.token_columns:
             batch["token_columns"] = {name: _token_column(name, examples, sequences) for name in self.token_columns}
-        if self.reference_cache is not None:
-            states = [self.reference_cache.hidden(row["position"], side) for side in RESPONSES for row in examples]
+        if self.stored_hidden is not None:
+            states = [self.stored_hidden(row["position"], side) for side in RESPONSES for row in examples]
             batch["ref_hidden"] = torch.cat(states)
         return batch
 
