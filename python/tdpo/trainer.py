@@ -6,18 +6,16 @@ import contextlib
 import copy
 import functools
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from tdpo_ext import checks
@@ -39,12 +37,13 @@ from .policy import check_trainer_arguments, default_learning_rate, prepare_poli
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
 from .reference.choose import choose_reference
-from .reference.reference import ModelReference, Reference
+from .reference.reference import Reference
 from .reference.second_model import SecondModel
 from .runs import checkpoints
 from .runs.logs import show_readable_logs
 from .runs.model_card import model_card
 from .runs.record import RunRecord
+from .runs.resume import ResumePoint, resume_point
 from .runs.samples import Model, continuations, show_samples
 from .runs.stopping import StopAfterStep
 
@@ -52,7 +51,9 @@ logger = logging.getLogger(__name__)
 
 
 class TDPOTrainer(Trainer):
-    """Trains a causal language model on preference pairs.
+    """Trains a causal language model on preference pairs: `tdpo.TDPOTrainer`, on transformers' Trainer.
+
+    `tdpo.trl.TDPOTrainer` is another class, a subclass of TRL's DPOTrainer.
 
     Args:
         model: the policy, an AutoModelForCausalLM or a peft model.
@@ -134,6 +135,8 @@ class TDPOTrainer(Trainer):
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
         self.splits = _splits_by_name(self.train_dataset, self.eval_dataset)
+        if args.precompute_reference and isinstance(self.eval_dataset, dict) and "train" in self.eval_dataset:
+            raise ValueError("eval_dataset has a split 'train', the name of the training data's cache; rename it")
         self._own_objective = None if objective is None else objective_name(objective)
         self._trained_dtypes = trained_dtypes(self.model)
         with autocast(args):
@@ -150,7 +153,7 @@ class TDPOTrainer(Trainer):
         coefficient = router_coefficient(policy.model, args.router_aux_loss_coef)
         self.data_collator = choose_layout(
             self.data_collator,
-            {"model": policy, **({"ref_model": reference} if isinstance(reference, ModelReference) else {})},
+            {"model": policy, **({} if isinstance(reference, CachedStates) else {"ref_model": reference})},
             shared_prompts=args.shared_prompts,
             padding_free=args.padding_free,
             routed=coefficient > 0,
@@ -268,7 +271,7 @@ class TDPOTrainer(Trainer):
         if not args.should_save:
             return
         models: dict[str, Model] = {"policy": (self.accelerator.unwrap_model(self.model), contextlib.nullcontext)}
-        if isinstance(self.reference, ModelReference):
+        if not isinstance(self.reference, CachedStates):
             models["reference"] = (self.reference.model, self.reference.running)
         rows = dataset.select(range(min(args.eval_samples, len(dataset))))
         with autocast(args):
@@ -316,15 +319,10 @@ class TDPOTrainer(Trainer):
         """
         self.was_finished = False
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
-            steps = self.total_steps()
-            if state.global_step >= steps:
-                return self._finished(resume_from_checkpoint, state)
-            if self.args.should_save:
-                print(
-                    f"Resuming from {resume_from_checkpoint}, at step {state.global_step} of {steps}.", file=sys.stderr
-                )
+            point = resume_point(self.args, self.record, resume_from_checkpoint, self.total_steps())
+            if point.finished:
+                return self._finished(point)
+            resume_from_checkpoint = point.path
         with self._stop.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -332,25 +330,11 @@ class TDPOTrainer(Trainer):
         """The optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
-    def _finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load only what they have wrapped to train
-            self._load_from_checkpoint(checkpoint)
-        self.state, self.was_finished = state, True
-        return TrainOutput(state.global_step, float("nan"), {})
-
-    def _checkpoint_to_resume(self, wanted: str | bool) -> str:
-        """The main process chooses and checks a checkpoint for all: they agree, and it is read once."""
-        outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = checkpoints.checkpoint_to_resume(self.args.output_dir, wanted)
-                self.record.check(outcome[0], anyway=self.args.resume_anyway)
-            except (ValueError, OSError) as error:
-                outcome[1] = str(error)
-        checkpoint, problem = broadcast_object_list(outcome)
-        if problem is not None:
-            raise ValueError(problem)
-        return checkpoint
+    def _finished(self, point: ResumePoint) -> TrainOutput:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load only into what is wrapped to train
+            self._load_from_checkpoint(point.path)
+        self.state, self.was_finished = point.state, True
+        return TrainOutput(self.state.global_step, float("nan"), {})
 
     @functools.cached_property
     def record(self) -> RunRecord:
@@ -384,11 +368,13 @@ class TDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
-        with checkpoints.atomic_checkpoint(self.args, self.accelerator, self.state) as self._staging:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                self.record.write(Path(self._staging, f"checkpoint-{self.state.global_step}"))
-        self._staging = None
+        try:
+            with checkpoints.atomic_checkpoint(self.args, self.accelerator, self.state) as self._staging:
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self.record.write(Path(self._staging, f"checkpoint-{self.state.global_step}"))
+        finally:
+            self._staging = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -220,3 +220,17 @@ def test_checkpoints_rotate_and_keep_the_best(tmp_path):
     assert best.is_dir()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+
+
+def test_a_model_is_saved_where_it_belongs_after_a_checkpoint_that_failed(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SAVES)
+    trainer.train()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(RuntimeError, match=r"No space left on device; last good checkpoint: .*checkpoint-6"):
+            trainer._save_checkpoint(trainer.model, trial=None)
+    assert trainer._get_output_dir(trial=None) == str(tmp_path)

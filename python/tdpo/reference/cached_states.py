@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.causal_lm import CausalLM
 from .cache import ReferenceCache
-from .reference import Head, Read
+from .reference import Read, Reference
+
+
+class _HeadAlone(nn.Module):
+    """A copy of a model's head, so that the model can be freed or trained."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config, self.head = model.config, copy.deepcopy(model.get_output_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
 
 @dataclass(frozen=True)
-class CachedStates:
-    """The caches of all splits, by name, and a copy of the head; the attributes are those of `Reference`."""
+class CachedStates(Reference):
+    """The caches of all splits, by name, and a head: nothing that could be run."""
 
-    caches: dict[str, ReferenceCache]
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-    fallback_reason: str | None
+    caches: dict[str, ReferenceCache] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: CausalLM, caches: dict[str, ReferenceCache]) -> CachedStates:
-        """With a copy of the model's head, so that the model can be freed or trained."""
-        return cls(
-            caches=caches,
-            weight=model.weight.detach().clone(),
-            bias=None if model.bias is None else model.bias.detach().clone(),
-            softcap=model.softcap,
-            logit_scale=model.logit_scale,
-            fallback_reason=model.fallback_reason,
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.weight)
+    def beside(cls, model: CausalLM, caches: dict[str, ReferenceCache]) -> CachedStates:
+        """What stays in memory of a model whose hidden states are cached."""
+        return cls(**{**vars(model), "model": _HeadAlone(model.model), "probed": None}, caches=caches)
 
     def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
         """The hidden states that the collator has read from a cache, (R, D).
@@ -48,6 +44,3 @@ class CachedStates:
         if read is not CausalLM.hidden_rows:
             raise ValueError("a reference cache holds hidden states alone")
         return batch["ref_hidden"]
-
-    def whole_head(self) -> AbstractContextManager[Head]:
-        return nullcontext((self.weight, self.bias))

@@ -64,4 +64,4 @@ def _cache_splits(model: Any, args: TDPOConfig, splits: dict[str, Dataset], pad_
             name: cache_reference(args.reference_folder / name, model, split, pad_token_id, args.reference_dtype)
             for name, split in splits.items()
         }
-    return CachedStates.of(CausalLM.of(model), caches)
+    return CachedStates.beside(CausalLM.of(model), caches)

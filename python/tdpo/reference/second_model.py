@@ -16,11 +16,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..models.causal_lm import CausalLM
 from ..models.forward import patch_forward
 from ..models.sharding import full_tensor, gathered, is_sharded, is_tensor_parallel
-from .reference import Head, ModelReference, Read
+from .reference import Head, Read, Reference
 
 
 @dataclass(frozen=True)
-class SecondModel(ModelReference):
+class SecondModel(Reference):
     """A model of its own, which this process can run."""
 
     def prepared(self, accelerator: Accelerator) -> SecondModel:

@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from .reference import ModelReference
+from .reference import Reference
 
 
 @dataclass(frozen=True)
-class WithoutAdapters(ModelReference):
+class WithoutAdapters(Reference):
     """The policy's own model; `adapted`, the peft model around it, takes its adapters out while it runs."""
 
     adapted: Any = None

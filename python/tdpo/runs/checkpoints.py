@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,10 +15,9 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..files import check_manifest, read_manifest, write_manifest
+from ..files import check_manifest, write_manifest
 from ..models.sharding import local_values
 
-logger = logging.getLogger(__name__)
 STAGING = ".checkpoint-being-written"
 
 
@@ -32,10 +30,10 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest good checkpoint in `output_dir`, or None."""
-    return _newest_good(output_dir)[0]
+    return newest_good(output_dir)[0]
 
 
-def _newest_good(output_dir: str | Path) -> tuple[str | None, list[str]]:
+def newest_good(output_dir: str | Path) -> tuple[str | None, list[str]]:
     """The newest good checkpoint, or None, and what is wrong with the newer ones."""
     problems = []
     for checkpoint in checkpoints_of(output_dir):
@@ -46,26 +44,6 @@ def _newest_good(output_dir: str | Path) -> tuple[str | None, list[str]]:
         else:
             return str(checkpoint), problems
     return None, problems
-
-
-def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool) -> str:
-    """The checkpoint `wanted`, or with True the newest good one in `output_dir`, after a check of its files.
-
-    Raises:
-        ValueError: it is damaged or holds no optimizer; or there is none, or none that is good.
-    """
-    if isinstance(wanted, str):
-        check_manifest(wanted)
-    else:
-        good, problems = _newest_good(output_dir)
-        if good is None:
-            raise ValueError(f"{output_dir} holds no good checkpoint to resume from: {'; '.join(problems) or 'none'}")
-        for problem in problems:
-            logger.warning("resuming from an older checkpoint, %s: %s", good, problem)
-        wanted = good
-    if read_manifest(wanted)["only_model"]:
-        raise ValueError(f"{wanted} was written with save_only_model: it holds no optimizer state to resume from")
-    return wanted
 
 
 def check_finite(model: nn.Module, *, sharded: bool) -> None:

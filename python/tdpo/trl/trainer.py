@@ -47,7 +47,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 class TDPOTrainer(DPOTrainer):
-    """TRL's DPOTrainer, the loss "sigmoid" of its `loss_type` replaced by TDPO's.
+    """TRL's DPOTrainer, the loss "sigmoid" of its `loss_type` replaced by TDPO's: `tdpo.trl.TDPOTrainer`.
+
+    `tdpo.TDPOTrainer` is another class, which needs no TRL.
 
     Args:
         model, ref_model: loaded, or the name of a folder or of a hub's model.
