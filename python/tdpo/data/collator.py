@@ -42,11 +42,10 @@ def predicted_responses(
 
 
 class _Sequence(NamedTuple):
-    """A prompt and one response, and where its tokens stand in the batch's flattened input."""
+    """A prompt and one response."""
 
     ids: list[int]
     prompt: int  # tokens
-    places: Tensor  # (T,)
 
     @property
     def first(self) -> int:
@@ -84,13 +83,18 @@ class PreferenceCollator:
     token_columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        lines = _shared_lines(examples) if self.shared_prompts else _lines(examples)
+        sequences = [
+            _Sequence(row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"]))
+            for side in RESPONSES
+            for row in examples
+        ]
+        lines = _shared_lines(sequences) if self.shared_prompts else _lines(sequences)
         # `index` comes first: transformers takes the length of a batch's first tensor for the batch size.
         batch: dict[str, Any] = {"index": torch.tensor([row.get("index", -1) for row in examples])}
         batch |= self._inputs(lines)
-        sequences = self._sequences(examples, [len(line.ids) for line in lines])
+        places = self._places(sequences, [len(line.ids) for line in lines])
         lengths = [len(sequence.ids) - sequence.first for sequence in sequences]
-        batch["rows"] = torch.cat([sequence.places[sequence.first - 1 : -1] for sequence in sequences])
+        batch["rows"] = torch.cat([place[sequence.first - 1 : -1] for sequence, place in zip(sequences, places)])
         batch["targets"] = torch.tensor([token for sequence in sequences for token in sequence.ids[sequence.first :]])
         batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)])
         batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
@@ -118,22 +122,16 @@ class PreferenceCollator:
             "segments": pad_sequence(segments, batch_first=True, padding_value=-1),
         }
 
-    def _sequences(self, examples: list[dict[str, Any]], lengths: list[int]) -> list[_Sequence]:
-        """The chosen sequences, then the rejected ones; `lengths` are those of the lines."""
-        pitch = max(lengths)
-        starts = [0, *accumulate(lengths)] if self.padding_free else [pitch * line for line in range(len(lengths))]
-        sequences = []
-        for number, side in enumerate(RESPONSES):
-            for pair, row in enumerate(examples):
-                prompt, response = row["prompt_ids"], row[f"{side}_ids"]
-                if self.shared_prompts:
-                    start, gap = starts[pair], number * len(row["chosen_ids"])
-                else:
-                    start, gap = starts[number * len(examples) + pair], 0
-                places = start + torch.arange(len(prompt) + len(response))
-                places[len(prompt) :] += gap
-                sequences.append(_Sequence([*prompt, *response], len(prompt), places))
-        return sequences
+    def _places(self, sequences: list[_Sequence], lengths: list[int]) -> list[Tensor]:
+        """Where the tokens of each sequence stand in the flattened input, (T,); `lengths` are those of the lines."""
+        starts = [0, *accumulate(lengths)] if self.padding_free else range(0, max(lengths) * len(lengths), max(lengths))
+        places = [torch.arange(len(sequence.ids)) for sequence in sequences]
+        for number, sequence in enumerate(sequences):
+            places[number] += starts[number % len(lengths)]
+            if self.shared_prompts and number >= len(lengths):  # the rejected response stands behind the chosen one
+                chosen = sequences[number - len(lengths)]
+                places[number][sequence.prompt :] += len(chosen.ids) - chosen.prompt
+        return places
 
 
 def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[_Sequence]) -> Tensor:
@@ -143,23 +141,19 @@ def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[_Se
     return torch.tensor([value for values in predicted for value in values], dtype=torch.float32)
 
 
-def _lines(examples: list[dict[str, Any]]) -> list[_Line]:
+def _lines(sequences: list[_Sequence]) -> list[_Line]:
     """Every sequence on a line of its own."""
-    lines = []
-    for side in RESPONSES:
-        for row in examples:
-            ids = torch.tensor(row["prompt_ids"] + row[f"{side}_ids"])
-            lines.append(_Line(ids, torch.arange(len(ids)), torch.zeros_like(ids)))
-    return lines
+    lines = [torch.tensor(sequence.ids) for sequence in sequences]
+    return [_Line(ids, torch.arange(len(ids)), torch.zeros_like(ids)) for ids in lines]
 
 
-def _shared_lines(examples: list[dict[str, Any]]) -> list[_Line]:
+def _shared_lines(sequences: list[_Sequence]) -> list[_Line]:
     """Every pair on a line: prompt, chosen and rejected response, both responses in positions behind the prompt's."""
-    lines = []
-    for pair, row in enumerate(examples):
-        parts = [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]
-        prompt, chosen, rejected = map(len, parts)
-        positions = [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
-        segments = 3 * pair + torch.repeat_interleave(torch.tensor([prompt, chosen, rejected]))
-        lines.append(_Line(torch.tensor([token for part in parts for token in part]), torch.cat(positions), segments))
+    pairs, lines = len(sequences) // 2, []
+    for pair, (chosen, rejected) in enumerate(zip(sequences[:pairs], sequences[pairs:])):
+        prompt = chosen.prompt
+        positions = [torch.arange(len(chosen.ids)), torch.arange(prompt, len(rejected.ids))]
+        lengths = torch.tensor([prompt, len(chosen.ids) - prompt, len(rejected.ids) - prompt])
+        segments = 3 * pair + torch.repeat_interleave(lengths)
+        lines.append(_Line(torch.tensor(chosen.ids + rejected.ids[prompt:]), torch.cat(positions), segments))
     return lines
