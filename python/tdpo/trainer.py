@@ -204,13 +204,13 @@ class TDPOTrainer(Trainer):
             self._new_tokens += inputs["num_tokens"]
         else:
             if sees_tokens(self.loss.objective):  # has no losses of pairs: every pair logs the batch's mean
-                losses = output.loss.expand(len(inputs["index"]))
+                losses = output.loss.expand(len(inputs["dataset_row"]))
             else:
                 losses = self.loss.objective(output.chosen, output.rejected)
                 if output.router_loss is not None:  # which is in the mean, not in what the objective gives
                     losses = losses + self.loss.router_coefficient * output.router_loss
             metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
-            self._evaluation_means.add(inputs["index"], metrics)
+            self._evaluation_means.add(inputs["dataset_row"], metrics)
         return (output.loss, {}) if return_outputs else output.loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **others: Any) -> Tensor:
@@ -226,8 +226,8 @@ class TDPOTrainer(Trainer):
     def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {inputs['index'].tolist()} "
-                "of the dataset; training stops; last good checkpoint: "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows "
+                f"{inputs['dataset_row'].tolist()} of the dataset; training stops; last good checkpoint: "
                 f"{checkpoints.last_checkpoint(self.args.output_dir) or 'none'}"
             )
 

@@ -63,17 +63,25 @@ class _Line(NamedTuple):
 
 @dataclass
 class PreferenceCollator:
-    """Batches of tokenized preferences: the chosen sequences first, then the rejected ones.
+    """Batches of tokenized preferences: the B chosen sequences first, then the B rejected ones.
 
-    A batch holds `input_ids`, padded to (2B, T) with an `attention_mask` or, with `padding_free`, packed to (1, N) with
-    `position_ids`; `index`, (B,), the rows of the dataset; and of the response tokens, in order: `rows`, (R,), the flat
-    positions of the hidden states that predict them; `targets`, (R,), the tokens; `cu_seqlens`, (2B + 1,), the offsets
-    of the sequences among them, and `row_lengths`, their 2B lengths as integers; `num_tokens`, how many tokens the 2B
-    sequences have. With `shared_prompts` a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
-    [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) instead of an `attention_mask`.
-    `token_columns` names numbers per response token, `chosen_NAME` and `rejected_NAME` of the rows; a batch holds them,
-    each (R,), in a dict of that name. With `stored_hidden`, such as a cache's `hidden`, a batch also holds
-    `ref_hidden`, (R, D_ref), the reference's hidden states at these positions.
+    A batch holds `dataset_row`, (B,), the rows of the dataset; the model's input; and for the R response tokens that are
+    predicted, in order:
+
+        rows         (R,), the flat positions of the hidden states that predict them
+        targets      (R,), the tokens
+        cu_seqlens   (2B + 1,), the offsets of the sequences among them; `row_lengths`, their 2B lengths, are integers
+        num_tokens   how many tokens the 2B sequences have, prompts included
+
+    Attributes:
+        pad_token_id: pads `input_ids`, (2B, T), which have an `attention_mask`.
+        padding_free: `input_ids` are packed instead, (1, N), with `position_ids`.
+        stored_hidden: reads the reference's hidden states of a row's response, such as a cache's `hidden`, for
+            `ref_hidden`, (R, D_ref), at these positions.
+        shared_prompts: a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
+            [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) and no mask.
+        token_columns: names of numbers per response token, `chosen_NAME` and `rejected_NAME` of the rows; the batch
+            holds them, (R,) each, in a dict of that name.
     """
 
     pad_token_id: int
@@ -89,8 +97,8 @@ class PreferenceCollator:
             for row in examples
         ]
         lines = _shared_lines(sequences) if self.shared_prompts else _lines(sequences)
-        # `index` comes first: transformers takes the length of a batch's first tensor for the batch size.
-        batch: dict[str, Any] = {"index": torch.tensor([row.get("index", -1) for row in examples])}
+        # `dataset_row` comes first: transformers takes the length of a batch's first tensor for the batch size.
+        batch: dict[str, Any] = {"dataset_row": torch.tensor([row.get("dataset_row", -1) for row in examples])}
         batch |= self._inputs(lines)
         places = self._places(sequences, [len(line.ids) for line in lines])
         lengths = [len(sequence.ids) - sequence.first for sequence in sequences]
@@ -102,7 +110,7 @@ class PreferenceCollator:
         if self.token_columns:
             batch["token_columns"] = {name: _token_column(name, examples, sequences) for name in self.token_columns}
         if self.stored_hidden is not None:
-            states = [self.stored_hidden(row["position"], side) for side in RESPONSES for row in examples]
+            states = [self.stored_hidden(row["token_row"], side) for side in RESPONSES for row in examples]
             batch["ref_hidden"] = torch.cat(states)
         return batch
 
