@@ -65,8 +65,8 @@ class _Line(NamedTuple):
 class PreferenceCollator:
     """Batches of tokenized preferences: the B chosen sequences first, then the B rejected ones.
 
-    A batch holds `dataset_row`, (B,), the rows of the dataset; the model's input; and for the R response tokens that are
-    predicted, in order:
+    A batch holds `dataset_row`, (B,), the rows of the dataset; the model's input; and for the R response tokens that
+    have a predictor, in order:
 
         rows         (R,), the flat positions of the hidden states that predict them
         targets      (R,), the tokens
