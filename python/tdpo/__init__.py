@@ -5,28 +5,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
-    from .causal_lm import CausalLM as CausalLM
-    from .collator import PreferenceCollator as PreferenceCollator
     from .config import TDPOConfig as TDPOConfig
-    from .data import load_preferences as load_preferences
-    from .data import tokenize_preferences as tokenize_preferences
-    from .gguf import load_gguf_model as load_gguf_model
-    from .gguf import load_gguf_tokenizer as load_gguf_tokenizer
-    from .reference_cache import ReferenceCache as ReferenceCache
-    from .reference_cache import cache_reference as cache_reference
+    from .data.collator import PreferenceCollator as PreferenceCollator
+    from .data.load import load_preferences as load_preferences
+    from .data.tokenize import tokenize_preferences as tokenize_preferences
+    from .models.causal_lm import CausalLM as CausalLM
+    from .models.loading import load_gguf_model as load_gguf_model
+    from .models.loading import load_gguf_tokenizer as load_gguf_tokenizer
+    from .reference.cache import ReferenceCache as ReferenceCache
+    from .reference.cache import cache_reference as cache_reference
     from .trainer import TDPOTrainer as TDPOTrainer
 
 _DEFINED_IN = {
-    "CausalLM": "causal_lm",
-    "PreferenceCollator": "collator",
-    "ReferenceCache": "reference_cache",
+    "CausalLM": "models.causal_lm",
+    "PreferenceCollator": "data.collator",
+    "ReferenceCache": "reference.cache",
     "TDPOConfig": "config",
     "TDPOTrainer": "trainer",
-    "cache_reference": "reference_cache",
-    "load_gguf_model": "gguf",
-    "load_gguf_tokenizer": "gguf",
-    "load_preferences": "data",
-    "tokenize_preferences": "data",
+    "cache_reference": "reference.cache",
+    "load_gguf_model": "models.loading",
+    "load_gguf_tokenizer": "models.loading",
+    "load_preferences": "data.load",
+    "tokenize_preferences": "data.tokenize",
 }
 
 __all__ = sorted(_DEFINED_IN)

@@ -12,8 +12,8 @@ from tdpo_ext import checks
 from tdpo_ext.divergence import KL_DIRECTIONS
 from tdpo_ext.losses import Objective
 
-from .objectives import OBJECTIVES, ObjectiveOptions, TrainedObjective
-from .tdpo_options import TDPOOptions
+from .loss.objectives import OBJECTIVES, ObjectiveOptions, TrainedObjective
+from .options import TDPOOptions
 
 _CHOICES = {
     "variant": tuple(OBJECTIVES),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _SEAL = "digest"  # the key under which a sealed JSON file holds the digest of its other keys
+MANIFEST = "manifest.json"  # sizes and digests of all other files of a folder, written last
 _BLOCK = 2**20  # bytes read or written at a time
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -110,3 +111,47 @@ def save_model(path: Path, model: Any, tokenizer: Any) -> None:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(path)
+
+
+def write_manifest(folder: Path, only_model: bool) -> None:
+    """Seals a checkpoint: lists its files; `only_model` says that it holds no optimizer."""
+    paths = {name: folder / name for name in _files(folder)}
+    files = {name: (path.stat().st_size, file_digest(path)) for name, path in paths.items()}
+    write_sealed(folder / MANIFEST, {"only_model": only_model, "files": files})
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What `write_manifest` wrote: `only_model` and `files`.
+
+    Raises:
+        ValueError: it is missing or damaged; the message names it.
+    """
+    path = Path(folder, MANIFEST)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the checkpoint is not complete, or not of this trainer")
+    return read_sealed(path)
+
+
+def check_manifest(folder: str | Path) -> None:
+    """Compares the files of a checkpoint with its manifest.
+
+    Raises:
+        ValueError: a file is missing, damaged or not listed; the message names it.
+    """
+    folder = Path(folder)
+    listed = read_manifest(folder)["files"]
+    for name, (size, expected) in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != size or file_digest(path) != expected:
+            raise ValueError(f"{path} is damaged: it does not match {MANIFEST}")
+    unknown = sorted(set(_files(folder)) - set(listed))
+    if unknown:  # a loader might prefer it to a listed one
+        raise ValueError(f"{folder / unknown[0]} does not belong to the checkpoint: it is not in {MANIFEST}")
+
+
+def _files(folder: Path) -> list[str]:
+    """The files of a folder but its manifest, relative to it."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path.as_posix() for path in paths if path.as_posix() != MANIFEST)

@@ -1,27 +1,76 @@
-"""Options of the command line beside TDPOConfig, and how YAML files and flags become options.
-
-Importing this loads no torch, so that `--help` is quick.
-"""
+"""The options of the commands: the trainer's own, the models and the data. Free of torch, so that `--help` is quick."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-import yaml
 
-from .fields import option
-from .files import read_json
-from .gguf import load_gguf_model, load_gguf_tokenizer
-from .help import HELP_FLAGS, print_help, usage
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the help text of its command-line flag."""
+    return field(default=default, metadata={"help": help})
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-    from .config import TDPOConfig
+@dataclass
+class TDPOOptions:
+    """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
+
+    beta: float = option(0.1, "Strength of the KL constraint, > 0.")
+    alpha: float = option(0.5, "Weight of the KL difference in tdpo2 and tis_dpo, >= 0.")
+    variant: str = option("tdpo2", "Loss: tdpo2, tdpo1, dpo, ipo, simpo or tis_dpo.")
+    label_smoothing: float = option(0.0, "Probability that a preference is flipped, in [0, 0.5); of dpo.")
+    simpo_gamma: float = option(0.5, "Target margin of simpo, >= 0.")
+    kl_direction: str | None = option(
+        None, "KL that the loss sees: forward, of the reference from the policy, or reverse (default: the loss's own)."
+    )
+    token_columns: list[str] | None = option(  # noqa: RUF009
+        None, "Numbers per token in tokenized data that your own objective reads: chosen_NAME and rejected_NAME."
+    )
+    learning_rate: float | None = option(
+        None, "Initial learning rate (default: 1e-6, or 1e-5 where adapters are trained)."
+    )
+    kl_warning: float = option(
+        20.0, "Warn once when the mean KL of chosen responses, in nats, exceeds this while training; 0 never warns."
+    )
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of the load-balancing loss of a mixture of experts (default: the model's own; 0: none)."
+    )
+    logits_budget: int | None = option(None, "Bytes that logits and other temporaries of the loss may take.")
+    disable_dropout: bool = option(True, "Disable the policy's dropout, which the reference doesn't have either.")
+
+    max_length: int = option(1024, "Maximum number of tokens of prompt and response together.")
+    max_prompt_length: int = option(512, "Maximum number of tokens of the prompt; its end is kept.")
+    overlong: str = option("truncate", "What to do with rows over these lengths: truncate or drop.")
+    dataset_num_proc: int | None = option(None, "Number of processes that tokenize the data (default: this one).")
+    padding_free: bool = option(
+        False, "Pack the sequences of a batch into one row without padding; needs a model that isolates them."
+    )
+
+    shared_prompts: str = option(
+        "auto",
+        "Run a pair's prompt through the models once: auto (where a check shows that they allow it), always or never.",
+    )
+
+    precompute_reference: bool = option(
+        False, "Run the reference once, cache its hidden states on disk and keep only its head in memory."
+    )
+    reference_cache: str | None = option(
+        None, "Folder of the reference's hidden states (default: reference-cache in output_dir)."
+    )
+    reference_dtype: str = option(
+        "bfloat16", "Precision of the cached hidden states: bfloat16, float16, float32 or, at half the size, float8."
+    )
+
+    eval_samples: int = option(
+        0, "Number of evaluation prompts that policy and reference continue, side by side, at every evaluation."
+    )
+    eval_sample_tokens: int = option(64, "Maximum number of tokens of such a continuation.")
+
+    logging_steps: float = option(10, "Log every so many steps; below 1, a share of all steps.")
+    resume_anyway: bool = option(
+        False, "Resume from a checkpoint although options or data differ from those that it was trained with."
+    )
+    remove_unused_columns: bool = option(False, "Leave False: the collator reads columns that no model takes.")
 
 
 @dataclass
@@ -49,132 +98,6 @@ class ModelOptions:
     load_in_4bit: bool = option(False, "Quantize the frozen weights to 4 bits (QLoRA; needs bitsandbytes).")
     merge_adapters: bool = option(False, "Also save the policy with its adapters merged, to merged in output_dir.")
 
-    @property
-    def loaded_dtype(self) -> str:
-        """Float32 for weights that may be trained: most steps are smaller than the spacing of bfloat16 numbers.
-
-        And for the reference beside them, which must compute as the policy does to differ from it by nothing at first.
-        """
-        frozen = self.lora_r > 0 or self.load_in_4bit
-        return self.dtype if self.dtype != "auto" or frozen else "float32"
-
-    def policy(self) -> Any:
-        """The causal language model to train or to evaluate."""
-        return self._load("model", "gguf_file")
-
-    def reference(self) -> Any:
-        """The frozen reference, or None where no model is named for it.
-
-        Raises:
-            ValueError: `ref_gguf_file` is given without the folder that holds it.
-        """
-        if self.ref_model is not None:
-            return self._load("ref_model", "ref_gguf_file")
-        if self.ref_gguf_file is not None:
-            raise ValueError(f"ref_gguf_file is {self.ref_gguf_file}, but its folder, ref_model, is missing")
-        return None
-
-    def _load(self, model_option: str, gguf_option: str) -> Any:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        name, gguf_file = require(self, model_option), getattr(self, gguf_option)
-        options: dict[str, Any] = {"dtype": self.loaded_dtype, "trust_remote_code": self.trust_remote_code}
-        for option_name in ("attn_implementation", "tp_plan"):
-            if getattr(self, option_name) is not None:
-                options[option_name] = getattr(self, option_name)
-        if gguf_file is not None:
-            self._check_dense(gguf_option)
-            return _loaded("model", load_gguf_model, name, gguf_file=gguf_file, **options)
-        if self.load_in_4bit:
-            from transformers import BitsAndBytesConfig
-
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-            )
-        return _loaded("model", AutoModelForCausalLM.from_pretrained, name, **options)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-        from transformers import AutoTokenizer
-
-        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.gguf_file is not None:
-            return _loaded("tokenizer", load_gguf_tokenizer, self.model, gguf_file=self.gguf_file, **options)
-        return _loaded("tokenizer", AutoTokenizer.from_pretrained, self.model, **options)
-
-    def _check_dense(self, gguf_option: str) -> None:
-        """Refuses, beside a GGUF file, what loads the weights in any other form than whole and dense."""
-        from transformers.integrations import is_deepspeed_zero3_enabled
-
-        given = f"{gguf_option} is {getattr(self, gguf_option)}"
-        if self.load_in_4bit:
-            raise ValueError(f"load_in_4bit is True, but {given}, whose weights are dequantized: leave one of them out")
-        if self.tp_plan is not None:
-            raise ValueError(f"tp_plan is {self.tp_plan}, but {given}, which is loaded whole: leave one of them out")
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(f"{given}, which ZeRO-3 can't partition: load and save it first, then train that folder")
-
-    def adapters(self) -> Any:
-        """The peft config that these options name, or None."""
-        if self.lora_r == 0:
-            return None
-        from peft import LoraConfig
-
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules or "all-linear",
-        )
-
-
-def _loaded(what: str, load: Callable[..., Any], name: str | None, **options: Any) -> Any:
-    """What `load` reads from a folder or a hub.
-
-    Raises:
-        ValueError: it is missing or damaged; the message names it.
-    """
-    import torch
-
-    from .checkpoints import MANIFEST, check
-
-    if name is not None and Path(name, MANIFEST).is_file():
-        check(name)
-    try:
-        return load(name, **options)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # safetensors, tokenizers and pickle have errors of their own
-        if not Path(name or "").exists() and _looks_like_path(name or ""):
-            raise ValueError(f"the {what} {name} does not exist") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if not Path(name or "").exists():
-            reason = f"there is no such folder here, and a hub gave none: {reason}"
-        source = _unreadable_file(name) or Path(name or "", options.get("gguf_file", ""))
-        raise ValueError(f"the {what} {source} could not be loaded: {reason}") from error
-
-
-def _looks_like_path(name: str) -> bool:
-    """Whether a name can be no hub's, which are NAME or OWNER/NAME."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
-
-
-def _unreadable_file(folder: str | None) -> Path | None:
-    """The first file in a folder that can't be read for what it is: the errors of its loader may not name it."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(Path(folder or "").glob("*")):
-        try:
-            if path.suffix == ".json":
-                read_json(path)
-            if path.suffix == ".safetensors":
-                safe_open(path, framework="pt").keys()
-        except (OSError, ValueError, SafetensorError):
-            return path
-    return None
-
 
 @dataclass
 class DataOptions:
@@ -186,80 +109,6 @@ class DataOptions:
     split: str = option("train", "Split of a folder or hub dataset.")
     eval_dataset: str | None = option(None, "Preferences to evaluate on.")
     eval_split: str = option("test", "Split of eval_dataset.")
-
-
-class Options(NamedTuple):
-    """All options of a command."""
-
-    models: ModelOptions
-    data: DataOptions
-    training: TDPOConfig
-
-
-def parse_options(command: str, description: str, arguments: list[str]) -> Options:
-    """The options of `tdpo command` from `[config.yaml] [--flag value ...]`; flags override the file.
-
-    Raises:
-        ValueError: the file is missing or holds no mapping in YAML, or a key is no option (the nearest is suggested).
-        SystemExit: bad flags, as argparse does.
-    """
-    for flag, everything in HELP_FLAGS.items():
-        if flag in arguments:
-            print_help(command, description, everything=everything)
-            raise SystemExit(0)
-    from transformers import HfArgumentParser
-
-    from .config import TDPOConfig
-
-    option_classes = (ModelOptions, DataOptions, TDPOConfig)
-    parser = HfArgumentParser(option_classes, prog=f"tdpo {command}", description=description)
-    parser.usage = usage(command)
-    names = [field.name for option_class in option_classes for field in fields(option_class) if field.init]
-    flags = arguments
-    if arguments and not arguments[0].startswith("-"):
-        # The file's options come first: where a flag is given twice, argparse takes the last.
-        flags = _flags_of_file(Path(arguments[0]), names) + arguments[1:]
-    for flag in flags:
-        if flag.startswith("--"):
-            flag = flag[2:].split("=")[0]
-            known = [*names, *(f"no_{name}" for name in names)]
-            _check_known(flag.replace("-", "_"), known, f"unknown flag --{flag}")
-    return Options._make(parser.parse_args_into_dataclasses(flags))
-
-
-def _flags_of_file(path: Path, names: list[str]) -> list[str]:
-    """A YAML file of options as command-line flags."""
-    if not path.is_file():
-        raise ValueError(f"the configuration file {path} does not exist")
-    try:
-        options = yaml.safe_load(path.read_bytes()) or {}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the configuration file {path} is not valid YAML: {reason}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"the configuration file {path} holds no mapping of options to values")
-    flags = []
-    for name, value in options.items():
-        _check_known(name, names, f"{path}: unknown option {name!r}")
-        flags += to_flags(name, value)
-    return flags
-
-
-def to_flags(name: str, value: Any) -> list[str]:
-    """An option of a YAML file as command-line arguments."""
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    if isinstance(value, dict):
-        return [f"--{name}", yaml.safe_dump(value, default_flow_style=True).strip()]
-    return [f"--{name}", str(value)]
-
-
-def _check_known(name: str, names: list[str], message: str) -> None:
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1)
-        raise ValueError(message + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
 
 
 def require(options: ModelOptions | DataOptions, name: str) -> Any:

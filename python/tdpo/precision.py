@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from .causal_lm import unwrap_peft
-from .engines import local_values
+from .models.causal_lm import unwrap_peft
+from .models.sharding import local_values
 
 logger = logging.getLogger(__name__)
 _MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's names

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
-from tdpo.objectives import OBJECTIVES as NAMED
-from tdpo.objectives import ObjectiveOptions
+from tdpo.loss.objectives import OBJECTIVES as NAMED
+from tdpo.loss.objectives import ObjectiveOptions
 
 import tdpo_ext.fused.planning.plan
 import tdpo_ext.linear

@@ -30,8 +30,10 @@ import transformers
 from damage import random_damage
 from forked import run_forked
 from model_families import make_model, make_tokenizer
-from tdpo import ReferenceCache, cache_reference, checkpoints, reference_cache, tokenize_preferences
-from tdpo.files import digest, file_digest
+from tdpo import ReferenceCache, cache_reference, tokenize_preferences
+from tdpo.files import MANIFEST, check_manifest, digest, file_digest
+from tdpo.reference import cache as reference_cache
+from tdpo.runs import checkpoints
 from trainer_cases import losses, make_preferences, make_trainer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
@@ -127,12 +129,12 @@ class CheckpointTarget:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         self.out, self.folder = folder, folder / "checkpoint-2"
-        self.manifest = json.loads((self.folder / checkpoints.MANIFEST).read_text())
+        self.manifest = json.loads((self.folder / MANIFEST).read_text())
 
     def harmless(self, path):
         if checkpoints.last_checkpoint(self.out) == str(self.out / "checkpoint-1"):
-            checkpoints.check(self.folder)  # says what is wrong
-        return json.loads((self.folder / checkpoints.MANIFEST).read_text()) == self.manifest
+            check_manifest(self.folder)  # says what is wrong
+        return json.loads((self.folder / MANIFEST).read_text()) == self.manifest
 
     def names(self, path, message):
         return str(path) in message

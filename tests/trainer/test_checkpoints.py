@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from damage import flip_bit, random_damage
-from tdpo import checkpoints
+from tdpo.files import check_manifest
+from tdpo.runs import checkpoints
 from trainer_cases import losses, make_trainer
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -61,7 +62,7 @@ def test_a_damaged_file_is_named_and_an_older_checkpoint_is_good(name, kind, out
     else:
         os.truncate(path, 0 if kind == "empty" else path.stat().st_size - 1)
     with pytest.raises(ValueError, match=rf"checkpoint-6/{name} is (damaged|missing)"):
-        checkpoints.check(out / "checkpoint-6")
+        check_manifest(out / "checkpoint-6")
     assert checkpoints.last_checkpoint(out) == str(out / "checkpoint-4")
 
 
@@ -72,7 +73,7 @@ def test_random_damage_is_detected_or_harmless(out):
         before = path.read_bytes()
         done = random_damage(path, generator)
         try:
-            checkpoints.check(checkpoint)
+            check_manifest(checkpoint)
         except ValueError as error:
             named = str(error)
         else:  # white space of the manifest
@@ -90,7 +91,7 @@ def test_resuming_falls_back_to_the_newest_good_checkpoint(trained, out, caplog)
         assert resume(out) == trained[1]
     for name in ("checkpoint-6/optimizer.pt is damaged", "checkpoint-4/scheduler.pt is missing"):
         assert f"resuming from an older checkpoint, {out / 'checkpoint-2'}: {out / name}" in caplog.text
-    checkpoints.check(out / "checkpoint-6")  # written anew
+    check_manifest(out / "checkpoint-6")  # written anew
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(out):
@@ -111,7 +112,7 @@ def test_no_good_checkpoint(out, tmp_path):
 def test_files_that_do_not_belong(out):
     (out / "checkpoint-6" / "pytorch_model.bin").write_bytes(b"other weights")
     with pytest.raises(ValueError, match=r"pytorch_model.bin does not belong"):
-        checkpoints.check(out / "checkpoint-6")
+        check_manifest(out / "checkpoint-6")
 
 
 def test_checkpoints_are_sorted_by_step(out):
@@ -123,7 +124,7 @@ def test_checkpoints_are_sorted_by_step(out):
 
 def test_checkpoints_without_the_optimizer_are_not_resumed(tmp_path):
     make_trainer(tmp_path, **SAVES, save_only_model=True).train()
-    checkpoints.check(tmp_path / "checkpoint-6")
+    check_manifest(tmp_path / "checkpoint-6")
     with pytest.raises(ValueError, match=r"checkpoint-6 was written with save_only_model"):
         resume(tmp_path)
 
@@ -163,7 +164,7 @@ def test_the_same_step_saved_twice(out):
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-4"))
     (out / "checkpoint-6" / "stray").write_text("of the first copy")
     trainer._save_checkpoint(trainer.model, trial=None)
-    checkpoints.check(out / "checkpoint-6")
+    check_manifest(out / "checkpoint-6")
     assert not (out / "checkpoint-6" / "stray").exists()
 
 
@@ -219,3 +220,17 @@ def test_checkpoints_rotate_and_keep_the_best(tmp_path):
     assert best.is_dir()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+
+
+def test_a_model_is_saved_where_it_belongs_after_a_checkpoint_that_failed(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SAVES)
+    trainer.train()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(RuntimeError, match=r"No space left on device; last good checkpoint: .*checkpoint-6"):
+            trainer._save_checkpoint(trainer.model, trial=None)
+    assert trainer._get_output_dir(trial=None) == str(tmp_path)

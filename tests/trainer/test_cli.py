@@ -13,12 +13,13 @@ from damage import flip_bit
 from datasets import Dataset, DatasetDict
 from model_families import make_model, make_tokenizer
 from peft import PeftModel
-from tdpo import commands
-from tdpo.cli import main
+from tdpo.cli import commands
+from tdpo.cli.help import COMMON
+from tdpo.cli.main import main
+from tdpo.cli.parse import parse_options
 from tdpo.config import TDPOConfig
-from tdpo.help import COMMON
-from tdpo.options import DataOptions, ModelOptions, parse_options
-from tdpo.tdpo_options import TDPOOptions
+from tdpo.models.loading import lora_config
+from tdpo.options import DataOptions, ModelOptions, TDPOOptions
 from trainer_cases import make_preferences, run_python
 from transformers import AutoModelForCausalLM
 
@@ -103,11 +104,11 @@ def test_the_reference_and_the_limits_are_those_of_training(home, tmp_path):
 
 def test_options_of_adapters():
     models = ModelOptions(lora_r=4, lora_alpha=7, lora_dropout=0.25, lora_target_modules=["q_proj"])
-    adapters = models.adapters()
+    adapters = lora_config(models)
     assert (adapters.r, adapters.lora_alpha, adapters.lora_dropout) == (4, 7, 0.25)
     assert adapters.target_modules == {"q_proj"}
-    assert ModelOptions(lora_r=4).adapters().target_modules == "all-linear"
-    assert ModelOptions().adapters() is None
+    assert lora_config(ModelOptions(lora_r=4)).target_modules == "all-linear"
+    assert lora_config(ModelOptions()) is None
 
 
 def test_null_leaves_the_default(tmp_path):
@@ -220,7 +221,7 @@ def test_examples_parse(name, tmp_path):
     assert args.learning_rate == example["learning_rate"]
 
 
-HELP = "import sys; from tdpo.cli import main\ntry: main({})\nfinally: sys.stderr.write(' '.join(sys.modules))"
+HELP = "import sys; from tdpo.cli.main import main\ntry: main({})\nfinally: sys.stderr.write(' '.join(sys.modules))"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "cache-reference"])

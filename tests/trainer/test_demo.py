@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from model_families import make_model, make_tokenizer
-from tdpo.cli import main
+from tdpo.cli.main import main
 from tdpo.demo import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +24,7 @@ SETTINGS = {
     "response-tokens": 6,
     "batch-pairs": 4,
 }
-RUN = "import sys; from tdpo.cli import main; sys.exit(main())"
+RUN = "import sys; from tdpo.cli.main import main; sys.exit(main())"
 
 
 def small(out, methods=(), **settings):

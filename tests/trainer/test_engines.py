@@ -13,7 +13,8 @@ import torch
 from model_families import make_model, make_tokenizer
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tdpo.cli import main
+from tdpo.cli.main import main
+from tdpo.models.loading import load_policy
 from tdpo.options import ModelOptions
 from trainer_cases import make_preferences, make_trainer, run_python
 from transformers import AutoModelForCausalLM
@@ -127,7 +128,7 @@ def test_gradients_through_quantized_weights_after_an_evaluation(tmp_path):
     quantizable().save_pretrained(tmp_path)
     gradients = []
     for dequantize in (False, True):
-        model = ModelOptions(load_in_4bit=True).load(str(tmp_path))
+        model = load_policy(ModelOptions(model=str(tmp_path), load_in_4bit=True))
         if dequantize:
             model = model.dequantize().float()
         torch.manual_seed(0)

@@ -9,9 +9,12 @@ from datasets import Dataset
 from gguf_files import write_gguf
 from model_families import make_model, make_tokenizer
 from peft import LoraConfig
-from tdpo import TDPOConfig, TDPOTrainer, gguf, load_gguf_model, load_gguf_tokenizer, tokenize_preferences
-from tdpo.cli import main
+from tdpo import TDPOConfig, TDPOTrainer, load_gguf_model, load_gguf_tokenizer, tokenize_preferences
+from tdpo.cli.main import main
 from tdpo.demo import smollm2
+from tdpo.loss.preference_loss import FusedLoss
+from tdpo.models import loading
+from tdpo.models.loading import load_policy, load_tokenizer
 from tdpo.options import ModelOptions
 from trainer_cases import SETTINGS, make_preferences
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,8 +72,8 @@ def test_a_loaded_file_is_the_model_that_was_written_and_saves_as_any_checkpoint
 
 
 def test_weights_take_the_dtype_that_is_asked_for(home):
-    assert ModelOptions(model=str(home), gguf_file="small.gguf").policy().dtype == torch.float32
-    assert ModelOptions(model=str(home), gguf_file="small.gguf", dtype="bfloat16").policy().dtype == torch.bfloat16
+    assert load_policy(ModelOptions(model=str(home), gguf_file="small.gguf")).dtype == torch.float32
+    assert load_policy(ModelOptions(model=str(home), gguf_file="small.gguf", dtype="bfloat16")).dtype == torch.bfloat16
 
 
 def test_train_then_evaluate(home, tmp_path):
@@ -88,8 +91,8 @@ def test_adapters_are_evaluated_with_the_file_they_were_trained_on(home, tmp_pat
     assert main(["train", *flags(home, tmp_path, lora_r=4, merge_adapters=True)]) == 0
     adapted = ModelOptions(model=str(tmp_path), gguf_file="small.gguf")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(adapted.policy()), logits(merged), rtol=1e-4, atol=1e-4)
-    assert adapted.tokenizer()(TEXT)["input_ids"] == make_tokenizer()(TEXT)["input_ids"]
+    torch.testing.assert_close(logits(load_policy(adapted)), logits(merged), rtol=1e-4, atol=1e-4)
+    assert load_tokenizer(adapted)(TEXT)["input_ids"] == make_tokenizer()(TEXT)["input_ids"]
 
 
 def test_the_reference_is_cached_from_the_file(home, tmp_path):
@@ -122,7 +125,7 @@ def test_what_can_not_be_loaded_is_named(home, tmp_path, capsys, options, messag
 
 
 def test_the_missing_package_is_named(home, monkeypatch):
-    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="run `pip install 'tdpo_ext\\[gguf\\]'`"):
         load_gguf_model(home, "small.gguf")
 
@@ -163,7 +166,7 @@ def test_smollm2_trains(smollm2_tokenizer, tmp_path):
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
     )
     trainer.train()
-    assert trainer.loss.fallback_reason is None
+    assert isinstance(trainer.loss, FusedLoss)
     first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
     assert first["kl/chosen"] == pytest.approx(0, abs=1e-3)
     assert second["kl/chosen"] > 0

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from tdpo.loss import PreferenceOutput
-from tdpo.metrics import DatasetMeans, MetricMeans, preference_metrics
+from tdpo.loss.metrics import DatasetMeans, MetricMeans, preference_metrics
+from tdpo.loss.preference_loss import PreferenceOutput
 
 from tdpo_ext import TokenDivergence
 

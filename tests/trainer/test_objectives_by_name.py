@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_on_ranks
 from linear_cases import make_case
-from tdpo.objectives import OBJECTIVES, ObjectiveOptions, weighted_sum
+from tdpo.loss.objectives import OBJECTIVES, ObjectiveOptions, weighted_sum
 from torch.nn.functional import logsigmoid
 
 from tdpo_ext import MarginLoss, VocabShard, eager, linear_preference_loss

@@ -11,7 +11,8 @@ from model_families import make_model, make_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tdpo import TDPOConfig, TDPOTrainer
-from tdpo.cli import main
+from tdpo.cli.main import main
+from tdpo.models.loading import load_policy, load_reference, loaded_dtype, lora_config
 from tdpo.options import ModelOptions
 from tdpo.precision import spacing, typical_size
 from tdpo.trl import TDPOTrainer as TRLTrainer
@@ -124,7 +125,7 @@ def test_spacings_and_typical_sizes():
 
 def test_adapters_train_in_float32_beside_frozen_weights_as_they_are_stored(home, tmp_path, caplog):
     models = ModelOptions(model=str(home / "model"), lora_r=4)
-    trainer = make_trainer(tmp_path, models.policy(), peft_config=models.adapters(), max_steps=2)
+    trainer = make_trainer(tmp_path, load_policy(models), peft_config=lora_config(models), max_steps=2)
     trainer.train()
     dtypes = {(weights.requires_grad, weights.dtype) for weights in trainer.model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
@@ -143,14 +144,14 @@ def test_adapters_train_in_float32_beside_frozen_weights_as_they_are_stored(home
     ],
 )
 def test_the_precision_that_weights_are_loaded_in(options, dtype):
-    assert ModelOptions(**options).loaded_dtype == dtype
+    assert loaded_dtype(ModelOptions(**options)) == dtype
 
 
 def test_policy_and_reference_are_loaded_alike(home):
     for models in (
         ModelOptions(model=home / "model", ref_model=home / "model", **more) for more in ({}, {"lora_r": 4})
     ):
-        assert models.policy().dtype == models.reference().dtype
+        assert load_policy(models).dtype == load_reference(models).dtype
 
 
 def test_an_evaluation_repeats_that_of_the_training(home, tmp_path):

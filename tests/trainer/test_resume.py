@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from model_families import make_model
-from tdpo.checkpoints import last_checkpoint
+from tdpo.runs.checkpoints import last_checkpoint
 from trainer_cases import losses, make_trainer, run_python
 
 

@@ -8,8 +8,9 @@ from cuda_support import reason_to_skip
 from distributed import run_on_ranks
 from model_families import make_model
 from tdpo import PreferenceCollator
-from tdpo.causal_lm import CausalLM
-from tdpo.loss import PreferenceLoss
+from tdpo.loss.preference_loss import FusedLoss, why_not_fused
+from tdpo.models.causal_lm import CausalLM
+from tdpo.reference.second_model import SecondModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -18,9 +19,9 @@ from tdpo_ext import tdpo_loss
 
 
 def loss_and_gradients(models, batch):
-    loss = PreferenceLoss(*map(CausalLM.of, models), functools.partial(tdpo_loss, beta=0.1))
-    assert loss.fallback_reason is None
-    output = loss(batch)
+    policy, reference = CausalLM.of(models[0]), SecondModel.of(models[1])
+    assert why_not_fused(policy, reference) is None
+    output = FusedLoss(policy, reference, functools.partial(tdpo_loss, beta=0.1))(batch)
     output.loss.backward()
     grads = [parameter.grad for parameter in models[0].parameters()]
     return output.loss, [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]

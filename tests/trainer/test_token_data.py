@@ -4,8 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 from model_families import make_model, make_tokenizer
-from tdpo.data import tokenize_preferences
-from tdpo.objectives import tis_dpo
+from tdpo.data.tokenize import tokenize_preferences
+from tdpo.loss.objectives import tis_dpo
 from trainer_cases import losses, make_trainer
 
 from tdpo_ext import eager, per_token
@@ -50,7 +50,7 @@ def tokenized(*rows, columns=("weight",), **limits):
 def test_rows_are_kept_as_they_are():
     row = tokenized(ROW)[0]
     assert {name: row[name] for name in ROW} == ROW
-    assert (row["index"], row["length"], row["position"]) == (0, 7, 0)
+    assert (row["dataset_row"], row["length"], row["token_row"]) == (0, 7, 0)
     assert "chosen_weight" not in tokenized(ROW, columns=()).column_names
 
 
@@ -91,7 +91,7 @@ def test_missing_columns_are_named():
 
 def test_equal_responses_are_dropped():
     equal = {**ROW, "rejected_ids": ROW["chosen_ids"], "rejected_weight": ROW["chosen_weight"]}
-    assert tokenized(equal, ROW)["index"] == [1]
+    assert tokenized(equal, ROW)["dataset_row"] == [1]
     with pytest.raises(ValueError, match="1 with equal responses"):
         tokenized(equal)
 
@@ -117,7 +117,7 @@ def test_tis_dpo_of_a_batch(options, tmp_path):
         return (weight * values.logratio).sum(), (weight * values.kl).sum()
 
     expected = []
-    for index in batch["index"].tolist():
+    for index in batch["dataset_row"].tolist():
         (u_w, k_w), (u_l, k_l) = (side(rows[index], name) for name in ("chosen", "rejected"))
         expected.append(-torch.nn.functional.logsigmoid(0.1 * (u_w - u_l - 0.3 * (k_w - k_l))))
     torch.testing.assert_close(loss.detach().double(), torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from transformers import ProcessorMixin, TrainingArguments
 from tdpo_ext import eager, tdpo_loss
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
-from tdpo.trl import REFUSED, TDPOTrainer, _WithResponseRows  # noqa: E402
+from tdpo.trl.trainer import REFUSED, TDPOTrainer, _WithResponseRows  # noqa: E402
 
 SETTINGS = {
     "max_steps": 3,

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..files import save_model
-from ..gguf import load_gguf_model, load_gguf_tokenizer
+from ..models.loading import load_gguf_model, load_gguf_tokenizer
 from .language_model import pretrain, train_tokenizer
 from .settings import FROM_SCRATCH, SMOLLM2, DemoSettings
 from .smollm2 import GGUF_FILE, smollm2_folder

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints import checkpoints_of
 from ..config import TDPOConfig
 from ..files import save_model, write_json
+from ..runs.checkpoints import checkpoints_of
 from ..trainer import TDPOTrainer
 from .base import load_policy, prepare_base, sample
 from .judge import Example, FrontierCallback, Judge

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from tdpo_ext import linear_token_divergence
 
-from ..causal_lm import CausalLM
 from ..files import write_json
+from ..models.causal_lm import CausalLM
 from .base import sample
 from .reviews import Reward
 from .settings import DemoSettings

@@ -1,0 +1,108 @@
+"""The command `tdpo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from dataclasses import fields
+from typing import Any
+
+_COMMANDS = {
+    "train": "train a policy on preference pairs",
+    "evaluate": "metrics of a policy against a reference",
+    "cache-reference": "run the reference once and cache its hidden states",
+    "demo": "the paper's controlled-sentiment experiment at small scale",
+}
+_DESCRIPTIONS = {
+    "train": "Trains a policy on preference pairs; run again, it resumes from its last checkpoint.",
+    "evaluate": "Evaluates a policy against a reference on preference pairs; prints the metrics as JSON.",
+    "cache-reference": "Runs the reference over the preferences and caches its hidden states in reference_cache "
+    "(default: reference-cache in output_dir), from which training with --precompute_reference reads them. "
+    "Interrupted, it resumes when run again.",
+}
+
+
+def _add_flags(parser: argparse.ArgumentParser, options: type) -> None:
+    """Adds a flag for every field of a dataclass, with the field's help and default."""
+    for field in fields(options):
+        default: Any = field.default
+        several = isinstance(default, tuple)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(default[0]) if several else type(default),
+            nargs="+" if several else None,
+            default=list(default) if several else default,
+            help=f"{field.metadata['help']} (default: %(default)s{_of_scratch(field.name)})",
+        )
+
+
+def _of_scratch(name: str) -> str:
+    """What the help adds to a default that is another one for the demo's model from scratch."""
+    from ..demo.settings import SCRATCH
+
+    return f"; with --model scratch: {SCRATCH[name]}" if name in SCRATCH else ""
+
+
+def _demo(arguments: list[str]) -> None:
+    from ..demo.settings import FROM_SCRATCH, SCRATCH, DemoSettings
+
+    parser = argparse.ArgumentParser(
+        prog="tdpo demo",
+        description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 at small scale, on IMDb "
+        "reviews: a classifier as reward, preference pairs sampled from SmolLM2, then DPO, TDPO1 and TDPO2 with LoRA "
+        "from the same start. Interrupted, it resumes from the last finished stage or checkpoint when run again.",
+    )
+    _add_flags(parser, DemoSettings)
+    if parser.parse_known_args(arguments)[0].model == FROM_SCRATCH:
+        parser.set_defaults(**SCRATCH)
+    options = vars(parser.parse_args(arguments))
+    settings = DemoSettings(**{**options, "methods": tuple(options["methods"])})
+    from ..demo.experiment import run
+
+    run(settings)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command == "demo":
+        return _demo(arguments)
+    from .parse import parse_options
+
+    options = parse_options(command, _DESCRIPTIONS[command], arguments)
+    from . import commands  # loads torch and transformers, for which `--help` need not wait
+
+    {"train": commands.train, "evaluate": commands.evaluate, "cache-reference": commands.cache}[command](options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 2 for bad input, 1 for a run that failed, 130 for an interrupted one."""
+    # Small models spend their time in short parallel regions; threads that spin between them take each other's cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = argparse.ArgumentParser(
+        prog="tdpo",
+        description="Token-level Direct Preference Optimization.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<16s} {summary}" for name, summary in _COMMANDS.items())
+        + "\n\n`tdpo COMMAND --help` documents the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = parser.parse_args(arguments[:1]).command
+    try:
+        _run(command, arguments[1:])
+    except KeyboardInterrupt:
+        print("\nInterrupted; run the same command again to resume.", file=sys.stderr)
+        return 130
+    except SystemExit as ended:
+        if ended.code == 128 + signal.SIGTERM:  # of stopping.Terminated
+            print("\nTerminated; run the same command again to resume.", file=sys.stderr)
+        raise
+    except ValueError as error:
+        print(f"tdpo: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, RuntimeError, OSError) as error:
+        print(f"tdpo: {error}", file=sys.stderr)
+        return 1
+    return 0

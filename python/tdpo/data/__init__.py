@@ -1,0 +1,1 @@
+"""Preference data: reading files, checking rows, tokenizing, and the batches that a step takes."""

@@ -1,0 +1,167 @@
+"""From tokenized preferences to batches, and which hidden states of a batch predict response tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .rows import RESPONSES
+
+
+def predicted_responses(
+    input_ids: Tensor,  # (B, T) padded, or (1, N) packed
+    is_response: Tensor,  # bool, as input_ids
+    starts: Tensor,  # (sequences,)
+) -> dict[str, Tensor]:
+    """The response tokens that a hidden state predicts: all but a sequence's very first token.
+
+    Args:
+        input_ids: the sequences, in rows of their own or packed into one.
+        is_response: true at response tokens.
+        starts: the flat position of every sequence's first token, ascending.
+
+    Returns:
+        `rows`, (R,), the flat positions of the hidden states that predict these tokens; `targets`, (R,), the tokens;
+        `cu_seqlens`, (sequences + 1,), the offsets of the sequences among them.
+    """
+    predicted = is_response.flatten().clone()
+    predicted[starts] = False
+    positions = predicted.nonzero()[:, 0]
+    bounds = torch.cat([starts, starts.new_full((1,), predicted.numel())])
+    return {
+        "rows": positions - 1,
+        "targets": input_ids.flatten()[positions],
+        "cu_seqlens": torch.searchsorted(positions, bounds),
+    }
+
+
+class _Sequence(NamedTuple):
+    """A prompt and one response."""
+
+    ids: list[int]
+    prompt: int  # tokens
+
+    @property
+    def first(self) -> int:
+        """The first response token that has a predictor."""
+        return max(self.prompt, 1)
+
+
+class _Line(NamedTuple):
+    """Tokens that stand in one row of the input, in order, with their positions and segments (see `branch_mask`)."""
+
+    ids: Tensor  # (T,)
+    positions: Tensor
+    segments: Tensor
+
+
+@dataclass
+class PreferenceCollator:
+    """Batches of tokenized preferences: the B chosen sequences first, then the B rejected ones.
+
+    A batch holds `dataset_row`, (B,), the rows of the dataset; the model's input; and for the R response tokens that
+    have a predictor, in order:
+
+        rows         (R,), the flat positions of the hidden states that predict them
+        targets      (R,), the tokens
+        cu_seqlens   (2B + 1,), the offsets of the sequences among them; `row_lengths`, their 2B lengths, are integers
+        num_tokens   how many tokens the 2B sequences have, prompts included
+
+    Attributes:
+        pad_token_id: pads `input_ids`, (2B, T), which have an `attention_mask`.
+        padding_free: `input_ids` are packed instead, (1, N), with `position_ids`.
+        stored_hidden: reads the reference's hidden states of a row's response, such as a cache's `hidden`, for
+            `ref_hidden`, (R, D_ref), at these positions.
+        shared_prompts: a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
+            [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) and no mask.
+        token_columns: names of numbers per response token, `chosen_NAME` and `rejected_NAME` of the rows; the batch
+            holds them, (R,) each, in a dict of that name.
+    """
+
+    pad_token_id: int
+    padding_free: bool = False
+    stored_hidden: Callable[[int, str], Tensor] | None = None
+    shared_prompts: bool = False
+    token_columns: tuple[str, ...] = ()
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        sequences = [
+            _Sequence(row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"]))
+            for side in RESPONSES
+            for row in examples
+        ]
+        lines = _shared_lines(sequences) if self.shared_prompts else _lines(sequences)
+        # `dataset_row` comes first: transformers takes the length of a batch's first tensor for the batch size.
+        batch: dict[str, Any] = {"dataset_row": torch.tensor([row.get("dataset_row", -1) for row in examples])}
+        batch |= self._inputs(lines)
+        places = self._places(sequences, [len(line.ids) for line in lines])
+        lengths = [len(sequence.ids) - sequence.first for sequence in sequences]
+        batch["rows"] = torch.cat([place[sequence.first - 1 : -1] for sequence, place in zip(sequences, places)])
+        batch["targets"] = torch.tensor([token for sequence in sequences for token in sequence.ids[sequence.first :]])
+        batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)])
+        batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
+        batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)
+        if self.token_columns:
+            batch["token_columns"] = {name: _token_column(name, examples, sequences) for name in self.token_columns}
+        if self.stored_hidden is not None:
+            states = [self.stored_hidden(row["token_row"], side) for side in RESPONSES for row in examples]
+            batch["ref_hidden"] = torch.cat(states)
+        return batch
+
+    def _inputs(self, lines: list[_Line]) -> dict[str, Tensor]:
+        """What the model reads: the lines below each other, padded, or behind each other."""
+        ids, positions, segments = zip(*lines)
+        if self.padding_free:
+            inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions)[None]}
+            return inputs | ({"segments": torch.cat(segments)[None]} if self.shared_prompts else {})
+        input_ids = pad_sequence(list(ids), batch_first=True, padding_value=self.pad_token_id)
+        if not self.shared_prompts:
+            mask = pad_sequence([torch.ones_like(line) for line in ids], batch_first=True)
+            return {"input_ids": input_ids, "attention_mask": mask}
+        return {
+            "input_ids": input_ids,
+            "position_ids": pad_sequence(list(positions), batch_first=True),
+            "segments": pad_sequence(list(segments), batch_first=True, padding_value=-1),
+        }
+
+    def _places(self, sequences: list[_Sequence], lengths: list[int]) -> list[Tensor]:
+        """Where the tokens of each sequence stand in the flattened input, (T,); `lengths` are those of the lines."""
+        starts = [0, *accumulate(lengths)] if self.padding_free else range(0, max(lengths) * len(lengths), max(lengths))
+        places = [torch.arange(len(sequence.ids)) for sequence in sequences]
+        for number, sequence in enumerate(sequences):
+            places[number] += starts[number % len(lengths)]
+            if self.shared_prompts and number >= len(lengths):  # the rejected response stands behind the chosen one
+                chosen = sequences[number - len(lengths)]
+                places[number][sequence.prompt :] += len(chosen.ids) - chosen.prompt
+        return places
+
+
+def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[_Sequence]) -> Tensor:
+    """A column at the response tokens of all sequences that have a predictor, (R,)."""
+    columns = [row[f"{side}_{name}"] for side in RESPONSES for row in examples]
+    predicted = [column[sequence.first - sequence.prompt :] for column, sequence in zip(columns, sequences)]
+    return torch.tensor([value for values in predicted for value in values], dtype=torch.float32)
+
+
+def _lines(sequences: list[_Sequence]) -> list[_Line]:
+    """Every sequence on a line of its own."""
+    lines = [torch.tensor(sequence.ids) for sequence in sequences]
+    return [_Line(ids, torch.arange(len(ids)), torch.zeros_like(ids)) for ids in lines]
+
+
+def _shared_lines(sequences: list[_Sequence]) -> list[_Line]:
+    """Every pair on a line: prompt, chosen and rejected response, both responses in positions behind the prompt's."""
+    pairs, lines = len(sequences) // 2, []
+    for pair, (chosen, rejected) in enumerate(zip(sequences[:pairs], sequences[pairs:])):
+        prompt = chosen.prompt
+        positions = [torch.arange(len(chosen.ids)), torch.arange(prompt, len(rejected.ids))]
+        lengths = torch.tensor([prompt, len(chosen.ids) - prompt, len(rejected.ids) - prompt])
+        segments = 3 * pair + torch.repeat_interleave(lengths)
+        lines.append(_Line(torch.tensor(chosen.ids + rejected.ids[prompt:]), torch.cat(positions), segments))
+    return lines

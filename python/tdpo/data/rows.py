@@ -1,0 +1,190 @@
+"""The forms of a preference row.
+
+Prompt/chosen/rejected texts; chosen/rejected texts that both begin with the prompt (an implicit prompt), among
+them transcripts in the style of Anthropic's HH ("\\n\\nHuman: ...\\n\\nAssistant: ..."); the same as lists of chat
+messages, to which the tokenizer's chat template is applied, or a prompt's text beside whole conversations. With
+messages, the columns `system` (a text), `tools` (a list, or JSON) and `chat_template_kwargs` reach the template. Or
+token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, with numbers per token beside them (docs/objectives.md).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tdpo_ext import checks
+
+RESPONSES = ("chosen", "rejected")
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_BEFORE_ANSWERS = ("system", "developer", "user")  # roles that begin a conversation, never a response
+_MEDIA = ("image", "image_url", "video", "audio", "input_audio")
+
+
+def check_row(row: dict[str, Any]) -> None:
+    """Refuses what is neither a text nor a list of messages, with the name of the column; null is accepted."""
+    for name in ("prompt", *RESPONSES):
+        value = row.get(name)
+        if value is None or isinstance(value, str):
+            continue
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise ValueError(f"{name!r} is {checks.describe(value)}; it must be a text or a list of chat messages")
+        for message in value:
+            _check_message(name, message)
+    chosen, rejected = row["chosen"], row["rejected"]
+    if None not in (chosen, rejected) and isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("'chosen' and 'rejected' must both be texts or both lists of chat messages")
+    if isinstance(chosen, str) and isinstance(row.get("prompt"), list):
+        raise ValueError("'prompt' is a list of chat messages, so 'chosen' and 'rejected' must be such lists too")
+
+
+def check_ids(name: str, ids: Any, vocab_size: int) -> None:
+    """Refuses what is no list of token ids, with the name of the column."""
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError(f"{name!r} is {checks.describe(ids)}; it must be a list of token ids")
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name!r} holds {token}; token ids are 0 to {vocab_size - 1}")
+
+
+def check_token_column(name: str, values: Any, length: int) -> None:
+    """Refuses what is no list of `length` finite numbers, with the name of the column."""
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    if not numbers or not all(map(math.isfinite, values)):
+        raise ValueError(f"{name!r} is {checks.describe(values)}; it must be a list of finite numbers")
+    if len(values) != length:
+        raise ValueError(f"{name!r} has {len(values)} numbers for {length} tokens")
+
+
+def _check_message(name: str, message: dict[str, Any]) -> None:
+    role, content = message.get("role"), message.get("content")
+    if role is None:
+        raise ValueError(f"a message of {name!r} has no 'role': {checks.describe(message)}")
+    if not isinstance(role, str):
+        raise ValueError(f"the 'role' of a message of {name!r} is {checks.describe(role)}; it must be a text")
+    if all(part is None for key, part in message.items() if key != "role"):  # a tool call needs no text
+        raise ValueError(f"a message of {name!r} has no 'content': {checks.describe(message)}")
+    if isinstance(content, list):
+        kinds = [part.get("type") for part in content if isinstance(part, dict)]
+        media = [kind for kind in kinds if kind in _MEDIA]
+        if media:
+            raise ValueError(f"a message of {name!r} holds content of type {media[0]!r}; only text is supported")
+        if len(kinds) == len(content):
+            return
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"the 'content' of a message of {name!r} is {checks.describe(content)}; it must be a text")
+
+
+def row_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Prompt and responses as texts; chat messages go through the tokenizer's template.
+
+    Args:
+        row: a row that `check_row` accepts, with both responses.
+
+    Raises:
+        ValueError: columns that contradict each other, or a template that does not keep the prompt apart.
+    """
+    row = _with_own_prompt(row)
+    if isinstance(row["chosen"], str):
+        if row.get("system"):
+            raise ValueError("'system' is given, but this row holds texts; only chat messages take a system message")
+        return {name: row[name] for name in ("prompt", *RESPONSES)}
+    messages = _with_system(row)
+    options = {"tools": _tools(row), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
+    if messages and messages[-1]["role"] == "assistant":
+        prompt = tokenizer.apply_chat_template(messages, continue_final_message=True, **options)
+    else:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    texts = {"prompt": prompt}
+    for side in RESPONSES:
+        conversation = tokenizer.apply_chat_template([*messages, *row[side]], **options)
+        shared = _shared_prefix_length(conversation, prompt)
+        if shared < len(prompt) and not conversation.startswith(prompt.rstrip()):
+            raise ValueError(
+                "the tokenizer's chat template renders the prompt differently when a response follows, so the response "
+                f"can't be separated from it; prompt: {prompt[-80:]!r}"
+            )
+        texts[side] = conversation[shared:]
+    return texts
+
+
+def _with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its prompt, in the form of the responses, and without it in the responses."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if prompt is None:
+        return _split(row, _implicit_prompt_length(chosen, rejected))
+    if isinstance(chosen, str):
+        return row
+    if isinstance(prompt, str):
+        if chosen[0]["role"] not in _BEFORE_ANSWERS:
+            return {**row, "prompt": [{"role": "user", "content": prompt}]}
+        # Whole conversations beside the prompt's text, as in UltraFeedback binarized.
+        length = _implicit_prompt_length(chosen, rejected)
+        asked = [message.get("content") for message in chosen[:length] if message["role"] == "user"]
+        if prompt.strip() not in [content.strip() for content in asked if isinstance(content, str)]:
+            raise ValueError("'chosen' and 'rejected' are whole conversations, which don't share the 'prompt'")
+        return _split(row, length)
+    if prompt and all(_same_messages(row[side][: len(prompt)], prompt) for side in RESPONSES):
+        return _split(row, min(len(prompt), len(chosen) - 1, len(rejected) - 1))
+    return row
+
+
+def _split(row: dict[str, Any], length: int) -> dict[str, Any]:
+    chosen, rejected = row["chosen"], row["rejected"]
+    return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+
+
+def _same_messages(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    keys = ("role", "content")
+    return [[message.get(key) for key in keys] for message in some] == [
+        [message.get(key) for key in keys] for message in others
+    ]
+
+
+def _shared_prefix_length(first: Sequence, second: Sequence) -> int:
+    length = 0
+    for a, b in zip(first, second):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
+    """The length, in characters or messages, of the prompt that both responses begin with."""
+    shared = _shared_prefix_length(chosen, rejected)
+    if not isinstance(chosen, str):
+        return min(shared, len(chosen) - 1, len(rejected) - 1)
+    if chosen.startswith(_HUMAN):  # a transcript: the prompt ends where the assistant's last shared turn begins
+        turn = chosen.rfind(_ASSISTANT, 0, shared)
+        return 0 if turn < 0 else turn + len(_ASSISTANT)
+    if shared < min(len(chosen), len(rejected)):  # not within a word
+        shared = chosen.rfind(" ", 0, shared)
+    return max(shared, 0)
+
+
+def _with_system(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The prompt's messages, behind that of the column `system` if there is one."""
+    messages, system = row["prompt"], row.get("system")
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise ValueError(f"'system' is {checks.describe(system)}; it must be a text")
+    if messages and messages[0]["role"] == "system":
+        raise ValueError("'system' is given, but the conversation begins with a system message of its own")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _tools(row: dict[str, Any]) -> Any:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise ValueError(f"'tools' is no valid JSON: {error}") from error
+    if not isinstance(tools, (list, type(None))):
+        raise ValueError(f"'tools' is {checks.describe(tools)}; it must be a list of tools, or one as JSON text")
+    return tools

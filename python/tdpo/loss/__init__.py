@@ -1,0 +1,1 @@
+"""From a batch's hidden states to the preference loss and its metrics."""

@@ -1,0 +1,157 @@
+"""The preference loss of a batch: from hidden states, or from logits where a head can't be fused."""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdpo_ext import TokenDivergence, linear_preference_loss, token_divergence
+from tdpo_ext.losses import Objective, sees_tokens
+
+from ..models.causal_lm import CausalLM, ResponseRows
+from ..models.routers import router_loss
+from ..reference.cached_states import CachedStates
+from ..reference.reference import Reference
+from .objectives import TrainedObjective
+
+
+class PreferenceOutput(NamedTuple):
+    """The mean loss of a batch and, detached, the sums over each sequence's response tokens, (B,), and what was added.
+
+    `router_loss` is the load-balancing loss of a mixture of experts, before its coefficient; None where it has none.
+    """
+
+    loss: Tensor
+    chosen: TokenDivergence
+    rejected: TokenDivergence
+    router_loss: Tensor | None = None
+
+
+@dataclass(eq=False)
+class PreferenceLoss(abc.ABC):
+    """The loss of a batch from `PreferenceCollator`.
+
+    Args:
+        policy, reference: the models.
+        objective: the pairwise loss.
+        kl_direction: of the KL that it sees.
+        router_coefficient: weight of the load-balancing loss that is added for a mixture of experts.
+    """
+
+    policy: CausalLM
+    reference: Reference
+    objective: Objective
+    kl_direction: str = "forward"
+    router_coefficient: float = 0.0
+
+    def __call__(self, batch: dict[str, Tensor]) -> PreferenceOutput:
+        options = {"output_router_logits": True} if self.router_coefficient > 0 else {}
+        rows, router_logits = self._read(self.policy, batch, **options)
+        output = self._compare(rows, self.reference.rows(batch, self._read), batch)
+        if not options:
+            return output
+        balance = router_loss(self.policy.model, router_logits, _token_mask(batch)).to(output.loss.device)
+        return output._replace(loss=output.loss + self.router_coefficient * balance, router_loss=balance.detach())
+
+    @staticmethod
+    @abc.abstractmethod
+    def _read(model: CausalLM, batch: dict[str, Tensor], **options: bool) -> ResponseRows:
+        """What the loss reads of a model."""
+
+    @abc.abstractmethod
+    def _compare(self, rows: Tensor, ref_rows: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
+        """The output for what predicts the response tokens, of the policy and of the reference."""
+
+
+@dataclass(eq=False)
+class FusedLoss(PreferenceLoss):
+    """From hidden states; logits exist only in parts. `logits_budget`: as in `tdpo_ext.linear_preference_loss`."""
+
+    logits_budget: int | None = None
+    _read = staticmethod(CausalLM.hidden_rows)  # type: ignore[assignment]
+
+    def _compare(self, hidden: Tensor, ref_hidden: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
+        policy, device_type = self.policy, hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+        with self.reference.whole_head() as (ref_weight, ref_bias):
+            loss, chosen, rejected = linear_preference_loss(
+                self.objective,
+                hidden=hidden.to(dtype),
+                weight=policy.weight.to(dtype),
+                ref_hidden=ref_hidden.to(dtype),
+                ref_weight=ref_weight.detach().to(dtype),
+                labels=batch["targets"],
+                cu_seqlens=batch["cu_seqlens"],
+                row_lengths=batch.get("row_lengths"),
+                bias=None if policy.bias is None else policy.bias.to(dtype),
+                ref_bias=None if ref_bias is None else ref_bias.detach().to(dtype),
+                token_columns=batch.get("token_columns"),
+                softcap=policy.softcap,
+                logit_scale=policy.logit_scale,
+                ref_logit_scale=self.reference.logit_scale,
+                kl_direction=self.kl_direction,
+                logits_budget=self.logits_budget,
+            )
+        return PreferenceOutput(loss, chosen, rejected)
+
+
+@dataclass(eq=False)
+class LogitsLoss(PreferenceLoss):
+    """From the models' own logits, whole."""
+
+    _read = staticmethod(CausalLM.logit_rows)  # type: ignore[assignment]
+
+    def _compare(self, logits: Tensor, ref_logits: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
+        tokens = token_divergence(logits, ref_logits.to(logits.dtype), batch["targets"], kl_direction=self.kl_direction)
+        lengths = batch["cu_seqlens"].diff()
+        sequences = TokenDivergence._make(
+            torch.segment_reduce(values, "sum", lengths=lengths, initial=0) for values in tokens
+        )
+        chosen, rejected = sequences.chunk(2)
+        return PreferenceOutput(self.objective(chosen, rejected).mean(), chosen.detach(), rejected.detach())
+
+
+def why_not_fused(policy: CausalLM, reference: Reference) -> str | None:
+    """Why logits must be materialised; None if `FusedLoss` can be used."""
+    reason = policy.fallback_reason or reference.fallback_reason
+    if reason is None and policy.softcap != reference.softcap:
+        reason = "policy and reference cap their logits differently"
+    return reason
+
+
+def choose_loss(
+    policy: CausalLM,
+    reference: Reference,
+    trained: TrainedObjective,
+    *,
+    router_coefficient: float,
+    logits_budget: int | None,
+) -> PreferenceLoss:
+    """A FusedLoss, or with a warning a LogitsLoss.
+
+    Raises:
+        ValueError: the fused loss is needed, and can't be used.
+    """
+    shared = (policy, reference, trained.objective, trained.kl_direction, router_coefficient)
+    reason = why_not_fused(policy, reference)
+    if reason is None:
+        return FusedLoss(*shared, logits_budget=logits_budget)
+    if sees_tokens(trained.objective):
+        raise ValueError(f"a loss on tokens needs the fused loss, which can't be used: {reason}")
+    if isinstance(reference, CachedStates):
+        raise ValueError(f"precompute_reference needs the fused loss, which can't be used: {reason}")
+    warnings.warn(f"the fused loss can't be used, logits are materialised instead: {reason}", stacklevel=5)
+    return LogitsLoss(*shared)
+
+
+def _token_mask(batch: dict[str, Tensor]) -> Tensor | None:
+    """1 at tokens and 0 at padding, (B, T); None where nothing is padded."""
+    if "segments" in batch:
+        return (batch["segments"] >= 0).long()
+    return batch.get("attention_mask")

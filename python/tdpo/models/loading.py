@@ -1,0 +1,199 @@
+"""Models, tokenizers and adapters as the options name them: from folders, hubs and GGUF files.
+
+Importing this loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import MANIFEST, check_manifest, read_json
+from ..options import ModelOptions, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_policy(options: ModelOptions) -> Any:
+    """The causal language model to train or to evaluate."""
+    return _load_model(options, "model", "gguf_file")
+
+
+def load_reference(options: ModelOptions) -> Any:
+    """The frozen reference, or None where no model is named for it.
+
+    Raises:
+        ValueError: `ref_gguf_file` is given without the folder that holds it.
+    """
+    if options.ref_model is not None:
+        return _load_model(options, "ref_model", "ref_gguf_file")
+    if options.ref_gguf_file is not None:
+        raise ValueError(f"ref_gguf_file is {options.ref_gguf_file}, but its folder, ref_model, is missing")
+    return None
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer."""
+    from transformers import AutoTokenizer
+
+    name, trusted = require(options, "model"), {"trust_remote_code": options.trust_remote_code}
+    if options.gguf_file is not None:
+        return _loaded("tokenizer", load_gguf_tokenizer, name, gguf_file=options.gguf_file, **trusted)
+    return _loaded("tokenizer", AutoTokenizer.from_pretrained, name, **trusted)
+
+
+def lora_config(options: ModelOptions) -> Any:
+    """The peft config of the adapters that the options name, or None."""
+    if options.lora_r == 0:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.lora_target_modules or "all-linear",
+    )
+
+
+def loaded_dtype(options: ModelOptions) -> str:
+    """Float32 for weights that may be trained: most steps are smaller than the spacing of bfloat16 numbers.
+
+    And for the reference beside them, which must compute as the policy does to differ from it by nothing at first.
+    """
+    frozen = options.lora_r > 0 or options.load_in_4bit
+    return options.dtype if options.dtype != "auto" or frozen else "float32"
+
+
+def _load_model(options: ModelOptions, model_option: str, gguf_option: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name, gguf_file = require(options, model_option), getattr(options, gguf_option)
+    loading: dict[str, Any] = {"dtype": loaded_dtype(options), "trust_remote_code": options.trust_remote_code}
+    for option_name in ("attn_implementation", "tp_plan"):
+        if getattr(options, option_name) is not None:
+            loading[option_name] = getattr(options, option_name)
+    if gguf_file is not None:
+        _check_dense(options, gguf_option)
+        return _loaded("model", load_gguf_model, name, gguf_file=gguf_file, **loading)
+    if options.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return _loaded("model", AutoModelForCausalLM.from_pretrained, name, **loading)
+
+
+def _check_dense(options: ModelOptions, gguf_option: str) -> None:
+    """Refuses, beside a GGUF file, what loads the weights in any other form than whole and dense."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    given = f"{gguf_option} is {getattr(options, gguf_option)}"
+    if options.load_in_4bit:
+        raise ValueError(f"load_in_4bit is True, but {given}, whose weights are dequantized: leave one of them out")
+    if options.tp_plan is not None:
+        raise ValueError(f"tp_plan is {options.tp_plan}, but {given}, which is loaded whole: leave one of them out")
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(f"{given}, which ZeRO-3 can't partition: load and save it first, then train that folder")
+
+
+def _loaded(what: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """What `load` reads from a folder or a hub.
+
+    Raises:
+        ValueError: it is missing or damaged; the message names it.
+    """
+    import torch
+
+    folder = Path(name)
+    if (folder / MANIFEST).is_file():
+        check_manifest(folder)
+    try:
+        return load(name, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # safetensors, tokenizers and pickle have errors of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not folder.exists():
+            if _looks_like_path(name):
+                raise ValueError(f"the {what} {name} does not exist") from error
+            reason = f"there is no such folder here, and a hub gave none: {reason}"
+        source = _unreadable_file(folder) or folder / options.get("gguf_file", "")
+        raise ValueError(f"the {what} {source} could not be loaded: {reason}") from error
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a name can be no hub's, which are NAME or OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def _unreadable_file(folder: Path) -> Path | None:
+    """The first file in a folder that can't be read for what it is: the errors of its loader may not name it."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*")):
+        try:
+            if path.suffix == ".json":
+                read_json(path)
+            if path.suffix == ".safetensors":
+                safe_open(path, framework="pt").keys()
+        except (OSError, ValueError, SafetensorError):
+            return path
+    return None
+
+
+# ---- GGUF files, whose weights llama.cpp and others quantize: loaded dequantized, as any other checkpoint ----
+
+
+def load_gguf_model(folder: str | Path, gguf_file: str, **options: Any) -> PreTrainedModel:
+    """The causal language model of a GGUF file, with dense weights that can be trained and saved.
+
+    Args:
+        folder: the folder that holds the file, a hub name, or a folder of adapters that were trained on the file.
+        gguf_file: its name.
+        options: as `from_pretrained` takes them; without a `dtype` the weights are float32.
+
+    Raises:
+        ValueError: the file or the package `gguf` is missing.
+    """
+    _check_gguf(folder, gguf_file)
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    # Otherwise weights may stay in the file's blocks, where nothing can train them and no checkpoint can hold them.
+    dense = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, quantization_config=dense, **options)
+    model.gguf_file = gguf_file  # the folder alone, which the config names, does not tell which model this is
+    return model
+
+
+def load_gguf_tokenizer(folder: str | Path, gguf_file: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file, with its chat template.
+
+    Raises:
+        ValueError: the file or the package `gguf` is missing.
+    """
+    _check_gguf(folder, gguf_file)
+    from transformers import AutoTokenizer
+
+    if _holds_adapters(folder):  # and the tokenizer, as it was saved with them
+        return AutoTokenizer.from_pretrained(folder, **options)
+    return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, **options)
+
+
+def _holds_adapters(folder: str | Path) -> bool:
+    return Path(folder, "adapter_config.json").is_file()
+
+
+def _check_gguf(folder: str | Path, gguf_file: str) -> None:
+    folder = Path(folder)
+    if folder.is_dir() and not _holds_adapters(folder) and not (folder / gguf_file).is_file():
+        others = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
+        raise ValueError(f"gguf_file is {gguf_file}, which is not in {folder}; GGUF files there: {others}")
+    if find_spec("gguf") is None:
+        raise ValueError("a GGUF file can't be read without the package gguf; run `pip install 'tdpo_ext[gguf]'`")

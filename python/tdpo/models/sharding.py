@@ -1,0 +1,75 @@
+"""What engines do to models: DeepSpeed and FSDP partition weights, bitsandbytes quantizes and packs them."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+if TYPE_CHECKING:
+    pass
+
+_PROBED_LAYERS, _PROBED_VOCABULARY = 2, 64
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 keeps a parameter in parts, of which this process holds one."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether an engine has spread a model over data-parallel processes, so that only its wrapper can run it."""
+    return isinstance(model, FSDPModule) or any(map(is_partitioned, model.parameters()))
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether transformers has split a model's layers over the processes."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+    """A context, of all processes, in which parameters that ZeRO-3 partitions are whole; they must not be changed."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
+
+
+def local_values(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    if is_partitioned(parameter):
+        return parameter.ds_tensor  # type: ignore[attr-defined]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all ranks where it is a DTensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def keep_quantized_weights_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights on a CPU when a model is evaluated.
+
+    Gradients through packed weights are wrong in bitsandbytes 0.50 (by a third, seen on a small Llama).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def stand_in(model: Any) -> nn.Module:
+    """A small model of the same class and options, with random weights, to probe where the weights are partitioned."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = min(text.num_hidden_layers, _PROBED_LAYERS)
+    if getattr(text, "layer_types", None):  # of each kind one, if there is room
+        text.layer_types = (list(dict.fromkeys(text.layer_types)) * _PROBED_LAYERS)[: text.num_hidden_layers]
+    text.vocab_size = _PROBED_VOCABULARY
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    return type(model)(config).to(device=next(iter(model.parameters())).device, dtype=model.dtype).eval()

@@ -1,0 +1,1 @@
+"""What a run leaves behind and goes on from: checkpoints, its record, logs, samples and the model card."""

@@ -1,0 +1,112 @@
+"""What a run is: the options and data that must not change when it resumes. Every checkpoint holds it, as run.json."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from torch import nn
+
+from ..config import TDPOConfig
+from ..data.tokenize import tokens_digest
+from ..files import read_json, write_json
+from ..models.causal_lm import unwrap_peft
+
+logger = logging.getLogger(__name__)
+FILE = "run.json"
+# Options that shape what is trained. The length of a run (max_steps, num_train_epochs) may change, so that it goes on
+# or ends earlier, and so may what is logged, saved and evaluated.
+_OPTIONS = (
+    *("beta", "alpha", "variant", "label_smoothing", "simpo_gamma", "kl_direction", "token_columns"),
+    *("disable_dropout", "max_length", "max_prompt_length", "overlong"),
+    *("precompute_reference", "reference_dtype", "learning_rate", "optim", "optim_args", "optim_target_modules"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "router_aux_loss_coef"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "seed", "data_seed"),
+    *("bf16", "fp16"),
+)
+_ADAPTERS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+
+
+class RunRecord(NamedTuple):
+    """What identifies a run, as JSON holds it."""
+
+    options: dict[str, Any]
+    training_data: str  # digest of the tokens
+
+    @classmethod
+    def of(
+        cls,
+        args: TDPOConfig,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        dataset: Dataset,
+        *,
+        dtypes: str,
+        processes: int,
+        objective: str | None,
+    ) -> RunRecord:
+        """The record of a training.
+
+        Args:
+            model, ref_model: unwrapped; the reference only where it is a second model.
+            dataset: the tokenized training data.
+            dtypes: of the weights that train.
+            processes: how many.
+            objective: the name of a loss of the user's own, or None.
+        """
+        options = {name: _plain(getattr(args, name)) for name in _OPTIONS if hasattr(args, name)}
+        for adapters in getattr(model, "peft_config", {}).values():
+            options |= {f"adapters' {name}": _plain(getattr(adapters, name, None)) for name in _ADAPTERS}
+        options |= {"dtype": dtypes, "processes": processes, "model": _name(model)}
+        if ref_model is not None:
+            options["ref_model"] = _name(ref_model)
+        if objective is not None:
+            options["objective"] = objective
+        return cls(options, tokens_digest(dataset))
+
+    def check(self, checkpoint: str | Path, *, anyway: bool) -> None:
+        """Compares this run with the one that wrote a checkpoint.
+
+        Raises:
+            ValueError: options or data differ, which the message names; with `anyway` that is a warning.
+        """
+        path = Path(checkpoint, FILE)
+        if not path.is_file():
+            return
+        differences = list(self._differences(read_json(path)))
+        if not differences:
+            return
+        message = f"{checkpoint} is of another run: {'; '.join(differences)}"
+        if not anyway:
+            raise ValueError(f"{message}. Restore them, give another output_dir, or resume with --resume_anyway")
+        logger.warning("%s; resuming all the same", message)
+
+    def _differences(self, before: dict[str, Any]) -> Iterator[str]:
+        old, new = before["options"], self.options
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                yield f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        if before["training data"] != self.training_data:
+            yield "the training data, as tokens, are others"
+
+    def write(self, checkpoint: str | Path) -> None:
+        write_json(Path(checkpoint, FILE), {"options": self.options, "training data": self.training_data})
+
+
+def _name(model: Any) -> str:
+    """A model's folder or hub name, and the GGUF file in it."""
+    name = getattr(model.config, "_name_or_path", "")
+    gguf_file = getattr(unwrap_peft(model), "gguf_file", None)
+    return name if gguf_file is None else f"{name}/{gguf_file}"
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON returns it."""
+    value = getattr(value, "value", value)  # of an enumeration
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)

@@ -1,0 +1,3 @@
+"""TDPO for users of TRL: `TDPOTrainer` takes the place of its DPOTrainer."""
+
+from .trainer import TDPOTrainer as TDPOTrainer
