@@ -14,11 +14,10 @@ from datasets import Dataset, DatasetDict
 from model_families import make_model, make_tokenizer
 from peft import PeftModel
 from tdpo.cli import commands
-from tdpo.cli.help import COMMON
 from tdpo.cli.main import main
 from tdpo.cli.parse import DataOptions, ModelOptions, parse_options
 from tdpo.config import TDPOConfig
-from tdpo.options import TDPOOptions
+from tdpo.options import CommonOptions, RareOptions, TDPOOptions
 from trainer_cases import make_preferences, run_python
 from transformers import AutoModelForCausalLM
 
@@ -249,11 +248,11 @@ def test_help_all_lists_every_option_once(capsys):
 
 def test_help_tells_the_true_defaults():
     defaults = {field.name: field.default for field in fields(TDPOConfig)}
-    assert set(COMMON) <= set(defaults)
-    assert not set(COMMON) & {field.name for field in fields(TDPOOptions)}
-    for name, (shown, _) in COMMON.items():
-        default = getattr(defaults[name], "value", defaults[name])
-        assert (shown or None) == (default or None), name  # transformers says None for some switches that are off
+    common = [*fields(CommonOptions), *fields(RareOptions)]
+    assert not {field.name for field in common} & {field.name for field in fields(TDPOOptions)}
+    for field in common:
+        default = getattr(defaults[field.name], "value", defaults[field.name])
+        assert (field.default or None) == (default or None), field.name  # some switches that are off are None
 
 
 def test_a_run_called_again_changes_nothing(home, tmp_path, capsys):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from ..fields import option
 from ..files import read_json
 from ..models.gguf import load_gguf_model, load_gguf_tokenizer
+from ..options import option
 from .help import HELP_FLAGS, print_help, usage
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..fields import option
+from ..options import option
 
 METHODS = ("dpo", "tdpo1", "tdpo2")
 SMOLLM2, FROM_SCRATCH = "smollm2", "scratch"

@@ -10,6 +10,7 @@ import yaml
 
 from ..config import TDPOConfig
 from ..loss.objectives import OBJECTIVES
+from ..options import card_options
 
 if TYPE_CHECKING:
     from ..trainer import TDPOTrainer
@@ -20,14 +21,6 @@ CITATION = """@inproceedings{zeng2024tdpo,
   booktitle = {International Conference on Machine Learning},
   year      = {2024}
 }"""
-# Options that say how a model came to be; the others say where, or how fast.
-_OPTIONS = (
-    *("variant", "beta", "alpha", "label_smoothing", "simpo_gamma", "kl_direction"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("max_length", "max_prompt_length", "overlong", "bf16", "fp16", "seed"),
-)
-_ALWAYS = ("variant", "beta", "alpha", "learning_rate", "optim")
 _METRICS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected")
 
 
@@ -60,11 +53,11 @@ def model_card(trainer: TDPOTrainer) -> str:
 def _options(args: TDPOConfig) -> Iterator[tuple[str, Any]]:
     """The options that differ from their defaults, and the most telling ones, as a person writes them."""
     defaults = {field.name: field.default for field in fields(TDPOConfig)}
-    for name in _OPTIONS:
+    for name, shown in card_options().items():
         value, default = (getattr(of, "value", of) for of in (getattr(args, name), defaults[name]))
         if name == "alpha" and "alpha" not in OBJECTIVES[args.variant].options:
             continue
-        if name in _ALWAYS or value != default:
+        if shown == "always" or value != default:
             yield name, value
 
 
