@@ -39,7 +39,10 @@ def option(
     """
     text = Help(help)
     text.identity, text.card, text.least = identity, card, least
-    return field(default=default, metadata={"help": text} if choices is None else {"help": text, "choices": choices})
+    metadata = {"help": text} if choices is None else {"help": text, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass

@@ -208,6 +208,70 @@ def test_unknown_keys_of_a_file(tmp_path, capsys):
     assert "did you mean 'alpha'" in capsys.readouterr().err
 
 
+YAML = """
+output_dir: {out}
+use_cpu: yes
+beta: 1e-1
+seed: 7
+max_grad_norm: 2
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {{min_lr: 1.0e-6}}
+lora_target_modules: q_proj
+token_columns: [weight]
+report_to: []
+save_strategy: no
+eval_strategy: off
+logging_strategy: steps
+disable_dropout: no
+resume_from_checkpoint: true
+accelerator_config:
+  even_batches: false
+"""
+
+
+def test_values_of_a_file_keep_their_types(tmp_path):
+    (tmp_path / "config.yaml").write_text(YAML.format(out=tmp_path))
+    models, _, args = parse_options("train", "", [str(tmp_path / "config.yaml"), "--seed", "8"])
+    assert (args.beta, args.seed, args.max_grad_norm) == (0.1, 8, 2.0)  # YAML takes 1e-1 for text
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert (models.lora_target_modules, args.token_columns, args.report_to) == (["q_proj"], ["weight"], [])
+    assert (args.save_strategy, args.eval_strategy, args.logging_strategy) == ("no", "no", "steps")
+    assert args.disable_dropout is False
+    assert args.accelerator_config.even_batches is False
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("beta: [0.1]", "config.yaml: beta is [0.1], a list, which it does not take"),
+        ("seed: {a: 1}", "config.yaml: seed is {'a': 1}, a dict, which it does not take"),
+        ("dataset: [a, b]", "config.yaml: dataset is ['a', 'b'], a list"),
+        ("save_strategy: never", "config.yaml: save_strategy is 'never'; allowed are no, steps, epoch, best"),
+        ("optim: true", "config.yaml: optim is 'true'; allowed are adamw_torch, "),
+        ("variant: no", "variant is 'false'; "),
+        ("seed: 1.5", "argument --seed: invalid int value: '1.5'"),
+        ("bf16: maybe", "argument --bf16: Truthy value expected"),
+        ("beta: true", "argument --beta: invalid float value: 'true'"),
+    ],
+)
+def test_values_of_a_file_that_do_not_fit_are_named(line, said, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(f"{line}\noutput_dir: {tmp_path}\nuse_cpu: true\n")
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        parse_options("train", "", [str(tmp_path / "config.yaml")])
+    assert said in f"{raised.value} {capsys.readouterr().err}"
+
+
+def test_resuming_can_be_asked_for_and_refused(home, tmp_path, capsys):
+    options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--save_steps", "2"]
+    assert main(["train", *options, "--resume_from_checkpoint", "true"]) == 2
+    assert "holds no good checkpoint to resume from" in capsys.readouterr().err
+    assert main(["train", *options, "--resume_from_checkpoint", "false"]) == 0
+    assert main(["train", *options, "--resume_from_checkpoint", "true", "--max_steps", "6"]) == 0
+    assert f"Resuming from {tmp_path / 'checkpoint-4'}, at step 4 of 6." in capsys.readouterr().err
+    assert main(["train", *options, "--resume_from_checkpoint", "false"]) == 2
+    assert "resume_from_checkpoint is false, but output_dir" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["full", "lora", "cached_reference", "fsdp2"])
 def test_examples_parse(name, tmp_path):
     example = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())

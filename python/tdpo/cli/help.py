@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
+import argparse
+import functools
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -19,35 +20,34 @@ def print_help(command: str, description: str, *, everything: bool) -> None:
     """Prints our options, then the most used of transformers', or `everything` that transformers takes."""
     from .parse import DataOptions, ModelOptions
 
-    print(f"usage: {usage(command)}\n\n{textwrap.fill(description, 110)}\n")
-    print("Options are flags, or keys of a YAML file; flags override the file.")
     groups: dict[str, type] = {"Models": ModelOptions, "Data": DataOptions, "TDPO and the run": TDPOOptions}
-    if not everything:
+    end = ""
+    if everything:
+        from transformers import TrainingArguments
+
+        groups["transformers.TrainingArguments"] = TrainingArguments
+    else:
         groups["Often set, of transformers.TrainingArguments"] = CommonOptions
-    for title, options in groups.items():
-        print(f"\n{title}:")
-        for field in fields(options):
-            _print_option(field.name, _default(field), field.metadata["help"])
-    if not everything:
-        print(f"\n`tdpo {command} --help-all` lists every option of transformers.TrainingArguments too.")
-        return
-    from transformers import TrainingArguments
-
-    print("\ntransformers.TrainingArguments:")
+        end = f"`tdpo {command} --help-all` lists every option of transformers.TrainingArguments too."
+    parser = argparse.ArgumentParser(
+        usage=usage(command),
+        description=f"{description} Options are flags, or keys of a YAML file; flags override the file.",
+        epilog=end,
+        formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32, width=118),
+        add_help=False,
+    )
     ours = {field.name for field in fields(TDPOOptions)}
-    for field in fields(TrainingArguments):
-        if field.init and field.name not in ours:
-            _print_option(field.name, _default(field), str(field.metadata.get("help", "")))
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for field in fields(options):
+            if field.init and (options is TDPOOptions or field.name not in ours):
+                _add(group, field)
+    parser.print_help()
 
 
-def _default(field: Field) -> Any:
-    return None if field.default is MISSING else field.default
-
-
-def _print_option(name: str, default: Any, text: str) -> None:
-    shown = getattr(default, "value", default)  # of an enumeration
-    if shown not in (None, "") and "(default" not in text:
-        text = f"{text} (default: {shown})"
-    text = textwrap.fill(" ".join(text.split()), 118, initial_indent=" " * 32, subsequent_indent=" " * 32)
-    flag = f"  --{name}"
-    print(f"{flag:<32s}{text[32:]}" if len(flag) < 32 else f"{flag}\n{text}")
+def _add(group: Any, field: Field) -> None:
+    text = str(field.metadata.get("help", "")).replace("%", "%%")
+    default = getattr(field.default, "value", field.default)  # of an enumeration
+    if default in (None, "", MISSING) or "(default" in text:
+        default = argparse.SUPPRESS
+    group.add_argument(f"--{field.name}", metavar="", default=default, help=text)
