@@ -327,16 +327,34 @@ class TDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
+        if self.args.save_total_limit is not None:
+            self._finish_current_push()  # which may read a checkpoint that is removed below
         with checkpoints.atomic_checkpoint(self) as self._staging:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 write_record(Path(self._staging, f"checkpoint-{self.state.global_step}"), self.record)
         self._staging = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "README.md").write_text(model_card(self))
+
+    def create_model_card(self, **details: Any) -> None:
+        """Writes the README of the output folder again, which `push_to_hub` does with what it is told for the hub.
+
+        Args:
+            details: as `runs.model_card.model_card` takes them.
+        """
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(model_card(self, **details))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads a checkpoint in the background, once it is where it stays."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _splits_by_name(

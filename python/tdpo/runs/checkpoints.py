@@ -19,7 +19,7 @@ from ..files import file_digest, read_sealed, write_sealed
 from ..models.sharding import local_values
 
 logger = logging.getLogger(__name__)
-STAGING = ".checkpoint-being-written"
+STAGING = "_checkpoint-being-written"  # a name that uploads to a hub leave out
 MANIFEST = "manifest.json"  # sizes and digests of all other files of a checkpoint, written last
 
 

@@ -24,13 +24,37 @@ CITATION = """@inproceedings{zeng2024tdpo,
 _METRICS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected")
 
 
-def model_card(trainer: TDPOTrainer) -> str:
-    """Markdown: the base model, the data, the options, the final metrics, and the paper to cite."""
+def model_card(
+    trainer: TDPOTrainer,
+    *,
+    finetuned_from: str | None = None,
+    tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    model_name: str | None = None,
+) -> str:
+    """Markdown: the base model, the data, the options, the final metrics, and the paper to cite.
+
+    Args:
+        finetuned_from: the base model (default: the name in the model's configuration).
+        tags, dataset, language, license, model_name: for a hub, beside the tags of every such model.
+    """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    base = getattr(model.config, "_name_or_path", "")
-    front = {"library_name": "transformers", "tags": ["tdpo", "preference-optimization"]}
-    if base:
-        front["base_model"] = base
+    base = finetuned_from or getattr(model.config, "_name_or_path", "")
+    more_tags = [tags] if isinstance(tags, str) else tags or []
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": list(dict.fromkeys(["tdpo", "preference-optimization", *more_tags])),
+    }
+    for_hub = {
+        "base_model": base,
+        "datasets": dataset,
+        "language": language,
+        "license": license,
+        "model_name": model_name,
+    }
+    front |= {name: value for name, value in for_hub.items() if value}
     options = dict(_options(args))
     for adapters in getattr(model, "peft_config", {}).values():
         front["library_name"] = "peft"
