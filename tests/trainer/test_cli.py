@@ -73,10 +73,10 @@ def test_cache_then_train(home, tmp_path):
     options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--reference_cache", str(tmp_path / "cache")]
     assert main(["cache-reference", *options]) == 0
     header = json.loads((tmp_path / "cache" / "train" / "header.json").read_text())
-    assert header["done"] == header["rows"] == 24
-    written = (tmp_path / "cache" / "train" / "hidden.bin").stat().st_mtime_ns
+    assert header["rows"] == 24
+    written = (tmp_path / "cache" / "train" / "00000.safetensors").stat().st_mtime_ns
     assert main(["train", *options, "--precompute_reference", "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
-    assert (tmp_path / "cache" / "train" / "hidden.bin").stat().st_mtime_ns == written
+    assert (tmp_path / "cache" / "train" / "00000.safetensors").stat().st_mtime_ns == written
 
 
 def test_evaluation_splits(home, tmp_path, capsys):
