@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
 from os import PathLike
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
 from tdpo_ext import checks
-from tdpo_ext.divergence import KL_DIRECTIONS
 from tdpo_ext.losses import Objective
 
 from .loss.objectives import OBJECTIVES, ObjectiveOptions, TrainedObjective
 from .options import TDPOOptions
 
-_CHOICES = {
-    "variant": tuple(OBJECTIVES),
-    "overlong": ("truncate", "drop"),
-    "shared_prompts": ("auto", "always", "never"),
-    "reference_dtype": ("bfloat16", "float16", "float32", "float8"),
-}
-_SWITCHES = ("disable_dropout", "padding_free", "precompute_reference", "resume_anyway", "remove_unused_columns")
-_OPTIONAL_COUNTS = ("logits_budget", "dataset_num_proc")
 # Options of transformers that work on logits, which this loss never forms, and the value that leaves them unused.
 _NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
-_LEAST = {"max_length": 2, "max_prompt_length": 1, "eval_samples": 0, "eval_sample_tokens": 0}
 
 
 @dataclass
@@ -37,24 +28,14 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
     """
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            checks.choice(name, getattr(self, name), allowed)
+        types = get_type_hints(TDPOOptions)
+        for item in fields(TDPOOptions):
+            _check(item, types[item.name], getattr(self, item.name))
         self.objective_options.check(self.variant)
-        if self.kl_direction is not None:
-            checks.choice("kl_direction", self.kl_direction, KL_DIRECTIONS)
-        for name, least in _LEAST.items():
-            checks.integer(name, getattr(self, name), least=least)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length is {self.max_prompt_length}; it must be below max_length, {self.max_length}"
             )
-        for name in _OPTIONAL_COUNTS:
-            if getattr(self, name) is not None:
-                checks.integer(name, getattr(self, name), least=1)
-        checks.real("kl_warning", self.kl_warning, least=0)
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; True or False is needed")
         columns = self.token_columns
         if columns is not None and not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
             raise TypeError(f"token_columns is {columns!r}; a list of names is needed")
@@ -63,8 +44,6 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         for name, unused in _NO_MEANING.items():
             if getattr(self, name) != unused:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has no meaning for this loss: leave it unset")
-        if self.learning_rate is not None:
-            checks.real("learning_rate", self.learning_rate, least=0)
         super().__post_init__()
 
     @property
@@ -87,3 +66,16 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
             kl_direction=self.kl_direction or named.kl_direction,
             token_columns=tuple(dict.fromkeys([*named.columns, *columns])),
         )
+
+
+def _check(item: Field, kind: Any, value: Any) -> None:
+    """An option's value against its type, and against what is said of it (see `options.option`)."""
+    choices, least = item.metadata.get("choices"), item.metadata["help"].least
+    if value is None and item.default is None:
+        return
+    if choices is not None:
+        checks.choice(item.name, value, choices)
+    if kind is bool and not isinstance(value, bool):
+        raise TypeError(f"{item.name} is {value!r}; True or False is needed")
+    if least is not None:
+        (checks.integer if kind in (int, int | None) else checks.real)(item.name, value, least=least)

@@ -30,14 +30,19 @@ def file_digest(path: Path) -> str:
         return digest(*iter(lambda: file.read(_BLOCK), b""))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically, replacing what was at `path`."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically, replacing what was at `path`."""
     partial = path.with_suffix(".part")
-    with open(partial, "w") as file:
-        json.dump(content, file, indent=1)
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically, replacing what was at `path`."""
+    write_bytes(path, json.dumps(content, indent=1).encode())
 
 
 def read_json(path: Path) -> Any:

@@ -1,47 +1,113 @@
-"""The options of the commands: the trainer's own, the models and the data. Free of torch, so that `--help` is quick."""
+"""The options: those of TDPO, those of transformers' TrainingArguments that matter to it, the models and the data.
+
+Free of torch, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the help text of its command-line flag."""
-    return field(default=default, metadata={"help": help})
+class Help(str):
+    """An option's help text, with what else is to be known of the option: argparsers take no other metadata."""
+
+    identity: bool
+    card: bool | Literal["always"]
+    least: float | None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    identity: bool = False,
+    card: bool | Literal["always"] = False,
+    least: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        default: its default.
+        help: text of its command-line flag.
+        identity: it shapes what is trained: a run that resumes with another value is another run, and a model's README
+            tells a value that is not the default.
+        card: the README tells its value although it has no `identity`, or "always", at its default too.
+        least: the least number allowed.
+        choices: the values allowed.
+    """
+    text = Help(help)
+    text.identity, text.card, text.least = identity, card, least
+    metadata = {"help": text} if choices is None else {"help": text, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class TDPOOptions:
     """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
 
-    beta: float = option(0.1, "Strength of the KL constraint, > 0.")
-    alpha: float = option(0.5, "Weight of the KL difference in tdpo2 and tis_dpo, >= 0.")
-    variant: str = option("tdpo2", "Loss: tdpo2, tdpo1, dpo, ipo, simpo or tis_dpo.")
-    label_smoothing: float = option(0.0, "Probability that a preference is flipped, in [0, 0.5); of dpo.")
-    simpo_gamma: float = option(0.5, "Target margin of simpo, >= 0.")
+    variant: str = option(
+        "tdpo2",
+        "Loss: tdpo2, tdpo1, dpo, ipo, simpo or tis_dpo.",
+        identity=True,
+        card="always",
+        choices=("tdpo2", "tdpo1", "dpo", "ipo", "simpo", "tis_dpo"),
+    )
+    beta: float = option(0.1, "Strength of the KL constraint, > 0.", identity=True, card="always")
+    alpha: float = option(0.5, "Weight of the KL difference in tdpo2 and tis_dpo, >= 0.", identity=True, card="always")
+    label_smoothing: float = option(
+        0.0, "Probability that a preference is flipped, in [0, 0.5); of dpo.", identity=True
+    )
+    simpo_gamma: float = option(0.5, "Target margin of simpo, >= 0.", identity=True)
     kl_direction: str | None = option(
-        None, "KL that the loss sees: forward, of the reference from the policy, or reverse (default: the loss's own)."
+        None,
+        "KL that the loss sees: forward, of the reference from the policy, or reverse (default: the loss's own).",
+        identity=True,
+        choices=("forward", "reverse"),
     )
     token_columns: list[str] | None = option(  # noqa: RUF009
-        None, "Numbers per token in tokenized data that your own objective reads: chosen_NAME and rejected_NAME."
+        None,
+        "Numbers per token in tokenized data that your own objective reads: chosen_NAME and rejected_NAME.",
+        identity=True,
     )
     learning_rate: float | None = option(
-        None, "Initial learning rate (default: 1e-6, or 1e-5 where adapters are trained)."
+        None,
+        "Initial learning rate (default: 1e-6, or 1e-5 where adapters are trained).",
+        identity=True,
+        card="always",
+        least=0,
     )
     kl_warning: float = option(
-        20.0, "Warn once when the mean KL of chosen responses, in nats, exceeds this while training; 0 never warns."
+        20.0,
+        "Warn once when the mean KL of chosen responses, in nats, exceeds this while training; 0 never warns.",
+        least=0,
     )
     router_aux_loss_coef: float | None = option(
-        None, "Weight of the load-balancing loss of a mixture of experts (default: the model's own; 0: none)."
+        None,
+        "Weight of the load-balancing loss of a mixture of experts (default: the model's own; 0: none).",
+        identity=True,
     )
-    logits_budget: int | None = option(None, "Bytes that logits and other temporaries of the loss may take.")
-    disable_dropout: bool = option(True, "Disable the policy's dropout, which the reference doesn't have either.")
+    logits_budget: int | None = option(None, "Bytes that logits and other temporaries of the loss may take.", least=1)
+    disable_dropout: bool = option(
+        True, "Disable the policy's dropout, which the reference doesn't have either.", identity=True
+    )
 
-    max_length: int = option(1024, "Maximum number of tokens of prompt and response together.")
-    max_prompt_length: int = option(512, "Maximum number of tokens of the prompt; its end is kept.")
-    overlong: str = option("truncate", "What to do with rows over these lengths: truncate or drop.")
-    dataset_num_proc: int | None = option(None, "Number of processes that tokenize the data (default: this one).")
+    max_length: int = option(1024, "Maximum number of tokens of prompt and response together.", identity=True, least=2)
+    max_prompt_length: int = option(
+        512, "Maximum number of tokens of the prompt; its end is kept.", identity=True, least=1
+    )
+    overlong: str = option(
+        "truncate",
+        "What to do with rows over these lengths: truncate or drop.",
+        identity=True,
+        choices=("truncate", "drop"),
+    )
+    dataset_num_proc: int | None = option(
+        None, "Number of processes that tokenize the data (default: this one).", least=1
+    )
     padding_free: bool = option(
         False, "Pack the sequences of a batch into one row without padding; needs a model that isolates them."
     )
@@ -49,22 +115,30 @@ class TDPOOptions:
     shared_prompts: str = option(
         "auto",
         "Run a pair's prompt through the models once: auto (where a check shows that they allow it), always or never.",
+        choices=("auto", "always", "never"),
     )
 
     precompute_reference: bool = option(
-        False, "Run the reference once, cache its hidden states on disk and keep only its head in memory."
+        False,
+        "Run the reference once, cache its hidden states on disk and keep only its head in memory.",
+        identity=True,
     )
     reference_cache: str | None = option(
         None, "Folder of the reference's hidden states (default: reference-cache in output_dir)."
     )
     reference_dtype: str = option(
-        "bfloat16", "Precision of the cached hidden states: bfloat16, float16, float32 or, at half the size, float8."
+        "bfloat16",
+        "Precision of the cached hidden states: bfloat16, float16, float32 or, at half the size, float8.",
+        identity=True,
+        choices=("bfloat16", "float16", "float32", "float8"),
     )
 
     eval_samples: int = option(
-        0, "Number of evaluation prompts that policy and reference continue, side by side, at every evaluation."
+        0,
+        "Number of evaluation prompts that policy and reference continue, side by side, at every evaluation.",
+        least=0,
     )
-    eval_sample_tokens: int = option(64, "Maximum number of tokens of such a continuation.")
+    eval_sample_tokens: int = option(64, "Maximum number of tokens of such a continuation.", least=0)
 
     logging_steps: float = option(10, "Log every so many steps; below 1, a share of all steps.")
     resume_anyway: bool = option(
@@ -121,3 +195,73 @@ def require(options: ModelOptions | DataOptions, name: str) -> Any:
     if value is None:
         raise ValueError(f"{name} is missing; give --{name} or put it in the configuration file")
     return value
+
+
+@dataclass
+class CommonOptions:
+    """What most runs set of transformers' options, for `--help`: loading transformers' own takes seconds."""
+
+    output_dir: str | None = option(None, "Folder of checkpoints, logs and the trained model.")
+    num_train_epochs: float = option(3.0, "Number of passes over the data.", card=True)
+    max_steps: int = option(-1, "Number of optimizer steps; above 0 it overrides num_train_epochs.", card=True)
+    per_device_train_batch_size: int = option(8, "Pairs in a batch of a device.", identity=True)
+    per_device_eval_batch_size: int = option(8, "Pairs in an evaluation batch of a device.")
+    gradient_accumulation_steps: int = option(1, "Batches of every optimizer step.", identity=True)
+    optim: str = option(
+        "adamw_torch_fused", "Optimizer: adamw_torch, rmsprop, adafactor, ...", identity=True, card="always"
+    )
+    lr_scheduler_type: str = option(
+        "linear", "Schedule of the learning rate: linear, cosine, constant, ...", identity=True
+    )
+    warmup_steps: float = option(
+        0, "Steps in which the learning rate rises; below 1, a share of all steps.", identity=True
+    )
+    weight_decay: float = option(0.0, "Weight decay.", identity=True)
+    max_grad_norm: float = option(1.0, "Largest norm of the gradient.", identity=True)
+    bf16: bool = option(False, "Compute in bfloat16; weights keep their precision (see dtype).", identity=True)
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass instead of keeping them.")
+    eval_strategy: str = option("no", "When to evaluate while training: no, steps or epoch.")
+    eval_steps: float | None = option(None, "Steps between evaluations (default: logging_steps).")
+    save_strategy: str = option("steps", "When to write checkpoints: no, steps, epoch or best.")
+    save_steps: float = option(500, "Steps between checkpoints; below 1, a share of all steps.")
+    save_total_limit: int | None = option(None, "Number of checkpoints to keep.")
+    train_sampling_strategy: str = option(
+        "random", "Order of the data: random, sequential or group_by_length.", identity=True
+    )
+    report_to: str = option("none", "Where to send logs: none, tensorboard, wandb, ...")
+    seed: int = option(42, "Seed of the data's order, of dropout and of new adapters.", identity=True)
+    use_cpu: bool = option(False, "Train on the CPU although there is an accelerator.")
+
+
+@dataclass
+class RareOptions:
+    """Others of transformers' options that identify a run; transformers documents them."""
+
+    optim_args: str | None = option(None, "Arguments of the optimizer.", identity=True)
+    optim_target_modules: str | None = option(None, "Layers of GaLore and its like.", identity=True)
+    lr_scheduler_kwargs: str | None = option(None, "Arguments of the schedule.", identity=True)
+    adam_beta1: float = option(0.9, "Decay of Adam's first moment.", identity=True)
+    adam_beta2: float = option(0.999, "Decay of Adam's second moment.", identity=True)
+    adam_epsilon: float = option(1e-8, "Adam's epsilon.", identity=True)
+    neftune_noise_alpha: float | None = option(None, "Noise on embeddings.", identity=True)
+    data_seed: int | None = option(None, "Seed of the data's order alone.", identity=True)
+    fp16: bool = option(False, "Compute in float16.", identity=True)
+
+
+def identity_options() -> list[str]:
+    """The options that identify a run.
+
+    Its length (max_steps, num_train_epochs) is none of them, so that a run may be extended or cut short, and neither is
+    what is logged, saved and evaluated.
+    """
+    return [name for name, text in _texts() if text.identity]
+
+
+def card_options() -> dict[str, bool | Literal["always"]]:
+    """The options that say how a model came to be, and not where or how fast; "always" for the most telling ones."""
+    return {name: text.card for name, text in _texts() if text.card or text.identity}
+
+
+def _texts() -> list[tuple[str, Help]]:
+    groups = (TDPOOptions, CommonOptions, RareOptions)
+    return [(item.name, item.metadata["help"]) for group in groups for item in fields(group)]

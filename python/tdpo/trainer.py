@@ -371,6 +371,8 @@ class TDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
+        if self.args.save_total_limit is not None:
+            self._finish_current_push()  # which may read a checkpoint that is removed below
         try:
             with checkpoints.atomic_checkpoint(self.args, self.accelerator, self.state) as self._staging:
                 super()._save_checkpoint(model, trial)
@@ -378,19 +380,39 @@ class TDPOTrainer(Trainer):
                     self.record.write(Path(self._staging, f"checkpoint-{self.state.global_step}"))
         finally:
             self._staging = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            card = model_card(
-                self.args,
-                self.accelerator.unwrap_model(self.model),
-                self.state,
-                data=self.data_name,
-                pairs=None if self.train_dataset is None else len(self.train_dataset),
-                processes=self.accelerator.num_processes,
-            )
-            Path(output_dir or self.args.output_dir, "README.md").write_text(card)
+            Path(output_dir or self.args.output_dir, "README.md").write_text(self.card())
+
+    def create_model_card(self, **details: Any) -> None:
+        """Writes the README of the output folder again, which `push_to_hub` does with what it is told for the hub.
+
+        Args:
+            details: as `runs.model_card.model_card` takes them.
+        """
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(self.card(**details))
+
+    def card(self, **details: Any) -> str:
+        """The README of the policy as it is now; `details` as `runs.model_card.model_card` takes them."""
+        return model_card(
+            self.args,
+            self.accelerator.unwrap_model(self.model),
+            self.state,
+            data=self.data_name,
+            pairs=None if self.train_dataset is None else len(self.train_dataset),
+            processes=self.accelerator.num_processes,
+            **details,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads a checkpoint in the background, once it is where it stays."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _splits_by_name(

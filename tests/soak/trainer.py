@@ -37,7 +37,7 @@ from tdpo.runs import checkpoints
 from trainer_cases import losses, make_preferences, make_trainer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
-reference_cache._ROWS_PER_SAVE = 8  # more moments at which a run can resume
+reference_cache._SHARD_ROWS = 8  # more moments at which a run can resume
 
 
 def make_tokens(rows=160):
@@ -95,7 +95,7 @@ class CacheTarget:
 
     def _interrupt(self):
         shutil.rmtree(self.folder)
-        states, calls = reference_cache._CacheWriter._states, []
+        states, calls = reference_cache._states, []
 
         def interrupted(*arguments):
             calls.append(1)
@@ -103,10 +103,10 @@ class CacheTarget:
                 raise KeyboardInterrupt
             return states(*arguments)
 
-        reference_cache._CacheWriter._states = interrupted
+        reference_cache._states = interrupted
         with contextlib.suppress(KeyboardInterrupt):
             cache_reference(self.folder, self.model, self.tokens, 0)
-        reference_cache._CacheWriter._states = states
+        reference_cache._states = states
 
     def _read(self):
         cache = ReferenceCache.open(self.folder, self.model, self.tokens, "bfloat16")

@@ -12,6 +12,7 @@ import torch
 from damage import flip_bit, random_damage
 from tdpo.files import check_manifest
 from tdpo.runs import checkpoints
+from tdpo.runs.checkpoints import STAGING
 from trainer_cases import losses, make_trainer
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -199,7 +200,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match=r"step 4 could not be written.*No space left.*checkpoint-2"):
         trainer.train()
     assert [path.name for path in Path(tmp_path).glob("checkpoint*")] == ["checkpoint-2"]
-    assert not (tmp_path / ".checkpoint-being-written").exists()
+    assert not (tmp_path / STAGING).exists()
 
 
 def test_checkpoints_rotate_and_keep_the_best(tmp_path):

@@ -14,12 +14,11 @@ from datasets import Dataset, DatasetDict
 from model_families import make_model, make_tokenizer
 from peft import PeftModel
 from tdpo.cli import commands
-from tdpo.cli.help import COMMON
 from tdpo.cli.main import main
 from tdpo.cli.parse import parse_options
 from tdpo.config import TDPOConfig
 from tdpo.models.loading import lora_config
-from tdpo.options import DataOptions, ModelOptions, TDPOOptions
+from tdpo.options import CommonOptions, DataOptions, ModelOptions, RareOptions, TDPOOptions
 from trainer_cases import make_preferences, run_python
 from transformers import AutoModelForCausalLM
 
@@ -75,10 +74,10 @@ def test_cache_then_train(home, tmp_path):
     options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--reference_cache", str(tmp_path / "cache")]
     assert main(["cache-reference", *options]) == 0
     header = json.loads((tmp_path / "cache" / "train" / "header.json").read_text())
-    assert header["done"] == header["rows"] == 24
-    written = (tmp_path / "cache" / "train" / "hidden.bin").stat().st_mtime_ns
+    assert header["rows"] == 24
+    written = (tmp_path / "cache" / "train" / "00000.safetensors").stat().st_mtime_ns
     assert main(["train", *options, "--precompute_reference", "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
-    assert (tmp_path / "cache" / "train" / "hidden.bin").stat().st_mtime_ns == written
+    assert (tmp_path / "cache" / "train" / "00000.safetensors").stat().st_mtime_ns == written
 
 
 def test_evaluation_splits(home, tmp_path, capsys):
@@ -210,6 +209,70 @@ def test_unknown_keys_of_a_file(tmp_path, capsys):
     assert "did you mean 'alpha'" in capsys.readouterr().err
 
 
+YAML = """
+output_dir: {out}
+use_cpu: yes
+beta: 1e-1
+seed: 7
+max_grad_norm: 2
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {{min_lr: 1.0e-6}}
+lora_target_modules: q_proj
+token_columns: [weight]
+report_to: []
+save_strategy: no
+eval_strategy: off
+logging_strategy: steps
+disable_dropout: no
+resume_from_checkpoint: true
+accelerator_config:
+  even_batches: false
+"""
+
+
+def test_values_of_a_file_keep_their_types(tmp_path):
+    (tmp_path / "config.yaml").write_text(YAML.format(out=tmp_path))
+    models, _, args = parse_options("train", "", [str(tmp_path / "config.yaml"), "--seed", "8"])
+    assert (args.beta, args.seed, args.max_grad_norm) == (0.1, 8, 2.0)  # YAML takes 1e-1 for text
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert (models.lora_target_modules, args.token_columns, args.report_to) == (["q_proj"], ["weight"], [])
+    assert (args.save_strategy, args.eval_strategy, args.logging_strategy) == ("no", "no", "steps")
+    assert args.disable_dropout is False
+    assert args.accelerator_config.even_batches is False
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("beta: [0.1]", "config.yaml: beta is [0.1], a list, which it does not take"),
+        ("seed: {a: 1}", "config.yaml: seed is {'a': 1}, a dict, which it does not take"),
+        ("dataset: [a, b]", "config.yaml: dataset is ['a', 'b'], a list"),
+        ("save_strategy: never", "config.yaml: save_strategy is 'never'; allowed are no, steps, epoch, best"),
+        ("optim: true", "config.yaml: optim is 'true'; allowed are adamw_torch, "),
+        ("variant: no", "variant is 'false'; "),
+        ("seed: 1.5", "argument --seed: invalid int value: '1.5'"),
+        ("bf16: maybe", "argument --bf16: Truthy value expected"),
+        ("beta: true", "argument --beta: invalid float value: 'true'"),
+    ],
+)
+def test_values_of_a_file_that_do_not_fit_are_named(line, said, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(f"{line}\noutput_dir: {tmp_path}\nuse_cpu: true\n")
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        parse_options("train", "", [str(tmp_path / "config.yaml")])
+    assert said in f"{raised.value} {capsys.readouterr().err}"
+
+
+def test_resuming_can_be_asked_for_and_refused(home, tmp_path, capsys):
+    options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--save_steps", "2"]
+    assert main(["train", *options, "--resume_from_checkpoint", "true"]) == 2
+    assert "holds no good checkpoint to resume from" in capsys.readouterr().err
+    assert main(["train", *options, "--resume_from_checkpoint", "false"]) == 0
+    assert main(["train", *options, "--resume_from_checkpoint", "true", "--max_steps", "6"]) == 0
+    assert f"Resuming from {tmp_path / 'checkpoint-4'}, at step 4 of 6." in capsys.readouterr().err
+    assert main(["train", *options, "--resume_from_checkpoint", "false"]) == 2
+    assert "resume_from_checkpoint is false, but output_dir" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["full", "lora", "cached_reference", "fsdp2"])
 def test_examples_parse(name, tmp_path):
     example = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
@@ -250,11 +313,11 @@ def test_help_all_lists_every_option_once(capsys):
 
 def test_help_tells_the_true_defaults():
     defaults = {field.name: field.default for field in fields(TDPOConfig)}
-    assert set(COMMON) <= set(defaults)
-    assert not set(COMMON) & {field.name for field in fields(TDPOOptions)}
-    for name, (shown, _) in COMMON.items():
-        default = getattr(defaults[name], "value", defaults[name])
-        assert (shown or None) == (default or None), name  # transformers says None for some switches that are off
+    common = [*fields(CommonOptions), *fields(RareOptions)]
+    assert not {field.name for field in common} & {field.name for field in fields(TDPOOptions)}
+    for field in common:
+        default = getattr(defaults[field.name], "value", defaults[field.name])
+        assert (field.default or None) == (default or None), field.name  # some switches that are off are None
 
 
 def test_a_run_called_again_changes_nothing(home, tmp_path, capsys):

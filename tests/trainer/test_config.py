@@ -1,15 +1,21 @@
 """The trainer's options: the loss that they name, and what is refused, by name."""
 
 import functools
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from model_families import make_model, make_tokenizer
 from tdpo import TDPOConfig, TDPOTrainer
-from transformers import TrainingArguments
+from tdpo.loss.objectives import OBJECTIVES as OBJECTIVES_BY_NAME
+from tdpo.options import TDPOOptions, identity_options
+from tdpo.reference.stored_states import STORED_STATES
+from trainer_cases import make_trainer
+from transformers import HfArgumentParser, TrainingArguments
 
 from tdpo_ext import TokenDivergence, dpo_loss, tdpo_loss
+from tdpo_ext.divergence import KL_DIRECTIONS
 
 OBJECTIVES = {
     "tdpo2": functools.partial(tdpo_loss, beta=0.3, alpha=0.7, variant="tdpo2"),
@@ -118,3 +124,31 @@ def test_bad_arguments_of_the_trainer_are_named(tmp_path):
             TDPOTrainer(**{**good, name: value})
     with pytest.raises(ValueError, match="processing_class"):
         TDPOTrainer(good["model"], args=args)
+
+
+def test_choices_are_what_there_is():
+    choices = {field.name: field.metadata.get("choices") for field in fields(TDPOOptions)}
+    assert choices["variant"] == tuple(OBJECTIVES_BY_NAME)
+    assert choices["kl_direction"] == KL_DIRECTIONS
+    assert set(choices["reference_dtype"]) == set(STORED_STATES)
+
+
+def test_what_identifies_a_run_and_what_a_card_shows_is_said_by_the_options(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, eval_sample_tokens=7)
+    assert "eval_sample_tokens" not in trainer.record.options
+    assert "eval_sample_tokens" not in trainer.card()
+    assert set(identity_options()) <= trainer.record.options.keys()
+    text = next(field.metadata["help"] for field in fields(TDPOOptions) if field.name == "eval_sample_tokens")
+    monkeypatch.setattr(text, "card", True)
+    assert "eval_sample_tokens: 7\n" in trainer.card()
+    monkeypatch.setattr(text, "identity", True)
+    assert trainer.record.options["eval_sample_tokens"] == 7
+    monkeypatch.setattr(text, "least", 8)
+    with pytest.raises(ValueError, match="eval_sample_tokens is 7"):
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, eval_sample_tokens=7)
+
+
+def test_other_parsers_take_the_options(tmp_path):
+    parser = HfArgumentParser(TDPOConfig)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "--variant", "ipo"])
+    assert args.variant == "ipo"

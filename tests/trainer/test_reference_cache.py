@@ -24,6 +24,8 @@ from tdpo.reference import cache as reference_cache
 from tdpo.reference.stored_states import STORED_STATES
 from trainer_cases import losses, make_trainer, run_python
 
+SHARD = "00000.safetensors"
+
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer, preferences):
@@ -111,9 +113,10 @@ def test_float8_keeps_a_scale_of_every_token(tmp_path, tokens):
         scales = expected.abs().amax(dim=1, keepdim=True) / 448
         rounding = (expected.abs() / 16).maximum(scales * 2**-10)  # three bits of mantissa, and its smallest steps
         assert ((stored - expected).abs() <= rounding).all()
-    sizes = [(tmp_path / dtype / "hidden.bin").stat().st_size for dtype in ("float32", "float8")]
     count, width = sum(map(len, exact)), exact[0].shape[1]
-    assert sizes == [count * width * 4, count * (width + 4)]
+    sizes = {dtype: (tmp_path / dtype / SHARD).stat().st_size for dtype in ("float32", "float8")}
+    for dtype, size in {"float32": count * width * 4, "float8": count * (width + 4)}.items():
+        assert size <= sizes[dtype] <= size + 300  # with the shard's own header
 
 
 def test_float8_of_zeros_is_zero():
@@ -125,8 +128,8 @@ def test_float8_of_zeros_is_zero():
 def test_the_size_is_said_beforehand_and_refused_where_the_disk_lacks_room(tmp_path, tokens, monkeypatch, capsys):
     model = make_model("gpt2")
     cache = cache_reference(tmp_path / "fits", model, tokens, 0)
-    size = sum((tmp_path / "fits" / name).stat().st_size for name in ("hidden.bin", "checksums.bin"))
     width = model.config.n_embd
+    size = 2 * width * sum(map(len, responses(cache, tokens)))
     said = capsys.readouterr().err
     assert said.startswith(f"The reference cache {tmp_path / 'fits'} takes {size / 1e9:.2f} GB (")
     assert f"response tokens of {2 * width} bytes" in said.splitlines()[0]
@@ -144,27 +147,30 @@ def test_the_size_is_said_beforehand_and_refused_where_the_disk_lacks_room(tmp_p
 
 def test_an_interrupted_cache_resumes(tmp_path, tokens, monkeypatch):
     model = make_model("gpt2")
-    unbroken = cache_reference(tmp_path / "unbroken", model, tokens, 0, "float32", batch=4)
-    monkeypatch.setattr(reference_cache, "_ROWS_PER_SAVE", 4)
-    crc32, calls = reference_cache.zlib.crc32, []
+    whole = responses(cache_reference(tmp_path / "whole", model, tokens, 0, "float32", batch=2), tokens)
+    monkeypatch.setattr(reference_cache, "_SHARD_ROWS", 4)
+    states, calls = reference_cache._states, []
 
-    def interrupted(data):
+    def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 10:
+        if len(calls) == 6:  # the second half of the third shard
             raise KeyboardInterrupt
-        return crc32(data)
+        return states(*arguments)
 
-    monkeypatch.setattr(reference_cache.zlib, "crc32", interrupted)
+    monkeypatch.setattr(reference_cache, "_states", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cache_reference(tmp_path / "parts", model, tokens, 0, "float32", batch=4)
-    monkeypatch.setattr(reference_cache.zlib, "crc32", crc32)
-    assert json.loads((tmp_path / "parts" / "header.json").read_text())["done"] == 8
+        cache_reference(tmp_path / "parts", model, tokens, 0, "float32", batch=2)
+    monkeypatch.setattr(reference_cache, "_states", states)
+    shards = json.loads((tmp_path / "parts" / "header.json").read_text())["shards"]
+    assert len(shards) == 2
+    left = (tmp_path / "parts" / "reserved.bin").stat().st_size
+    size = sum(map(len, whole)) * model.config.n_embd * 4
+    assert size - sum(size for size, _ in shards) <= left < size
     with pytest.raises(ValueError, match=r"not finished: 8 of 24.*tdpo cache-reference"):
         ReferenceCache.open(tmp_path / "parts", model, tokens, "float32")
-    parts = cache_reference(tmp_path / "parts", model, tokens, 0, "float32", batch=4)
-    for row in range(len(tokens)):
-        for side in ("chosen", "rejected"):
-            assert torch.equal(parts.hidden(row, side), unbroken.hidden(row, side))
+    parts = cache_reference(tmp_path / "parts", model, tokens, 0, "float32", batch=2)
+    assert all(map(torch.equal, responses(parts, tokens), whole))
+    assert not (tmp_path / "parts" / "reserved.bin").exists()
 
 
 def test_stale_and_corrupt_caches_are_refused(tmp_path, tokens, tokenizer, preferences):
@@ -192,7 +198,7 @@ def opened(folder, model, tokens):
     return responses(ReferenceCache.open(folder, model, tokens, "bfloat16"), tokens)
 
 
-@pytest.mark.parametrize("name", ["header.json", "checksums.bin", "hidden.bin"])
+@pytest.mark.parametrize("name", ["header.json", SHARD])
 def test_flipped_bits_are_detected_or_harmless(name, tmp_path, tokens):
     model, tokens = make_model("gpt2"), tokens.select(range(6))
     folder = tmp_path / "cache"
@@ -218,23 +224,21 @@ def test_flipped_bits_are_detected_or_harmless(name, tmp_path, tokens):
         ("header.json", b"", r"header.json is damaged: it is not valid JSON"),
         ("header.json", b"[]", r"header.json is damaged"),
         ("header.json", b"\xff{}", r"header.json is damaged"),
-        ("checksums.bin", b"", "checksums.bin has 0 bytes, not 96"),
-        ("checksums.bin", bytes(96), "checksums.bin does not match the header"),
-        ("checksums.bin", None, "checksums.bin is missing"),
-        ("hidden.bin", b"", "hidden.bin has 0 bytes, not"),
-        ("hidden.bin", None, "hidden.bin is missing"),
+        (SHARD, b"", f"{SHARD} has 0 bytes, not"),
+        (SHARD, "zeros", f"{SHARD} does not match its digest"),
+        (SHARD, None, f"{SHARD} is missing"),
     ],
 )
 def test_damaged_files_are_named(name, content, message, tmp_path, tokens):
     model = make_model("gpt2")
     cache_reference(tmp_path, model, tokens, 0)
-    if content is None:
-        (tmp_path / name).unlink()
-    else:
-        (tmp_path / name).write_bytes(content)
+    size = (tmp_path / name).stat().st_size
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(bytes(size) if content == "zeros" else content)
     for use in (ReferenceCache.open, cache_reference):
         with pytest.raises(ValueError, match=f"corrupt: .*{message}.*tdpo cache-reference"):
-            use(tmp_path, model, tokens, *([0] if use is cache_reference else []), "bfloat16")
+            use(tmp_path, model, tokens, *([0] if use is cache_reference else []), "bfloat16").hidden(3, "chosen")
 
 
 def test_the_fingerprint_covers_both_responses_and_the_prompt(tmp_path, tokens):
@@ -274,9 +278,9 @@ def test_a_full_disk_is_a_clear_error_and_the_cache_resumes(tmp_path, tokens, mo
         reserve(descriptor, offset, size)
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"No space left on device: [\d,]+ bytes are needed: .*hidden.bin"):
+    with pytest.raises(OSError, match=r"No space left on device: [\d,]+ bytes are needed: .*reserved.bin"):
         cache_reference(tmp_path, model, tokens, 0)
-    assert not (tmp_path / "hidden.bin").exists()
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     expected = responses(cache_reference(tmp_path / "other", model, tokens, 0), tokens)
     cache_reference(tmp_path, model, tokens, 0)

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from model_families import make_model
-from tdpo.runs.checkpoints import last_checkpoint
+from tdpo.runs.checkpoints import STAGING, last_checkpoint
 from trainer_cases import losses, make_trainer, run_python
 
 
@@ -76,11 +76,11 @@ def unbroken(tmp_path_factory):
 def test_killed_and_resumed(when, killed, unbroken):
     out = killed / when
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3"]
-    assert (out / ".checkpoint-being-written").exists() == (when == "checkpoint")
+    assert (out / STAGING).exists() == (when == "checkpoint")
     assert last_checkpoint(out) == str(out / "checkpoint-3")
     trainer = make_saving_trainer(out)
     trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == unbroken
     state = json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["global_step"] == 8
-    assert not (out / ".checkpoint-being-written").exists()
+    assert not (out / STAGING).exists()

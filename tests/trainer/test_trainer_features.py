@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from model_families import make_model
 from peft import LoraConfig, PeftModel
 from tdpo.loss import preference_loss as loss
@@ -150,16 +151,16 @@ def test_the_budget_reaches_the_fused_loss(tmp_path, monkeypatch):
 
 
 def test_model_cards(tmp_path):
-    for variant, alpha in {"tdpo2": "alpha: 0.7\n", "tdpo1": "", "dpo": ""}.items():
-        own = {"alpha": 0.7} if alpha else {}
+    for variant, own in {"tdpo2": {"alpha": 0.7}, "tdpo1": {}, "dpo": {}}.items():
         trainer = make_trainer(tmp_path, variant=variant, beta=0.2, warmup_steps=3, **own)
         trainer.save_model()
         card = (tmp_path / "README.md").read_text()
-        options = (
-            f"variant: {variant}\nbeta: 0.2\n{alpha}learning_rate: 0.001\nwarmup_steps: 3\noptim: adamw_torch_fused\n"
-        )
-        assert options in card
-        assert "weight_decay" not in card  # at its default
+        assert f"variant: {variant}\nbeta: 0.2\n" in card
+        options = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+        lengths = {"max_length": 40, "max_prompt_length": 16, "max_steps": 6, "per_device_train_batch_size": 4}
+        schedule = {"learning_rate": 0.001, "warmup_steps": 3, "optim": "adamw_torch_fused"}
+        # Others, such as weight_decay, are at their defaults.
+        assert options == {"variant": variant, "beta": 0.2, **own, **schedule, **lengths}
         assert "2404.11999" in card
         assert "base_model" not in card
         assert "given in memory` on `preference pairs given in memory` (24 pairs)" in card

@@ -9,6 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..config import TDPOConfig
 from ..data.load import load_preferences
 from ..data.tokenize import padding_token, tokenize_preferences
 from ..files import read_json
@@ -46,15 +47,16 @@ def train(options: Options) -> None:
         raise ValueError("merge_adapters is True, but there are no adapters to merge; set lora_r too")
     if models.merge_adapters and is_deepspeed_zero3_enabled():
         raise ValueError("merge_adapters is True, but ZeRO-3 partitions every model that is loaded: merge afterwards")
+    out = Path(args.output_dir)
+    interrupted = bool(checkpoints.checkpoints_of(out))
+    resume = _checkpoint_wanted(args, interrupted)
     preferences = load_preferences(require(data, "dataset"), data.split)
     evaluation = None if data.eval_dataset is None else load_preferences(data.eval_dataset, data.eval_split)
     trainer = _trainer(options, train_dataset=preferences, eval_dataset=evaluation)
     trainer.data_name = data.dataset
-    out = Path(args.output_dir)
-    interrupted = bool(checkpoints.checkpoints_of(out))
     saved = _finished_without_checkpoints(trainer) if not interrupted else 0
     if not saved:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or interrupted)
+        trainer.train(resume_from_checkpoint=resume)
         saved = trainer.was_finished and _saved_steps(out) == trainer.state.global_step and trainer.state.global_step
     if saved:
         print(f"{out} holds a finished run of {saved} steps: nothing was trained or changed")
@@ -68,6 +70,22 @@ def train(options: Options) -> None:
         _save_merged(models, out)
         trainer.processing_class.save_pretrained(out / "merged")
     print(f"saved {out}")
+
+
+def _checkpoint_wanted(args: TDPOConfig, interrupted: bool) -> str | bool:
+    """A checkpoint's path, True for the newest, or False for none.
+
+    Raises:
+        ValueError: none is wanted, but output_dir holds some, which the run would overwrite.
+    """
+    wanted: str | bool | None = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "true":
+        return interrupted if wanted is None else True
+    if str(wanted).lower() != "false":
+        return wanted
+    if interrupted:
+        raise ValueError(f"resume_from_checkpoint is false, but output_dir, {args.output_dir}, holds checkpoints")
+    return False
 
 
 def _save_merged(models: ModelOptions, out: Path) -> None:

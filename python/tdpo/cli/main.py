@@ -6,8 +6,6 @@ import argparse
 import os
 import signal
 import sys
-from dataclasses import fields
-from typing import Any
 
 _COMMANDS = {
     "train": "train a policy on preference pairs",
@@ -24,41 +22,22 @@ _DESCRIPTIONS = {
 }
 
 
-def _add_flags(parser: argparse.ArgumentParser, options: type) -> None:
-    """Adds a flag for every field of a dataclass, with the field's help and default."""
-    for field in fields(options):
-        default: Any = field.default
-        several = isinstance(default, tuple)
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type(default[0]) if several else type(default),
-            nargs="+" if several else None,
-            default=list(default) if several else default,
-            help=f"{field.metadata['help']} (default: %(default)s{_of_scratch(field.name)})",
-        )
-
-
-def _of_scratch(name: str) -> str:
-    """What the help adds to a default that is another one for the demo's model from scratch."""
-    from ..demo.settings import SCRATCH
-
-    return f"; with --model scratch: {SCRATCH[name]}" if name in SCRATCH else ""
-
-
 def _demo(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
     from ..demo.settings import FROM_SCRATCH, SCRATCH, DemoSettings
 
-    parser = argparse.ArgumentParser(
+    parser = HfArgumentParser(
+        DemoSettings,
         prog="tdpo demo",
         description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 at small scale, on IMDb "
         "reviews: a classifier as reward, preference pairs sampled from SmolLM2, then DPO, TDPO1 and TDPO2 with LoRA "
         "from the same start. Interrupted, it resumes from the last finished stage or checkpoint when run again.",
+        epilog=f"With --model scratch the defaults are {', '.join(f'{k} {v}' for k, v in SCRATCH.items())}.",
     )
-    _add_flags(parser, DemoSettings)
     if parser.parse_known_args(arguments)[0].model == FROM_SCRATCH:
         parser.set_defaults(**SCRATCH)
-    options = vars(parser.parse_args(arguments))
-    settings = DemoSettings(**{**options, "methods": tuple(options["methods"])})
+    (settings,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     from ..demo.experiment import run
 
     run(settings)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import UnionType
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -43,23 +45,22 @@ def parse_options(command: str, description: str, arguments: list[str]) -> Optio
     from ..config import TDPOConfig
 
     option_classes = (ModelOptions, DataOptions, TDPOConfig)
-    parser = HfArgumentParser(option_classes, prog=f"tdpo {command}", description=description)
-    parser.usage = usage(command)
-    names = [field.name for option_class in option_classes for field in fields(option_class) if field.init]
-    flags = arguments
+    parser = HfArgumentParser(option_classes, prog=f"tdpo {command}", usage=usage(command), description=description)
+    hints = {name: kind for options in option_classes for name, kind in get_type_hints(options).items()}
+    kinds = {item.name: hints[item.name] for options in option_classes for item in fields(options) if item.init}
     if arguments and not arguments[0].startswith("-"):
-        # The file's options come first: where a flag is given twice, argparse takes the last.
-        flags = _flags_of_file(Path(arguments[0]), names) + arguments[1:]
-    for flag in flags:
+        path, *arguments = arguments
+        parser.set_defaults(**_options_of_file(Path(path), kinds))
+    known = [*kinds, *(f"no_{name}" for name in kinds)]
+    for flag in arguments:
         if flag.startswith("--"):
             flag = flag[2:].split("=")[0]
-            known = [*names, *(f"no_{name}" for name in names)]
             _check_known(flag.replace("-", "_"), known, f"unknown flag --{flag}")
-    return Options._make(parser.parse_args_into_dataclasses(flags))
+    return Options._make(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False))
 
 
-def _flags_of_file(path: Path, names: list[str]) -> list[str]:
-    """A YAML file of options as command-line flags."""
+def _options_of_file(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The options of a YAML file, as defaults that flags override."""
     if not path.is_file():
         raise ValueError(f"the configuration file {path} does not exist")
     try:
@@ -69,22 +70,30 @@ def _flags_of_file(path: Path, names: list[str]) -> list[str]:
         raise ValueError(f"the configuration file {path} is not valid YAML: {reason}") from error
     if not isinstance(options, dict):
         raise ValueError(f"the configuration file {path} holds no mapping of options to values")
-    flags = []
-    for name, value in options.items():
-        _check_known(name, names, f"{path}: unknown option {name!r}")
-        flags += to_flags(name, value)
-    return flags
+    for name in options:
+        _check_known(name, list(kinds), f"{path}: unknown option {name!r}")
+    return {
+        name: _default(f"{path}: {name}", kinds[name], value) for name, value in options.items() if value is not None
+    }
 
 
-def to_flags(name: str, value: Any) -> list[str]:
-    """An option of a YAML file as command-line arguments."""
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    if isinstance(value, dict):
-        return [f"--{name}", yaml.safe_dump(value, default_flow_style=True).strip()]
-    return [f"--{name}", str(value)]
+def _default(name: str, kind: Any, value: Any) -> Any:
+    """A value of a YAML file for an option of type `kind`: lists and mappings as they are, what a flag takes as text.
+
+    argparse converts text that is a default as it does a flag's.
+    """
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    types = [member for member in (get_origin(member) or member for member in members) if isinstance(member, type)]
+    choices = [choice.value for enumeration in types if issubclass(enumeration, Enum) for choice in enumeration]
+    if isinstance(value, bool) and bool not in types:  # YAML takes `no` and `off` for a boolean
+        value = "no" if not value and "no" in choices else str(value).lower()
+    if choices and value not in choices:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}")
+    if list in types and str not in types and not isinstance(value, list):
+        value = [value]
+    if isinstance(value, (list, dict)) and type(value) not in types:
+        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}, which it does not take")
+    return value if isinstance(value, (list, dict, bool)) else str(value)
 
 
 def _check_known(name: str, names: list[str], message: str) -> None:

@@ -50,7 +50,7 @@ class DemoSettings:
     )
     seed: int = option(0, "seed of all random numbers")
     reviews: int = option(15_000, "IMDb reviews to use, of the 25,000 that there are")
-    methods: tuple[str, ...] = option(METHODS, "losses to compare: dpo, tdpo1, tdpo2")
+    methods: list[str] = option(list(METHODS), "losses to compare: dpo, tdpo1, tdpo2")  # noqa: RUF009
     lora_r: int = option(16, "rank of the LoRA adapters that are trained; 0 trains the whole model")
     pretrain_steps: int = option(0, "steps of 32 x 64 tokens for the model from scratch")
     prompts: int = option(200, "prompts for which preference pairs are sampled")

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -107,8 +108,8 @@ class DatasetMeans:
         table = self._gather(torch.stack([torch.cat(entries) for entries in self._tables.values()], 1), padding=0)
         names = list(self._tables)
         self._rows, self._tables = [], defaultdict(list)
-        first = {row: position for position, row in reversed(list(enumerate(rows.tolist()))) if row >= 0}
-        return _means(names, table[sorted(first.values())].sum(0))
+        numbers, first = np.unique(rows.cpu().numpy(), return_index=True)
+        return _means(names, table[first[numbers >= 0]].sum(0))
 
     def _gather(self, values: Tensor, padding: int) -> Tensor:
         """The entries of all processes, of which some may have fewer."""

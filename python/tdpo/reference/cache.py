@@ -1,46 +1,48 @@
 """The reference's hidden states on disk: computed once, after which only the reference's head is needed.
 
-A cache is a folder of plain arrays with a JSON header; nothing in it is ever unpickled:
+A cache is a folder; nothing in it is ever unpickled:
 
-    header.json    fingerprints of the reference and the data, sizes, the number of rows done, the digest of their
-                   checksums, and a digest of all that
-    hidden.bin     the last hidden states that predict the response tokens, (tokens, D), each token as stored_states.py
-                   packs it: of every row the chosen response before the rejected one
-    checksums.bin  uint32 (rows): CRC-32 of a row's bytes in hidden.bin, checked whenever the row is read
+    header.json        fingerprints of the reference and the data, sizes, the size and digest of every shard that is
+                       done, and a digest of all that
+    00000.safetensors  a shard: the last hidden states that predict the response tokens of 64 rows, (tokens, D), as
+                       stored_states.py packs them: of every row the chosen response before the rejected one
 
-Where a response begins in hidden.bin is not stored: the tokenized data, which a cache is opened with, say it.
+Where a response begins in its shard is not stored: the tokenized data, which a cache is opened with, say it.
 
-It is written row by row; an interrupted run resumes at the last row that the header counts. A cache of other weights,
-other tokens or another precision, stored or computed in (that of autocast, where it is on), is refused, and so is a
-truncated or corrupt one.
+It is written shard by shard; an interrupted run resumes after the last one that the header lists. A process compares a
+shard with its digest before it first reads from it. A cache of other weights, other tokens or another precision, stored
+or computed in (that of autocast, where it is on), is refused, and so is a truncated or corrupt one.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import sys
-import zlib
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.collator import PreferenceCollator
+from ..data.rows import RESPONSES
 from ..data.tokenize import tokens_digest
-from ..files import allocate, digest, read_sealed, write_sealed
+from ..files import allocate, digest, file_digest, read_sealed, write_bytes, write_sealed
 from ..models.causal_lm import CausalLM, unwrap_peft
 from .stored_states import STORED_STATES, StoredStates
 
-FORMAT = 3
-_CHECKSUM = np.dtype("<u4")
-_ROWS_PER_SAVE = 64  # rows between two updates of the header
-_ROWS_PER_COUNT = 256  # rows whose response tokens are counted at a time
+FORMAT = 4
+_SHARD_ROWS = 64
+_RESERVED = "reserved.bin"  # holds the space of the shards that are not done
 
 
 # What a cache was made from, under the names that header.json and messages use.
@@ -54,8 +56,7 @@ class Header(Source):
 
     rows: int
     width: int
-    done: int
-    checksums: str  # digest of the checksums of the rows done
+    shards: list[tuple[int, str]]  # bytes and digest of every one that is done
 
 
 def _source(model: nn.Module, dataset: Dataset, dtype: str) -> Source:
@@ -79,14 +80,11 @@ def _check_source(folder: str | Path, header: Header, source: Source) -> None:
 
 
 def _response_offsets(dataset: Dataset) -> np.ndarray:
-    """Where each response begins in hidden.bin, (2 rows + 1), and where the last one ends."""
-    collate = PreferenceCollator(pad_token_id=0, padding_free=True)  # it decides which response tokens count
-    lengths = [np.zeros(1, dtype=np.int64)]
-    for first in range(0, len(dataset), _ROWS_PER_COUNT):
-        rows = [dataset[row] for row in range(first, min(first + _ROWS_PER_COUNT, len(dataset)))]
-        chosen, rejected = collate(rows)["cu_seqlens"].diff().view(2, -1)
-        lengths.append(torch.stack([chosen, rejected], dim=1).flatten().numpy())
-    return np.concatenate(lengths).cumsum()
+    """Where each response begins among all response tokens that something predicts, (2 rows + 1), and the end."""
+    columns = dataset.select_columns(["prompt_ids", *(f"{side}_ids" for side in RESPONSES)])
+    # Nothing predicts the first token of a sequence without a prompt.
+    lengths = [len(row[f"{side}_ids"]) - (not row["prompt_ids"]) for row in columns for side in RESPONSES]
+    return np.array([0, *accumulate(lengths)])
 
 
 class ReferenceCache:
@@ -99,9 +97,8 @@ class ReferenceCache:
 
     def __init__(self, folder: str | Path, header: Header, offsets: np.ndarray):
         self.folder, self.header, self._offsets = Path(folder), header, offsets
-        _check_size(self.folder / "hidden.bin", _hidden_bytes(header, offsets))
-        self._checksums = _read_checksums(self.folder, header)
-        self._hidden = _map_hidden(self.folder, header, offsets, "r")
+        self._checked: set[int] = set()  # shards
+        _check_sizes(self.folder, header)
 
     @classmethod
     def open(cls, folder: str | Path, model: nn.Module, dataset: Dataset, dtype: str) -> ReferenceCache:
@@ -110,17 +107,21 @@ class ReferenceCache:
         if header is None:
             raise ValueError(_with_advice(folder, "does not exist"))
         _check_source(folder, header, _source(model, dataset, dtype))
-        if header["done"] != header["rows"]:
-            raise ValueError(_with_advice(folder, f"is not finished: {header['done']} of {header['rows']} rows"))
+        if _rows_done(header) < header["rows"]:
+            raise ValueError(_with_advice(folder, f"is not finished: {_rows_done(header)} of {header['rows']} rows"))
         return cls(folder, header, _response_offsets(dataset))
 
     def hidden(self, row: int, side: str) -> Tensor:
-        """The hidden states of one response, (tokens, D), after a check of the row's checksum."""
-        begin, middle, end = (int(offset) for offset in self._offsets[2 * row : 2 * row + 3])
-        if zlib.crc32(self._hidden[begin:end].tobytes()) != self._checksums[row]:
-            raise ValueError(_with_advice(self.folder, f"is corrupt: row {row} does not match its checksum"))
-        stored = self._hidden[begin:middle] if side == "chosen" else self._hidden[middle:end]
-        return _storage(self.header).unpack(stored)
+        """The hidden states of one response, (tokens, D)."""
+        number, sequence = row // _SHARD_ROWS, 2 * row + RESPONSES.index(side)
+        path, first = _shard(self.folder, number), self._offsets[2 * _SHARD_ROWS * number]
+        if number not in self._checked:
+            if file_digest(path) != self.header["shards"][number][1]:
+                raise ValueError(_with_advice(self.folder, f"is corrupt: {path.name} does not match its digest"))
+            self._checked.add(number)
+        begin, end = (int(offset - first) for offset in self._offsets[sequence : sequence + 2])
+        with safe_open(path, framework="pt") as file:
+            return _storage(self.header).unpack({name: file.get_slice(name)[begin:end] for name in file.offset_keys()})
 
 
 def cache_reference(
@@ -151,127 +152,106 @@ def cache_reference(
         **source,
         "rows": len(dataset),
         "width": reference.weight.shape[1],
-        "done": 0,
-        "checksums": digest(),
+        "shards": [],
     }
     existing = _read_header(folder)
     if existing is not None:
         _check_source(folder, existing, source)
         header = existing
     offsets = _response_offsets(dataset)
-    if existing is None or existing["done"] < existing["rows"]:
-        writer = _CacheWriter(folder, header, dataset, offsets, PreferenceCollator(pad_token_id))
-        if existing is None:
-            writer.allocate()
-        writer.fill(reference, batch)
+    if existing is None:
+        _reserve(folder, header, offsets)
+        write_sealed(folder / "header.json", dict(header))
+    if existing is None or _rows_done(header) < header["rows"]:
+        _fill(folder, header, dataset, offsets, reference, PreferenceCollator(pad_token_id), batch)
     return ReferenceCache(folder, header, offsets)
 
 
-class _CacheWriter:
-    """Writes a cache; `header` counts the rows that are done."""
+def _reserve(folder: Path, header: Header, offsets: np.ndarray) -> None:
+    """Says how much space the cache takes, and reserves it in a file that shrinks as the shards are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*folder.glob("*.safetensors"), folder / _RESERVED]:
+        path.unlink(missing_ok=True)  # without a header it is what a killed process left
+    size, free = _bytes_after(0, header, offsets), shutil.disk_usage(folder).free
+    print(
+        f"The reference cache {folder} takes {size / 1e9:,.2f} GB ({int(offsets[-1]):,} response tokens of "
+        f"{_storage(header).bytes_per_token(header['width']):,} bytes); {free / 1e9:,.2f} GB are free.",
+        file=sys.stderr,
+        flush=True,
+    )
+    if size > free:
+        raise OSError(errno.ENOSPC, f"the cache needs {size:,} bytes, but {free:,} are free", str(folder))
+    allocate(folder / _RESERVED, size)
 
-    def __init__(
-        self, folder: Path, header: Header, dataset: Dataset, offsets: np.ndarray, collate: PreferenceCollator
-    ):
-        self.folder, self.header, self.dataset = folder, header, dataset
-        self.offsets, self.collate = offsets, collate
 
-    def allocate(self) -> None:
-        """Creates the files at their full sizes, the header last."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sizes = {
-            self.folder / "checksums.bin": _CHECKSUM.itemsize * self.header["rows"],
-            self.folder / "hidden.bin": _hidden_bytes(self.header, self.offsets),
-        }
-        for path in sizes:
-            path.unlink(missing_ok=True)  # without a header it is what a killed process left
-        self._check_space(sum(sizes.values()))
-        for path, size in sizes.items():
-            allocate(path, size)
-        self._save_header()
-
-    def _check_space(self, size: int) -> None:
-        free, tokens = shutil.disk_usage(self.folder).free, int(self.offsets[-1])
-        token_bytes = _storage(self.header).bytes_per_token(self.header["width"])
-        print(
-            f"The reference cache {self.folder} takes {size / 1e9:,.2f} GB ({tokens:,} response tokens of "
-            f"{token_bytes:,} bytes); {free / 1e9:,.2f} GB are free.",
-            file=sys.stderr,
-            flush=True,
-        )
-        if size > free:
-            raise OSError(errno.ENOSPC, f"the cache needs {size:,} bytes, but {free:,} are free", str(self.folder))
-
-    @torch.no_grad()
-    def fill(self, reference: CausalLM, batch: int) -> None:
-        """Runs the reference over the rows that are not done, `batch` at a time."""
-        _check_size(self.folder / "hidden.bin", _hidden_bytes(self.header, self.offsets))
-        hidden = _map_hidden(self.folder, self.header, self.offsets, "r+")
-        done_checksums = hashlib.blake2b(_read_checksums(self.folder, self.header).tobytes(), digest_size=16)
-        checksums = np.memmap(self.folder / "checksums.bin", dtype=_CHECKSUM, mode="r+")
-        total, saved = self.header["rows"], self.header["done"]
-        was_training = reference.model.training
-        reference.model.eval()
-        with tqdm(total=total, initial=saved, desc="Caching the reference") as progress:
-            for first in range(saved, total, batch):
-                rows = range(first, min(total, first + batch))
-                for row, states in zip(rows, self._states(reference, rows)):
-                    stored = hidden[self.offsets[2 * row] : self.offsets[2 * row + 2]]
-                    stored[:] = states
-                    checksums[row] = zlib.crc32(stored.tobytes())
+@torch.no_grad()
+def _fill(
+    folder: Path,
+    header: Header,
+    dataset: Dataset,
+    offsets: np.ndarray,
+    reference: CausalLM,
+    collate: PreferenceCollator,
+    batch: int,
+) -> None:
+    """Runs the reference over the rows of the shards that are not done, `batch` rows at a time."""
+    _check_sizes(folder, header)
+    total, was_training = header["rows"], reference.model.training
+    reference.model.eval()
+    with tqdm(total=total, initial=_rows_done(header), desc="Caching the reference") as progress:
+        while (done := _rows_done(header)) < total:
+            end, parts = min(total, done + _SHARD_ROWS), []
+            for first in range(done, end, batch):
+                rows = range(first, min(end, first + batch))
+                parts.append(_states(reference, collate([dataset[row] for row in rows]), _storage(header)))
                 progress.update(len(rows))
-                if rows.stop == total or rows.stop // _ROWS_PER_SAVE != rows.start // _ROWS_PER_SAVE:
-                    hidden.flush()
-                    checksums.flush()
-                    done_checksums.update(checksums[self.header["done"] : rows.stop].tobytes())
-                    self.header["done"], self.header["checksums"] = rows.stop, done_checksums.hexdigest()
-                    self._save_header()
-        reference.model.train(was_training)
+            content = save({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            if (folder / _RESERVED).exists():
+                os.truncate(folder / _RESERVED, _bytes_after(end, header, offsets))
+            write_bytes(_shard(folder, len(header["shards"])), content)
+            header["shards"].append((len(content), digest(content)))
+            write_sealed(folder / "header.json", dict(header))
+    (folder / _RESERVED).unlink(missing_ok=True)
+    reference.model.train(was_training)
 
-    def _states(self, reference: CausalLM, rows: range) -> list[np.ndarray]:
-        """The packed hidden states of each row's responses, chosen before rejected."""
-        batch = self.collate([self.dataset[row] for row in rows])
-        device, storage = reference.weight.device, _storage(self.header)
-        tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-        hidden = reference.hidden(**tensors)
-        states = storage.pack(hidden.flatten(0, 1)[batch["rows"].to(device)])
-        sequences = np.split(states, np.cumsum(batch["row_lengths"])[:-1])  # chosen of all rows, then rejected
-        return [np.concatenate(pair) for pair in zip(sequences[: len(rows)], sequences[len(rows) :])]
 
-    def _save_header(self) -> None:
-        write_sealed(self.folder / "header.json", dict(self.header))
+def _states(reference: CausalLM, batch: dict[str, Any], storage: StoredStates) -> dict[str, Tensor]:
+    """The hidden states of the responses as they are stored: of every row the chosen one before the rejected one."""
+    device = reference.weight.device
+    tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    sequences = tensors["rows"].split(batch["row_lengths"])  # chosen of all rows, then rejected
+    pairs = len(sequences) // 2
+    places = torch.cat([torch.cat(pair) for pair in zip(sequences[:pairs], sequences[pairs:])])
+    return storage.pack(reference.hidden(**tensors).flatten(0, 1)[places])
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def _rows_done(header: Header) -> int:
+    return min(header["rows"], len(header["shards"]) * _SHARD_ROWS)
 
 
 def _storage(header: Header) -> StoredStates:
     return STORED_STATES[header["dtype"]]
 
 
-def _hidden_bytes(header: Header, offsets: np.ndarray) -> int:
-    return int(offsets[-1]) * _storage(header).bytes_per_token(header["width"])
+def _bytes_after(row: int, header: Header, offsets: np.ndarray) -> int:
+    """The bytes of the hidden states of `row` and all later rows."""
+    return int(offsets[-1] - offsets[2 * row]) * _storage(header).bytes_per_token(header["width"])
 
 
-def _check_size(path: Path, size: int) -> None:
+def _check_sizes(folder: Path, header: Header) -> None:
     """Before a file is mapped: to read a mapping beyond the file's end would kill the process."""
-    if not path.is_file():
-        raise ValueError(_with_advice(path.parent, f"is corrupt: {path.name} is missing"))
-    if path.stat().st_size != size:
-        raise ValueError(
-            _with_advice(path.parent, f"is corrupt: {path.name} has {path.stat().st_size:,} bytes, not {size:,}")
-        )
-
-
-def _map_hidden(folder: Path, header: Header, offsets: np.ndarray, mode: Literal["r", "r+"]) -> np.memmap:
-    shape = (int(offsets[-1]), _storage(header).bytes_per_token(header["width"]))
-    return np.memmap(folder / "hidden.bin", dtype=np.uint8, mode=mode, shape=shape)
-
-
-def _read_checksums(folder: Path, header: Header) -> np.ndarray:  # uint32 (rows done)
-    path = folder / "checksums.bin"
-    _check_size(path, _CHECKSUM.itemsize * header["rows"])
-    checksums = np.fromfile(path, dtype=_CHECKSUM, count=header["done"])
-    if digest(checksums) != header["checksums"]:
-        raise ValueError(_with_advice(folder, f"is corrupt: {path.name} does not match the header"))
-    return checksums
+    for number, (size, _) in enumerate(header["shards"]):
+        path = _shard(folder, number)
+        if not path.is_file():
+            raise ValueError(_with_advice(folder, f"is corrupt: {path.name} is missing"))
+        if path.stat().st_size != size:
+            raise ValueError(
+                _with_advice(folder, f"is corrupt: {path.name} has {path.stat().st_size:,} bytes, not {size:,}")
+            )
 
 
 def _read_header(folder: str | Path) -> Header | None:

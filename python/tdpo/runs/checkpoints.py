@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..files import check_manifest, write_manifest
 from ..models.sharding import local_values
 
-STAGING = ".checkpoint-being-written"
+STAGING = "_checkpoint-being-written"  # a name that uploads to a hub leave out
 
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:

@@ -12,6 +12,7 @@ from transformers import TrainerState
 
 from ..config import TDPOConfig
 from ..loss.objectives import OBJECTIVES
+from ..options import card_options
 
 CITATION = """@inproceedings{zeng2024tdpo,
   title     = {Token-level Direct Preference Optimization},
@@ -19,19 +20,23 @@ CITATION = """@inproceedings{zeng2024tdpo,
   booktitle = {International Conference on Machine Learning},
   year      = {2024}
 }"""
-# Options that say how a model came to be; the others say where, or how fast.
-_OPTIONS = (
-    *("variant", "beta", "alpha", "label_smoothing", "simpo_gamma", "kl_direction"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("max_length", "max_prompt_length", "overlong", "bf16", "fp16", "seed"),
-)
-_ALWAYS = ("variant", "beta", "alpha", "learning_rate", "optim")
 _METRICS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected")
 
 
 def model_card(
-    args: TDPOConfig, model: nn.Module, state: TrainerState, *, data: str | None, pairs: int | None, processes: int
+    args: TDPOConfig,
+    model: nn.Module,
+    state: TrainerState,
+    *,
+    data: str | None,
+    pairs: int | None,
+    processes: int,
+    finetuned_from: str | None = None,
+    tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    model_name: str | None = None,
 ) -> str:
     """Markdown: the base model, the data, the options, the final metrics, and the paper to cite.
 
@@ -39,11 +44,23 @@ def model_card(
         model: the policy, unwrapped.
         data, pairs: name and size of the training data, as far as they are known.
         processes: how many trained.
+        finetuned_from: the base model (default: the name in the model's configuration).
+        tags, dataset, language, license, model_name: for a hub, beside the tags of every such model.
     """
-    base = getattr(model.config, "_name_or_path", "")
-    front = {"library_name": "transformers", "tags": ["tdpo", "preference-optimization"]}
-    if base:
-        front["base_model"] = base
+    base = finetuned_from or getattr(model.config, "_name_or_path", "")
+    more_tags = [tags] if isinstance(tags, str) else tags or []
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": list(dict.fromkeys(["tdpo", "preference-optimization", *more_tags])),
+    }
+    for_hub = {
+        "base_model": base,
+        "datasets": dataset,
+        "language": language,
+        "license": license,
+        "model_name": model_name,
+    }
+    front |= {name: value for name, value in for_hub.items() if value}
     options = dict(_options(args))
     for adapters in getattr(model, "peft_config", {}).values():
         front["library_name"] = "peft"
@@ -66,11 +83,11 @@ def model_card(
 def _options(args: TDPOConfig) -> Iterator[tuple[str, Any]]:
     """The options that differ from their defaults, and the most telling ones, as a person writes them."""
     defaults = {field.name: field.default for field in fields(TDPOConfig)}
-    for name in _OPTIONS:
+    for name, shown in card_options().items():
         value, default = (getattr(of, "value", of) for of in (getattr(args, name), defaults[name]))
         if name == "alpha" and "alpha" not in OBJECTIVES[args.variant].options:
             continue
-        if name in _ALWAYS or value != default:
+        if shown == "always" or value != default:
             yield name, value
 
 

@@ -14,20 +14,10 @@ from ..config import TDPOConfig
 from ..data.tokenize import tokens_digest
 from ..files import read_json, write_json
 from ..models.causal_lm import unwrap_peft
+from ..options import identity_options
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
-# Options that shape what is trained. The length of a run (max_steps, num_train_epochs) may change, so that it goes on
-# or ends earlier, and so may what is logged, saved and evaluated.
-_OPTIONS = (
-    *("beta", "alpha", "variant", "label_smoothing", "simpo_gamma", "kl_direction", "token_columns"),
-    *("disable_dropout", "max_length", "max_prompt_length", "overlong"),
-    *("precompute_reference", "reference_dtype", "learning_rate", "optim", "optim_args", "optim_target_modules"),
-    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "router_aux_loss_coef"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "seed", "data_seed"),
-    *("bf16", "fp16"),
-)
 _ADAPTERS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 
 
@@ -58,7 +48,7 @@ class RunRecord(NamedTuple):
             processes: how many.
             objective: the name of a loss of the user's own, or None.
         """
-        options = {name: _plain(getattr(args, name)) for name in _OPTIONS if hasattr(args, name)}
+        options = {name: _plain(getattr(args, name)) for name in identity_options()}
         for adapters in getattr(model, "peft_config", {}).values():
             options |= {f"adapters' {name}": _plain(getattr(adapters, name, None)) for name in _ADAPTERS}
         options |= {"dtype": dtypes, "processes": processes, "model": _name(model)}
