@@ -60,7 +60,7 @@ class TDPOTrainer(Trainer):
         ref_model: the frozen reference. None takes the policy as it is now: with adapters, the model without them;
             otherwise a copy, or, with `precompute_reference`, only its head.
         args: options; a copy is kept, so that they can serve another trainer.
-        train_dataset, eval_dataset: preference rows (see `tdpo.data`); eval_dataset may be a dict of splits.
+        train_dataset, eval_dataset: preference rows (see `tdpo.data.rows`); eval_dataset may be a dict of splits.
         processing_class: the tokenizer.
         peft_config: adapters to train instead of the whole policy, such as `peft.LoraConfig`.
         objective: a loss of your own, as `tdpo_ext.linear_preference_loss` takes it (docs/objectives.md), instead of
@@ -134,9 +134,6 @@ class TDPOTrainer(Trainer):
             self.add_callback(callback)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
-        self.splits = _splits_by_name(self.train_dataset, self.eval_dataset)
-        if args.precompute_reference and isinstance(self.eval_dataset, dict) and "train" in self.eval_dataset:
-            raise ValueError("eval_dataset has a split 'train', the name of the training data's cache; rename it")
         self._own_objective = None if objective is None else objective_name(objective)
         self._trained_dtypes = trained_dtypes(self.model)
         with autocast(args):
@@ -148,8 +145,9 @@ class TDPOTrainer(Trainer):
         """The reference and the loss; the collator is told whether batches share prompts."""
         args = self.args
         keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
-        policy, pad_token_id = CausalLM.of(self.model), padding_token(self.processing_class)
-        reference = choose_reference(policy, self.model, ref_model, args, self.splits, pad_token_id)
+        policy, datasets = CausalLM.of(self.model), (self.train_dataset, self.eval_dataset)
+        pad_token_id = padding_token(self.processing_class)
+        reference = choose_reference(policy, self.model, ref_model, args, *datasets, pad_token_id)
         coefficient = router_coefficient(policy.model, args.router_aux_loss_coef)
         self.data_collator = choose_layout(
             self.data_collator,
@@ -172,11 +170,8 @@ class TDPOTrainer(Trainer):
         if not isinstance(self.reference, CachedStates):
             yield
             return
-        name = next((name for name, split in self.splits.items() if split is dataset), None)
-        if name is None:
-            raise ValueError("precompute_reference: this dataset was not given to the trainer, so it has no cache")
         collator = self.data_collator
-        self.data_collator = replace(collator, stored_hidden=self.reference.caches[name].hidden)
+        self.data_collator = replace(collator, stored_hidden=self.reference.stored_hidden(dataset))
         try:
             yield
         finally:
@@ -388,11 +383,3 @@ class TDPOTrainer(Trainer):
                 processes=self.accelerator.num_processes,
             )
             Path(output_dir or self.args.output_dir, "README.md").write_text(card)
-
-
-def _splits_by_name(
-    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
-) -> dict[str, Dataset]:
-    """The training data as "train", the evaluation data as "eval" or under the names of its splits."""
-    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    return {name: split for name, split in {"train": train_dataset, **evals}.items() if split is not None}
