@@ -89,7 +89,7 @@ class Step:
             rows,
         )
         self.loss = FusedLoss(self.policy, self.reference, OBJECTIVE)
-        self.cached = FusedLoss(self.policy, CachedStates.beside(self.reference, {}), OBJECTIVE)
+        self.cached = FusedLoss(self.policy, CachedStates.beside(self.reference, []), OBJECTIVE)
 
     def clear(self) -> None:
         self.policy_model.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from tdpo_ext import checks
-from tdpo_ext.losses import Objective, sees_tokens
+from tdpo_ext.losses import Objective
 
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
@@ -60,7 +60,7 @@ class TDPOTrainer(Trainer):
         ref_model: the frozen reference. None takes the policy as it is now: with adapters, the model without them;
             otherwise a copy, or, with `precompute_reference`, only its head.
         args: options; a copy is kept, so that they can serve another trainer.
-        train_dataset, eval_dataset: preference rows (see `tdpo.data`); eval_dataset may be a dict of splits.
+        train_dataset, eval_dataset: preference rows (see `tdpo.data.rows`); eval_dataset may be a dict of splits.
         processing_class: the tokenizer.
         peft_config: adapters to train instead of the whole policy, such as `peft.LoraConfig`.
         objective: a loss of your own, as `tdpo_ext.linear_preference_loss` takes it (docs/objectives.md), instead of
@@ -137,9 +137,6 @@ class TDPOTrainer(Trainer):
             self.add_callback(callback)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
-        self.splits = _splits_by_name(self.train_dataset, self.eval_dataset)
-        if args.precompute_reference and isinstance(self.eval_dataset, dict) and "train" in self.eval_dataset:
-            raise ValueError("eval_dataset has a split 'train', the name of the training data's cache; rename it")
         self._own_objective = None if objective is None else objective_name(objective)
         self._trained_dtypes = trained_dtypes(self.model)
         with autocast(args):
@@ -151,8 +148,9 @@ class TDPOTrainer(Trainer):
         """The reference and the loss; the collator is told whether batches share prompts."""
         args = self.args
         keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
-        policy, pad_token_id = CausalLM.of(self.model), padding_token(self.processing_class)
-        reference = choose_reference(policy, self.model, ref_model, args, self.splits, pad_token_id)
+        policy, datasets = CausalLM.of(self.model), (self.train_dataset, self.eval_dataset)
+        pad_token_id = padding_token(self.processing_class)
+        reference = choose_reference(policy, self.model, ref_model, args, *datasets, pad_token_id)
         coefficient = router_coefficient(policy.model, args.router_aux_loss_coef)
         self.data_collator = choose_layout(
             self.data_collator,
@@ -175,11 +173,8 @@ class TDPOTrainer(Trainer):
         if not isinstance(self.reference, CachedStates):
             yield
             return
-        name = next((name for name, split in self.splits.items() if split is dataset), None)
-        if name is None:
-            raise ValueError("precompute_reference: this dataset was not given to the trainer, so it has no cache")
         collator = self.data_collator
-        self.data_collator = replace(collator, stored_hidden=self.reference.caches[name].hidden)
+        self.data_collator = replace(collator, stored_hidden=self.reference.stored_hidden(dataset))
         try:
             yield
         finally:
@@ -206,12 +201,7 @@ class TDPOTrainer(Trainer):
             self._training_means.add(metrics)
             self._new_tokens += inputs["num_tokens"]
         else:
-            if sees_tokens(self.loss.objective):  # has no losses of pairs: every pair logs the batch's mean
-                losses = output.loss.expand(len(inputs["dataset_row"]))
-            else:
-                losses = self.loss.objective(output.chosen, output.rejected)
-                if output.router_loss is not None:  # which is in the mean, not in what the objective gives
-                    losses = losses + self.loss.router_coefficient * output.router_loss
+            losses = self.loss.of_pairs(output)
             metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
             self._evaluation_means.add(inputs["dataset_row"], metrics)
         return (output.loss, {}) if return_outputs else output.loss
@@ -413,11 +403,3 @@ class TDPOTrainer(Trainer):
         """Uploads a checkpoint in the background, once it is where it stays."""
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
-
-
-def _splits_by_name(
-    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
-) -> dict[str, Dataset]:
-    """The training data as "train", the evaluation data as "eval" or under the names of its splits."""
-    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    return {name: split for name, split in {"train": train_dataset, **evals}.items() if split is not None}

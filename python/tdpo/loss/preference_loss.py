@@ -58,6 +58,15 @@ class PreferenceLoss(abc.ABC):
         balance = router_loss(self.policy.model, router_logits, _token_mask(batch)).to(output.loss.device)
         return output._replace(loss=output.loss + self.router_coefficient * balance, router_loss=balance.detach())
 
+    def of_pairs(self, output: PreferenceOutput) -> Tensor:
+        """The loss of each pair of a batch, (B,). A per-token objective has none: every pair gets the batch's mean."""
+        if sees_tokens(self.objective):
+            return output.loss.expand(len(output.chosen.tokens))
+        losses = self.objective(output.chosen, output.rejected)
+        if output.router_loss is not None:  # which is in the mean, not in what the objective gives
+            losses = losses + self.router_coefficient * output.router_loss
+        return losses
+
     @staticmethod
     @abc.abstractmethod
     def _read(model: CausalLM, batch: dict[str, Tensor], **options: bool) -> ResponseRows:

@@ -19,7 +19,7 @@ from .causal_lm import unwrap_peft
 def patch_forward(model: nn.Module, function: Callable[[Any], Any]) -> None:
     """Makes `model(preference=batch)` return `function(batch)`, whatever wraps the model later."""
     causal_lm = unwrap_peft(model)
-    causal_lm._plain_forward, causal_lm._of_preference = causal_lm.forward, function  # type: ignore[assignment]
+    causal_lm._plain_forward, causal_lm._preference_loss = causal_lm.forward, function  # type: ignore[assignment]
     # A bound method, so that a deep copy of the model forwards through itself.
     causal_lm.forward = MethodType(_forward, causal_lm)
 
@@ -27,4 +27,4 @@ def patch_forward(model: nn.Module, function: Callable[[Any], Any]) -> None:
 def _forward(self, *args: Any, preference: Any = None, **kwargs: Any) -> Any:
     if preference is None:
         return self._plain_forward(*args, **kwargs)
-    return self._of_preference(preference)
+    return self._preference_loss(preference)

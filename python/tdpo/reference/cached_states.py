@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor, nn
 
 from ..models.causal_lm import CausalLM
@@ -26,14 +28,25 @@ class _HeadAlone(nn.Module):
 
 @dataclass(frozen=True)
 class CachedStates(Reference):
-    """The caches of all splits, by name, and a head: nothing that could be run."""
+    """The caches of tokenized datasets, and a head: nothing that could be run."""
 
-    caches: dict[str, ReferenceCache] = field(default_factory=dict)
+    caches: list[tuple[Dataset, ReferenceCache]] = field(default_factory=list)
 
     @classmethod
-    def beside(cls, model: CausalLM, caches: dict[str, ReferenceCache]) -> CachedStates:
+    def beside(cls, model: CausalLM, caches: list[tuple[Dataset, ReferenceCache]]) -> CachedStates:
         """What stays in memory of a model whose hidden states are cached."""
         return cls(**{**vars(model), "model": _HeadAlone(model.model), "probed": None}, caches=caches)
+
+    def stored_hidden(self, dataset: Dataset | None) -> Callable[[int, str], Tensor]:
+        """What reads the hidden states of a dataset's rows, for a `PreferenceCollator`.
+
+        Raises:
+            ValueError: this dataset has no cache.
+        """
+        for cached, cache in self.caches:
+            if cached is dataset:
+                return cache.hidden
+        raise ValueError("precompute_reference: this dataset was not given to the trainer, so it has no cache")
 
     def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
         """The hidden states that the collator has read from a cache, (R, D).

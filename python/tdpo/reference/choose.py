@@ -23,7 +23,8 @@ def choose_reference(
     model: nn.Module,
     ref_model: nn.Module | None,
     args: TDPOConfig,
-    splits: dict[str, Dataset],
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
     pad_token_id: int,
 ) -> Reference:
     """The reference of a policy: cached hidden states, the policy without its adapters, or a second model.
@@ -31,7 +32,7 @@ def choose_reference(
     Args:
         policy, model: the policy as it starts, and with its adapters around it.
         ref_model: the model that the user gave, or None.
-        splits: tokenized data by name, whose hidden states are cached with `precompute_reference`.
+        train_dataset, eval_dataset: tokenized data, whose hidden states are cached with `precompute_reference`.
         pad_token_id: pads the batches that are read for a cache.
 
     Raises:
@@ -39,6 +40,7 @@ def choose_reference(
     """
     reference: Reference
     if args.precompute_reference:
+        splits = _splits_by_name(train_dataset, eval_dataset)
         reference = _cache_splits(model if ref_model is None else ref_model, args, splits, pad_token_id)
     elif ref_model is None and hasattr(model, "disable_adapter"):
         reference = WithoutAdapters(**vars(policy), adapted=model)
@@ -48,6 +50,16 @@ def choose_reference(
     if policy.vocab_size != reference.vocab_size:
         raise ValueError(f"ref_model has a vocabulary of {reference.vocab_size} but model has {policy.vocab_size}")
     return reference
+
+
+def _splits_by_name(
+    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
+) -> dict[str, Dataset]:
+    """The training data as "train", the evaluation data as "eval" or under the names of its splits."""
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    if "train" in evals:
+        raise ValueError("eval_dataset has a split 'train', the name of the training data's cache; rename it")
+    return {name: split for name, split in {"train": train_dataset, **evals}.items() if split is not None}
 
 
 def _cache_splits(model: Any, args: TDPOConfig, splits: dict[str, Dataset], pad_token_id: int) -> CachedStates:
@@ -60,8 +72,8 @@ def _cache_splits(model: Any, args: TDPOConfig, splits: dict[str, Dataset], pad_
     without_adapters = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
     with without_adapters, args.main_process_first(local=False, desc="caching the reference"):
         model = model.to(args.device)
-        caches = {
-            name: cache_reference(args.reference_folder / name, model, split, pad_token_id, args.reference_dtype)
+        caches = [
+            (split, cache_reference(args.reference_folder / name, model, split, pad_token_id, args.reference_dtype))
             for name, split in splits.items()
-        }
+        ]
     return CachedStates.beside(CausalLM.of(model), caches)

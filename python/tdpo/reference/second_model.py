@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class SecondModel(Reference):
 
             model = fsdp2_prepare_model(accelerator, model)
             return ShardedModel(**{**vars(self), "model": model}, wrapper=model)
-        return replace(self, model=model)
+        return self
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 Data, collation, configuration, logging and the reference are TRL's; `beta` is that of its DPOConfig. Needs TRL 1.16.
 Every option of DPOConfig does what TRL says, or is refused by name (`REFUSED`). `rewards/*`, `logps/*`, `entropy`,
-`num_tokens` and `mean_token_accuracy` mean what they mean in TRL; `logits/*` are not logged (see `tdpo.metrics`).
+`num_tokens` and `mean_token_accuracy` mean what they mean in TRL; `logits/*` are not logged (see `tdpo.loss.metrics`).
 """
 
 from __future__ import annotations
