@@ -81,6 +81,22 @@ def test_cache_then_train(home, tmp_path):
     assert (tmp_path / "cache" / "train" / "hidden.bin").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("precision", ["float32", "float8"])
+def test_a_cache_has_the_precision_that_was_asked_for(precision, home, tmp_path, capsys):
+    """Training reads it as it is; in another precision it is another cache."""
+    cache = tmp_path / "cache"
+    options = [str(home / "config.yaml"), "--reference_cache", str(cache), "--eval_split", "train"]
+    asked = ["--reference_dtype", precision]
+    assert main(["cache-reference", *options, "--output_dir", str(tmp_path / "one"), *asked]) == 0
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    assert {path.parent.name for path in written} == {"train", "eval"}
+    train = ["train", *options, "--precompute_reference"]
+    assert main([*train, "--output_dir", str(tmp_path / "two")]) == 2
+    assert "dtype" in capsys.readouterr().err
+    assert main([*train, *asked, "--output_dir", str(tmp_path / "three")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == written
+
+
 def test_evaluation_splits(home, tmp_path, capsys):
     DatasetDict({"held_out": make_preferences(3)}).save_to_disk(str(tmp_path / "data"))
     models = ["--model", str(home / "model"), "--ref_model", str(home / "model"), "--output_dir", str(tmp_path)]
