@@ -21,7 +21,7 @@ from tdpo.config import TDPOConfig
 from tdpo.models.loading import lora_config
 from tdpo.options import DataOptions, ModelOptions, TDPOOptions
 from trainer_cases import make_preferences, run_python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -104,6 +104,16 @@ def test_evaluation_splits(home, tmp_path, capsys):
     assert main(["evaluate", str(home / "config.yaml"), *models, *data, "--eval_split", "held_out"]) == 0
     assert main(["evaluate", str(home / "config.yaml"), *models, *data]) == 2
     assert "no split 'test'; it has held_out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "cache-reference"])
+def test_the_split_of_evaluation_data(command, home, tmp_path, capsys):
+    DatasetDict({"held_out": make_preferences(3)}).save_to_disk(str(tmp_path / "data"))
+    options = [str(home / "config.yaml"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    options += ["--eval_dataset", str(tmp_path / "data")]
+    assert main([command, *options]) == 2
+    assert "no split 'test'; it has held_out" in capsys.readouterr().err
+    assert main([command, *options, "--eval_split", "held_out"]) == 0
 
 
 def test_the_reference_and_the_limits_are_those_of_training(home, tmp_path):
@@ -203,6 +213,7 @@ def test_adapters_and_merging(home, tmp_path):
     assert any(value.abs().max() > 0 for name, value in adapted.named_parameters() if "lora_B" in name)
     tokens = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(merged(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == make_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize(

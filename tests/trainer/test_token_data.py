@@ -65,6 +65,25 @@ def test_long_rows_are_cut_with_their_columns():
         tokenized(ROW, max_length=6, overlong="drop")
 
 
+def ids(prompt, chosen, rejected):
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [([5, 6, 7, 0], [8, 0]), ([5, 0], [6, 7, 8, 9, 0])])
+def test_the_length_is_that_of_the_prompt_and_the_longer_response(chosen, rejected):
+    tokens = tokenized(ids([1, 2, 3], chosen, rejected), columns=())
+    assert tokens["length"] == [3 + max(len(chosen), len(rejected))]
+    cut = tokenized(ids([1, 2, 3], chosen, rejected), max_length=5, max_prompt_length=2, columns=())
+    assert cut["length"] == [2 + min(3, max(len(chosen), len(rejected)))]
+
+
+def test_rows_that_are_left_know_where_they_stood_and_stand():
+    tokens = tokenized(ids([1], [2], [2]), ids([1], [2], [3]), ids([1], [4], []), ids([1], [5], [6]), columns=())
+    assert tokens["index"] == [1, 3]
+    assert tokens["position"] == [0, 1]
+    assert set(tokens.column_names) == {"prompt_ids", "chosen_ids", "rejected_ids", "index", "length", "position"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
