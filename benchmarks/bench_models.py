@@ -42,8 +42,9 @@ from common import RESULTS, peak_extra_bytes, processor_medians, save, text_tabl
 from datasets import Dataset
 from peers import published, trl_linear
 from tdpo import CausalLM, PreferenceCollator
-from tdpo.loss.preference_loss import PreferenceLoss
-from tdpo.models.causal_lm import CachedReferenceHead
+from tdpo.loss.preference_loss import FusedLoss
+from tdpo.reference.cached_states import CachedStates
+from tdpo.reference.second_model import SecondModel
 from torch import Tensor
 
 from tdpo_ext import TokenDivergence, eager, linear_preference_loss, tdpo_loss
@@ -84,9 +85,13 @@ class Step:
             models = policy, real_models.load(name, torch.bfloat16).model, tokenizer
         policy, reference, self.tokenizer = models
         self.policy_model, self.reference_model = policy.to(dtype), reference.to(dtype).requires_grad_(False)
-        self.policy, self.reference, self.rows = CausalLM.of(self.policy_model), CausalLM.of(self.reference_model), rows
-        self.loss = PreferenceLoss(self.policy, self.reference, OBJECTIVE)
-        self.cached = PreferenceLoss(self.policy, CachedReferenceHead.copy_of(self.reference), OBJECTIVE)
+        self.policy, self.reference, self.rows = (
+            CausalLM.of(self.policy_model),
+            SecondModel.of(self.reference_model),
+            rows,
+        )
+        self.loss = FusedLoss(self.policy, self.reference, OBJECTIVE)
+        self.cached = FusedLoss(self.policy, CachedStates.beside(self.reference, {}), OBJECTIVE)
 
     def clear(self) -> None:
         self.policy_model.zero_grad(set_to_none=True)
@@ -108,7 +113,7 @@ class Step:
         padded, packed = self.batch(), self.batch(padding_free=True)
         shared = self.batch(padding_free=True, shared_prompts=True)
         with torch.no_grad():
-            ref_hidden = self.reference.backbone(shared).last_hidden_state.flatten(0, 1)[shared["rows"]]
+            ref_hidden = self.reference.rows(shared)
         candidates = {
             "published": functools.partial(self.published, padded),
             "trl kernels": functools.partial(self.trl_kernels, padded),

@@ -1,4 +1,4 @@
-"""The policy before it is trained: adapters, dropout, the learning rate that goes with them; and the arguments."""
+"""Before a trainer is built: its arguments checked, and the policy with its adapters and without dropout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ _NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_los
 _LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
 
 
-def check_arguments(model: Any, ref_model: Any, args: Any, processing_class: Any, others: dict[str, Any]) -> None:
+def check_trainer_arguments(
+    model: Any, ref_model: Any, args: Any, processing_class: Any, others: dict[str, Any]
+) -> None:
     """The types of the arguments of `TDPOTrainer`.
 
     Raises:
@@ -55,7 +57,7 @@ def prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.M
     if peft_config is not None:
         from peft import get_peft_model
 
-        set_seed(args.seed)  # of their initialisation
+        set_seed(args.seed)  # seeds the adapters' weights
         model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
     if hasattr(model, "disable_adapter") and args.gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]

@@ -6,18 +6,16 @@ import contextlib
 import copy
 import functools
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from tdpo_ext import checks
@@ -28,23 +26,34 @@ from .data.collator import PreferenceCollator
 from .data.tokenize import padding_token, tokenize_preferences
 from .files import check_manifest
 from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
-from .loss.preference_loss import patch_forward
-from .policy import check_arguments, default_learning_rate, prepare_policy
+from .loss.objectives import TrainedObjective, objective_name
+from .loss.preference_loss import PreferenceLoss, choose_loss
+from .models.causal_lm import CausalLM
+from .models.forward import patch_forward
+from .models.probes import choose_layout
+from .models.routers import router_coefficient
+from .models.sharding import keep_quantized_weights_unpacked
+from .policy import check_trainer_arguments, default_learning_rate, prepare_policy
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
-from .reference.cache import ReferenceCache
-from .reference.choose import set_up_loss
+from .reference.cached_states import CachedStates
+from .reference.choose import choose_reference
+from .reference.reference import Reference
+from .reference.second_model import SecondModel
 from .runs import checkpoints
 from .runs.logs import show_readable_logs
 from .runs.model_card import model_card
-from .runs.record import check_same_run, record_of, write_record
-from .runs.samples import show_samples
+from .runs.record import RunRecord
+from .runs.resume import ResumePoint, resume_point
+from .runs.samples import Model, continuations, show_samples
 from .runs.stopping import StopAfterStep
 
 logger = logging.getLogger(__name__)
 
 
 class TDPOTrainer(Trainer):
-    """Trains a causal language model on preference pairs.
+    """Trains a causal language model on preference pairs: `tdpo.TDPOTrainer`, on transformers' Trainer.
+
+    `tdpo.trl.TDPOTrainer` is another class, a subclass of TRL's DPOTrainer.
 
     Args:
         model: the policy, an AutoModelForCausalLM or a peft model.
@@ -84,7 +93,7 @@ class TDPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
-        check_arguments(model, ref_model, args, processing_class, others)
+        check_trainer_arguments(model, ref_model, args, processing_class, others)
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
         tokenize = functools.partial(
@@ -120,32 +129,54 @@ class TDPOTrainer(Trainer):
         # The loss is a mean over pairs: gradient accumulation divides it, nothing is normalised by tokens.
         self.model_accepts_loss_kwargs = False
         show_readable_logs(self)
-        self._stop = StopAfterStep(self)
+        self._stop = StopAfterStep(self.accelerator, saves=args.save_strategy != "no")
         for callback in (self._stop, WarnOfCoarseWeights()):
             self.add_callback(callback)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
         self.splits = _splits_by_name(self.train_dataset, self.eval_dataset)
-        self.caches: dict[str, ReferenceCache] = {}
-        self.ref_model: nn.Module | None = None
-        self.trained_dtypes = trained_dtypes(self.model)
+        if args.precompute_reference and isinstance(self.eval_dataset, dict) and "train" in self.eval_dataset:
+            raise ValueError("eval_dataset has a split 'train', the name of the training data's cache; rename it")
+        self._own_objective = None if objective is None else objective_name(objective)
+        self._trained_dtypes = trained_dtypes(self.model)
         with autocast(args):
-            self.loss = set_up_loss(self, ref_model, trained)
+            self.reference, self.loss = self._set_up_loss(ref_model, trained)
+        self.ref_model = self.reference.model if isinstance(self.reference, SecondModel) else None
         patch_forward(self.model, self.loss)
+
+    def _set_up_loss(self, ref_model: nn.Module | None, trained: TrainedObjective) -> tuple[Reference, PreferenceLoss]:
+        """The reference and the loss; the collator is told whether batches share prompts."""
+        args = self.args
+        keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
+        policy, pad_token_id = CausalLM.of(self.model), padding_token(self.processing_class)
+        reference = choose_reference(policy, self.model, ref_model, args, self.splits, pad_token_id)
+        coefficient = router_coefficient(policy.model, args.router_aux_loss_coef)
+        self.data_collator = choose_layout(
+            self.data_collator,
+            {"model": policy, **({} if isinstance(reference, CachedStates) else {"ref_model": reference})},
+            shared_prompts=args.shared_prompts,
+            padding_free=args.padding_free,
+            routed=coefficient > 0,
+        )
+        if isinstance(reference, SecondModel):  # probed before it is sharded
+            reference = reference.prepared(self.accelerator)
+        return reference, choose_loss(
+            policy, reference, trained, router_coefficient=coefficient, logits_budget=args.logits_budget
+        )
 
     # ---- data ----
 
     @contextlib.contextmanager
     def _reading_cache_of(self, dataset: Dataset | None) -> Iterator[None]:
         """With `precompute_reference`, data loaders created in this context read the cache of `dataset` too."""
-        if not self.args.precompute_reference:
+        if not isinstance(self.reference, CachedStates):
             yield
             return
         name = next((name for name, split in self.splits.items() if split is dataset), None)
         if name is None:
             raise ValueError("precompute_reference: this dataset was not given to the trainer, so it has no cache")
         collator = self.data_collator
-        self.data_collator = replace(collator, reference_cache=self.caches[name])
+        self.data_collator = replace(collator, stored_hidden=self.reference.caches[name].hidden)
         try:
             yield
         finally:
@@ -172,14 +203,14 @@ class TDPOTrainer(Trainer):
             self._training_means.add(metrics)
             self._new_tokens += inputs["num_tokens"]
         else:
-            if sees_tokens(self.loss.objective):  # of whose pairs the sums do not tell the losses: all get the mean
-                losses = output.loss.expand(len(inputs["index"]))
+            if sees_tokens(self.loss.objective):  # has no losses of pairs: every pair logs the batch's mean
+                losses = output.loss.expand(len(inputs["dataset_row"]))
             else:
                 losses = self.loss.objective(output.chosen, output.rejected)
                 if output.router_loss is not None:  # which is in the mean, not in what the objective gives
                     losses = losses + self.loss.router_coefficient * output.router_loss
             metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
-            self._evaluation_means.add(inputs["index"], metrics)
+            self._evaluation_means.add(inputs["dataset_row"], metrics)
         return (output.loss, {}) if return_outputs else output.loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **others: Any) -> Tensor:
@@ -195,8 +226,8 @@ class TDPOTrainer(Trainer):
     def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {inputs['index'].tolist()} "
-                "of the dataset; training stops; last good checkpoint: "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows "
+                f"{inputs['dataset_row'].tolist()} of the dataset; training stops; last good checkpoint: "
                 f"{checkpoints.last_checkpoint(self.args.output_dir) or 'none'}"
             )
 
@@ -225,8 +256,27 @@ class TDPOTrainer(Trainer):
         means = self._evaluation_means.take()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         if self.args.eval_samples:
-            show_samples(self, dataloader, metric_key_prefix)
+            self._show_samples(dataloader.dataset, metric_key_prefix)
         return output
+
+    def _show_samples(self, dataset: Any, prefix: str) -> None:
+        """Samples of the policy, and of the reference where more than its head is in memory.
+
+        Under FSDP and DeepSpeed nothing is sampled: generation would gather the sharded weights for every token.
+        """
+        args = self.args
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning("eval_samples: no samples are drawn while weights are sharded")
+            return
+        if not args.should_save:
+            return
+        models: dict[str, Model] = {"policy": (self.accelerator.unwrap_model(self.model), contextlib.nullcontext)}
+        if not isinstance(self.reference, CachedStates):
+            models["reference"] = (self.reference.model, self.reference.running)
+        rows = dataset.select(range(min(args.eval_samples, len(dataset))))
+        with autocast(args):
+            samples = continuations(models, self.processing_class, rows, args.eval_sample_tokens)
+        show_samples(samples, Path(args.output_dir, "samples", f"{prefix}-step-{self.state.global_step}.json"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means since the last log, and the tokens so far, to the entries of the training loop."""
@@ -269,15 +319,10 @@ class TDPOTrainer(Trainer):
         """
         self.was_finished = False
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
-            steps = self.total_steps()
-            if state.global_step >= steps:
-                return self._finished(resume_from_checkpoint, state)
-            if self.args.should_save:
-                print(
-                    f"Resuming from {resume_from_checkpoint}, at step {state.global_step} of {steps}.", file=sys.stderr
-                )
+            point = resume_point(self.args, self.record, resume_from_checkpoint, self.total_steps())
+            if point.finished:
+                return self._finished(point)
+            resume_from_checkpoint = point.path
         with self._stop.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -285,30 +330,24 @@ class TDPOTrainer(Trainer):
         """The optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
-    def _finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load only what they have wrapped to train
-            self._load_from_checkpoint(checkpoint)
-        self.state, self.was_finished = state, True
-        return TrainOutput(state.global_step, float("nan"), {})
-
-    def _checkpoint_to_resume(self, wanted: str | bool) -> str:
-        """The main process chooses and checks a checkpoint for all: they agree, and it is read once."""
-        outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = checkpoints.checkpoint_to_resume(self.args.output_dir, wanted)
-                check_same_run(outcome[0], self.record, anyway=self.args.resume_anyway)
-            except (ValueError, OSError) as error:
-                outcome[1] = str(error)
-        checkpoint, problem = broadcast_object_list(outcome)
-        if problem is not None:
-            raise ValueError(problem)
-        return checkpoint
+    def _finished(self, point: ResumePoint) -> TrainOutput:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load only into what is wrapped to train
+            self._load_from_checkpoint(point.path)
+        self.state, self.was_finished = point.state, True
+        return TrainOutput(self.state.global_step, float("nan"), {})
 
     @functools.cached_property
-    def record(self) -> dict[str, Any]:
-        """What identifies this run (see `run_record`)."""
-        return record_of(self)
+    def record(self) -> RunRecord:
+        """What identifies this run."""
+        return RunRecord.of(
+            self.args,
+            self.accelerator.unwrap_model(self.model),
+            self.ref_model,
+            self.train_dataset,
+            dtypes=self._trained_dtypes,
+            processes=self.accelerator.num_processes,
+            objective=self._own_objective,
+        )
 
     def _load_best_model(self) -> None:
         check_manifest(self.state.best_model_checkpoint)
@@ -320,7 +359,8 @@ class TDPOTrainer(Trainer):
         Raises:
             FloatingPointError: its weights are not finite.
         """
-        checkpoints.check_finite(self)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1
+        checkpoints.check_finite(self.model, sharded=sharded)
         super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -328,16 +368,26 @@ class TDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
-        with checkpoints.atomic_checkpoint(self) as self._staging:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                write_record(Path(self._staging, f"checkpoint-{self.state.global_step}"), self.record)
-        self._staging = None
+        try:
+            with checkpoints.atomic_checkpoint(self.args, self.accelerator, self.state) as self._staging:
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self.record.write(Path(self._staging, f"checkpoint-{self.state.global_step}"))
+        finally:
+            self._staging = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, "README.md").write_text(model_card(self))
+            card = model_card(
+                self.args,
+                self.accelerator.unwrap_model(self.model),
+                self.state,
+                data=self.data_name,
+                pairs=None if self.train_dataset is None else len(self.train_dataset),
+                processes=self.accelerator.num_processes,
+            )
+            Path(output_dir or self.args.output_dir, "README.md").write_text(card)
 
 
 def _splits_by_name(

@@ -317,8 +317,9 @@ def tensor_parallel_training(rank, world, device):
 
 @on_every_rank
 def trainer_loss_with_a_sharded_head(rank, world, device):
-    from tdpo.loss.preference_loss import PreferenceLoss
+    from tdpo.loss.preference_loss import FusedLoss, why_not_fused
     from tdpo.models.causal_lm import CausalLM
+    from tdpo.reference.second_model import SecondModel
 
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 9, i], "rejected_ids": [4, 5]} for i in range(3)]
     batch = PreferenceCollator(0)(rows)
@@ -332,8 +333,9 @@ def trainer_loss_with_a_sharded_head(rank, world, device):
         if sharded:
             plan = {"lm_head": ColwiseParallel(use_local_output=False)}
             models = [parallelize_module(model, mesh, plan) for model in models]
-        loss = PreferenceLoss(CausalLM.of(models[0]), CausalLM.of(models[1]), objective)
-        assert loss.fallback_reason is None
+        policy, reference = CausalLM.of(models[0]), SecondModel.of(models[1])
+        assert why_not_fused(policy, reference) is None
+        loss = FusedLoss(policy, reference, objective)
         output = loss(batch)
         output.loss.backward()
         grads = [parameter.grad for parameter in models[0].parameters()]

@@ -250,3 +250,17 @@ def test_what_an_earlier_run_left_goes_first(out):
     os.utime(out / "checkpoint-90", (0, 0))
     make_trainer(out, **SAVES, save_total_limit=2).train()
     assert [path.name for path in checkpoints.checkpoints_of(out)] == ["checkpoint-6", "checkpoint-4"]
+
+
+def test_a_model_is_saved_where_it_belongs_after_a_checkpoint_that_failed(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SAVES)
+    trainer.train()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(RuntimeError, match=r"No space left on device; last good checkpoint: .*checkpoint-6"):
+            trainer._save_checkpoint(trainer.model, trial=None)
+    assert trainer._get_output_dir(trial=None) == str(tmp_path)

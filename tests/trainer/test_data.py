@@ -244,7 +244,7 @@ def test_dropped_rows_are_reported(tokenizer, caplog):
     ]
     with caplog.at_level("WARNING"):
         kept = tokenize(rows, tokenizer, overlong="drop")
-    assert kept["index"] == [0]
+    assert kept["dataset_row"] == [0]
     for reason in ("dropped 4 of 5", "an empty 'chosen'", "equal responses", "a prompt over 30", "over 60 tokens"):
         assert reason in caplog.text
     assert len(tokenize(rows, tokenizer)) == 3  # truncated rows stay
@@ -269,7 +269,7 @@ def test_a_row_that_just_fits(overlong, tokenizer):
 def test_many_dropped_rows_before_the_first_good_one(tokenizer):
     good = {"prompt": "the film", "chosen": " great", "rejected": " bad"}
     rows = [{**good, "chosen": " great" * 60}] * 1500 + [good]  # over a thousand: what datasets infers types from
-    assert tokenize(rows, tokenizer, overlong="drop")["index"] == [1500]
+    assert tokenize(rows, tokenizer, overlong="drop")["dataset_row"] == [1500]
 
 
 @pytest.mark.parametrize(

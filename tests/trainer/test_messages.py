@@ -120,7 +120,7 @@ def test_malformed_rows_are_named(row, reason, chat_tokenizer):
 def test_null_responses_are_dropped_and_null_messages_named(chat_tokenizer, caplog):
     with caplog.at_level("WARNING"):
         kept = tokenize([ROW, {**ROW, "chosen": None}], chat_tokenizer)
-    assert kept["index"] == [0]
+    assert kept["dataset_row"] == [0]
     assert "1 with an empty 'chosen' response" in caplog.text
     with pytest.raises(ValueError, match="row 1 of the dataset: 'rejected' is "):
         tokenize([ROW, {**ROW, "rejected": [None]}], chat_tokenizer)
@@ -133,7 +133,7 @@ def test_responses_that_truncation_makes_equal_are_called_that(tokenizer, caplog
         {"prompt": "the film", "chosen": " good", "rejected": " bad"},
     ]
     with caplog.at_level("WARNING"):
-        assert tokenize(rows, tokenizer, max_length=20, max_prompt_length=10)["index"] == [2]
+        assert tokenize(rows, tokenizer, max_length=20, max_prompt_length=10)["dataset_row"] == [2]
     assert "1 with equal responses" in caplog.text
     assert "1 with responses that are equal once cut to max_length, 20 tokens" in caplog.text
 

@@ -257,7 +257,7 @@ def test_rows_without_a_prompt_and_dropped_rows(tmp_path, tokenizer):
     ]
     model, tokens = make_model("llama"), tokenize_preferences(Dataset.from_list(rows), tokenizer, 40, 16)
     cache = cache_reference(tmp_path, model, tokens, 0, "float32", batch=2)
-    collate = PreferenceCollator(pad_token_id=0, reference_cache=cache)
+    collate = PreferenceCollator(pad_token_id=0, stored_hidden=cache.hidden)
     for picked in ([0], [2], [2, 0, 1]):
         batch = collate([tokens[row] for row in picked])
         with torch.no_grad():

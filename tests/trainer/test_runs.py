@@ -1,16 +1,20 @@
 """Runs that are called again: finished ones, other ones, and ones that a signal ended."""
 
+import functools
 import json
 import os
 import signal
 import threading
 
 import pytest
+import torch
 from model_families import make_model
 from peft import LoraConfig
 from tdpo.runs.checkpoints import checkpoints_of
 from tdpo.runs.stopping import Terminated
 from trainer_cases import losses, make_preferences, make_trainer
+
+from tdpo_ext import MarginLoss
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -169,6 +173,27 @@ def test_other_data_are_refused_unless_it_is_wanted(finished, caplog):
         trainer.train(resume_from_checkpoint=True)
     assert trainer.was_finished
     assert "the training data, as tokens, are others; resuming all the same" in caplog.text
+
+
+def of_sums(chosen, rejected):
+    return (chosen.logps - rejected.logps) ** 2
+
+
+def of_kls(chosen, rejected, scale=1.0):
+    return scale * (chosen.kl - rejected.kl) ** 2
+
+
+def test_another_objective_is_refused_by_name(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    first = functools.partial(of_kls, scale=0.5)
+    make_trainer(tmp_path, objective=first, max_steps=1, **options).train()
+    again = make_trainer(tmp_path, objective=functools.partial(of_kls, scale=0.5), max_steps=2, **options)
+    again.train(resume_from_checkpoint=True)
+    for other in (None, of_sums, of_kls, functools.partial(of_kls, scale=2.0), MarginLoss(of_sums, torch.square)):
+        with pytest.raises(
+            ValueError, match=r"is of another run: objective was '\S*test_runs.of_kls\(scale=0.5\)' and is"
+        ):
+            make_trainer(tmp_path, objective=other, max_steps=3, **options).train(resume_from_checkpoint=True)
 
 
 def test_longer_runs_and_other_places_of_logs_are_the_same_run(finished, tmp_path):

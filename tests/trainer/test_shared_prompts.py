@@ -7,6 +7,7 @@ from model_families import SMALL, make_model
 from peft import LoraConfig
 from tdpo import CausalLM, PreferenceCollator
 from tdpo.models.attention_masks import branch_mask
+from tdpo.models.probes import keeps_branches_apart
 from trainer_cases import make_trainer
 
 ROWS = [
@@ -130,9 +131,9 @@ def test_models_that_mix_branches_get_separate_sequences(mixes, tmp_path):
 
 def test_what_takes_no_mask_is_not_tried():
     model = make_model("llama")
-    assert CausalLM.of(model).keeps_branches_apart()
+    assert keeps_branches_apart(CausalLM.of(model))
     for attribute, value in {"_attn_implementation": "flash_attention_2", "layer_types": ["linear_attention"]}.items():
         before = getattr(model.config, attribute, None)
         setattr(model.config, attribute, value)
-        assert not CausalLM(model, None, 1.0, None).keeps_branches_apart()
+        assert not keeps_branches_apart(CausalLM(model, None, 1.0, None))
         setattr(model.config, attribute, before)

@@ -50,7 +50,7 @@ def tokenized(*rows, columns=("weight",), **limits):
 def test_rows_are_kept_as_they_are():
     row = tokenized(ROW)[0]
     assert {name: row[name] for name in ROW} == ROW
-    assert (row["index"], row["length"], row["position"]) == (0, 7, 0)
+    assert (row["dataset_row"], row["length"], row["token_row"]) == (0, 7, 0)
     assert "chosen_weight" not in tokenized(ROW, columns=()).column_names
 
 
@@ -79,9 +79,16 @@ def test_the_length_is_that_of_the_prompt_and_the_longer_response(chosen, reject
 
 def test_rows_that_are_left_know_where_they_stood_and_stand():
     tokens = tokenized(ids([1], [2], [2]), ids([1], [2], [3]), ids([1], [4], []), ids([1], [5], [6]), columns=())
-    assert tokens["index"] == [1, 3]
-    assert tokens["position"] == [0, 1]
-    assert set(tokens.column_names) == {"prompt_ids", "chosen_ids", "rejected_ids", "index", "length", "position"}
+    assert tokens["dataset_row"] == [1, 3]
+    assert tokens["token_row"] == [0, 1]
+    assert set(tokens.column_names) == {
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "dataset_row",
+        "length",
+        "token_row",
+    }
 
 
 @pytest.mark.parametrize(
@@ -110,7 +117,7 @@ def test_missing_columns_are_named():
 
 def test_equal_responses_are_dropped():
     equal = {**ROW, "rejected_ids": ROW["chosen_ids"], "rejected_weight": ROW["chosen_weight"]}
-    assert tokenized(equal, ROW)["index"] == [1]
+    assert tokenized(equal, ROW)["dataset_row"] == [1]
     with pytest.raises(ValueError, match="1 with equal responses"):
         tokenized(equal)
 
@@ -136,7 +143,7 @@ def test_tis_dpo_of_a_batch(options, tmp_path):
         return (weight * values.logratio).sum(), (weight * values.kl).sum()
 
     expected = []
-    for index in batch["index"].tolist():
+    for index in batch["dataset_row"].tolist():
         (u_w, k_w), (u_l, k_l) = (side(rows[index], name) for name in ("chosen", "rejected"))
         expected.append(-torch.nn.functional.logsigmoid(0.1 * (u_w - u_l - 0.3 * (k_w - k_l))))
     torch.testing.assert_close(loss.detach().double(), torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)
@@ -191,7 +198,7 @@ def test_an_objective_of_your_own_by_hand(direction, tmp_path):
         (chosen, weight), (rejected, _) = (values(row, side) for side in ("chosen", "rejected"))
         return torch.nn.functional.softplus((weight * chosen.kl).sum() - rejected.logratio.sum())
 
-    expected = torch.stack([loss_of(rows[index]) for index in batch["index"].tolist()]).mean()
+    expected = torch.stack([loss_of(rows[index]) for index in batch["dataset_row"].tolist()]).mean()
     expected.backward()
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad, policy.lm_head.weight.grad, rtol=1e-3, atol=1e-5)

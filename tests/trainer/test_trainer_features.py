@@ -5,6 +5,7 @@ import torch
 from model_families import make_model
 from peft import LoraConfig, PeftModel
 from tdpo.loss import preference_loss as loss
+from tdpo.loss.preference_loss import FusedLoss
 from trainer_cases import make_trainer
 
 from tdpo_ext import linear_preference_loss
@@ -14,7 +15,7 @@ from tdpo_ext import linear_preference_loss
 def test_adapters_off_are_the_reference(family, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     trainer = make_trainer(tmp_path, model=make_model(family), peft_config=config, shared_prompts="never")
-    assert trainer.loss.fallback_reason is None
+    assert isinstance(trainer.loss, FusedLoss)
     assert trainer.ref_model is None
     batch = next(iter(trainer.get_train_dataloader()))
     output = trainer.model(preference=batch)

@@ -17,7 +17,6 @@ from ..options import ModelOptions, require
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs import checkpoints
-from ..runs.record import check_same_run, write_record
 from ..trainer import TDPOTrainer
 from .parse import Options
 
@@ -64,7 +63,7 @@ def train(options: Options) -> None:
     trainer.save_state()
     if not args.should_save:
         return
-    write_record(out, trainer.record)
+    trainer.record.write(out)
     if models.merge_adapters:
         _save_merged(models, out)
         trainer.processing_class.save_pretrained(out / "merged")
@@ -95,7 +94,7 @@ def _finished_without_checkpoints(trainer: TDPOTrainer) -> int:
     saved = _saved_steps(out)
     if not saved or trainer.args.resume_anyway:
         return 0
-    check_same_run(out, trainer.record, anyway=False)
+    trainer.record.check(out, anyway=False)
     if saved < steps:
         raise ValueError(
             f"output_dir is {out}, which holds a run of {saved} steps without checkpoints, so it can't be continued to "

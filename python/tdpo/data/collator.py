@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .rows import RESPONSES
-
-if TYPE_CHECKING:
-    from ..reference.cache import ReferenceCache
 
 
 def predicted_responses(
@@ -44,11 +42,10 @@ def predicted_responses(
 
 
 class _Sequence(NamedTuple):
-    """A prompt and one response, and where its tokens stand in the batch's flattened input."""
+    """A prompt and one response."""
 
     ids: list[int]
     prompt: int  # tokens
-    places: Tensor  # (T,)
 
     @property
     def first(self) -> int:
@@ -66,41 +63,54 @@ class _Line(NamedTuple):
 
 @dataclass
 class PreferenceCollator:
-    """Batches of tokenized preferences: the chosen sequences first, then the rejected ones.
+    """Batches of tokenized preferences: the B chosen sequences first, then the B rejected ones.
 
-    A batch holds `input_ids`, padded to (2B, T) with an `attention_mask` or, with `padding_free`, packed to (1, N) with
-    `position_ids`; `index`, (B,), the rows of the dataset; and of the response tokens, in order: `rows`, (R,), the flat
-    positions of the hidden states that predict them; `targets`, (R,), the tokens; `cu_seqlens`, (2B + 1,), the offsets
-    of the sequences among them, and `row_lengths`, their 2B lengths as integers; `num_tokens`, how many tokens the 2B
-    sequences have. With `shared_prompts` a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
-    [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) instead of an `attention_mask`.
-    `token_columns` names numbers per response token, `chosen_NAME` and `rejected_NAME` of the rows; a batch holds them,
-    each (R,), in a dict of that name. With a `reference_cache` a batch also holds `ref_hidden`, (R, D_ref), the
-    reference's hidden states at these positions.
+    A batch holds `dataset_row`, (B,), the rows of the dataset; the model's input; and for the R response tokens that
+    have a predictor, in order:
+
+        rows         (R,), the flat positions of the hidden states that predict them
+        targets      (R,), the tokens
+        cu_seqlens   (2B + 1,), the offsets of the sequences among them; `row_lengths`, their 2B lengths, are integers
+        num_tokens   how many tokens the 2B sequences have, prompts included
+
+    Attributes:
+        pad_token_id: pads `input_ids`, (2B, T), which have an `attention_mask`.
+        padding_free: `input_ids` are packed instead, (1, N), with `position_ids`.
+        stored_hidden: reads the reference's hidden states of a row's response, such as a cache's `hidden`, for
+            `ref_hidden`, (R, D_ref), at these positions.
+        shared_prompts: a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
+            [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) and no mask.
+        token_columns: names of numbers per response token, `chosen_NAME` and `rejected_NAME` of the rows; the batch
+            holds them, (R,) each, in a dict of that name.
     """
 
     pad_token_id: int
     padding_free: bool = False
-    reference_cache: ReferenceCache | None = None
+    stored_hidden: Callable[[int, str], Tensor] | None = None
     shared_prompts: bool = False
     token_columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        lines = _shared_lines(examples) if self.shared_prompts else _lines(examples)
-        # `index` comes first: transformers takes the length of a batch's first tensor for the batch size.
-        batch: dict[str, Any] = {"index": torch.tensor([row.get("index", -1) for row in examples])}
+        sequences = [
+            _Sequence(row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"]))
+            for side in RESPONSES
+            for row in examples
+        ]
+        lines = _shared_lines(sequences) if self.shared_prompts else _lines(sequences)
+        # `dataset_row` comes first: transformers takes the length of a batch's first tensor for the batch size.
+        batch: dict[str, Any] = {"dataset_row": torch.tensor([row.get("dataset_row", -1) for row in examples])}
         batch |= self._inputs(lines)
-        sequences = self._sequences(examples, [len(line.ids) for line in lines])
+        places = self._places(sequences, [len(line.ids) for line in lines])
         lengths = [len(sequence.ids) - sequence.first for sequence in sequences]
-        batch["rows"] = torch.cat([sequence.places[sequence.first - 1 : -1] for sequence in sequences])
+        batch["rows"] = torch.cat([place[sequence.first - 1 : -1] for sequence, place in zip(sequences, places)])
         batch["targets"] = torch.tensor([token for sequence in sequences for token in sequence.ids[sequence.first :]])
         batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)])
         batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
         batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)
         if self.token_columns:
             batch["token_columns"] = {name: _token_column(name, examples, sequences) for name in self.token_columns}
-        if self.reference_cache is not None:
-            states = [self.reference_cache.hidden(row["position"], side) for side in RESPONSES for row in examples]
+        if self.stored_hidden is not None:
+            states = [self.stored_hidden(row["token_row"], side) for side in RESPONSES for row in examples]
             batch["ref_hidden"] = torch.cat(states)
         return batch
 
@@ -120,22 +130,16 @@ class PreferenceCollator:
             "segments": pad_sequence(segments, batch_first=True, padding_value=-1),
         }
 
-    def _sequences(self, examples: list[dict[str, Any]], lengths: list[int]) -> list[_Sequence]:
-        """The chosen sequences, then the rejected ones; `lengths` are those of the lines."""
-        pitch = max(lengths)
-        starts = [0, *accumulate(lengths)] if self.padding_free else [pitch * line for line in range(len(lengths))]
-        sequences = []
-        for number, side in enumerate(RESPONSES):
-            for pair, row in enumerate(examples):
-                prompt, response = row["prompt_ids"], row[f"{side}_ids"]
-                if self.shared_prompts:
-                    start, gap = starts[pair], number * len(row["chosen_ids"])
-                else:
-                    start, gap = starts[number * len(examples) + pair], 0
-                places = start + torch.arange(len(prompt) + len(response))
-                places[len(prompt) :] += gap
-                sequences.append(_Sequence([*prompt, *response], len(prompt), places))
-        return sequences
+    def _places(self, sequences: list[_Sequence], lengths: list[int]) -> list[Tensor]:
+        """Where the tokens of each sequence stand in the flattened input, (T,); `lengths` are those of the lines."""
+        starts = [0, *accumulate(lengths)] if self.padding_free else range(0, max(lengths) * len(lengths), max(lengths))
+        places = [torch.arange(len(sequence.ids)) for sequence in sequences]
+        for number, sequence in enumerate(sequences):
+            places[number] += starts[number % len(lengths)]
+            if self.shared_prompts and number >= len(lengths):  # the rejected response stands behind the chosen one
+                chosen = sequences[number - len(lengths)]
+                places[number][sequence.prompt :] += len(chosen.ids) - chosen.prompt
+        return places
 
 
 def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[_Sequence]) -> Tensor:
@@ -145,23 +149,19 @@ def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[_Se
     return torch.tensor([value for values in predicted for value in values], dtype=torch.float32)
 
 
-def _lines(examples: list[dict[str, Any]]) -> list[_Line]:
+def _lines(sequences: list[_Sequence]) -> list[_Line]:
     """Every sequence on a line of its own."""
-    lines = []
-    for side in RESPONSES:
-        for row in examples:
-            ids = torch.tensor(row["prompt_ids"] + row[f"{side}_ids"])
-            lines.append(_Line(ids, torch.arange(len(ids)), torch.zeros_like(ids)))
-    return lines
+    lines = [torch.tensor(sequence.ids) for sequence in sequences]
+    return [_Line(ids, torch.arange(len(ids)), torch.zeros_like(ids)) for ids in lines]
 
 
-def _shared_lines(examples: list[dict[str, Any]]) -> list[_Line]:
+def _shared_lines(sequences: list[_Sequence]) -> list[_Line]:
     """Every pair on a line: prompt, chosen and rejected response, both responses in positions behind the prompt's."""
-    lines = []
-    for pair, row in enumerate(examples):
-        parts = [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]
-        prompt, chosen, rejected = map(len, parts)
-        positions = [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
-        segments = 3 * pair + torch.repeat_interleave(torch.tensor([prompt, chosen, rejected]))
-        lines.append(_Line(torch.tensor([token for part in parts for token in part]), torch.cat(positions), segments))
+    pairs, lines = len(sequences) // 2, []
+    for pair, (chosen, rejected) in enumerate(zip(sequences[:pairs], sequences[pairs:])):
+        prompt = chosen.prompt
+        positions = [torch.arange(len(chosen.ids)), torch.arange(prompt, len(rejected.ids))]
+        lengths = torch.tensor([prompt, len(chosen.ids) - prompt, len(rejected.ids) - prompt])
+        segments = 3 * pair + torch.repeat_interleave(lengths)
+        lines.append(_Line(torch.tensor(chosen.ids + rejected.ids[prompt:]), torch.cat(positions), segments))
     return lines

@@ -47,7 +47,7 @@ _COLUMNS = Features(
         "prompt_ids": List(Value("int64")),
         "chosen_ids": List(Value("int64")),
         "rejected_ids": List(Value("int64")),
-        "index": Value("int64"),
+        "dataset_row": Value("int64"),
         "length": Value("int64"),
         "dropped": Value("string"),  # why the row can't be used, "" if it can
     }
@@ -74,7 +74,7 @@ class _Encoder:
             "prompt_ids": ids.prompt,
             "chosen_ids": ids.chosen,
             "rejected_ids": ids.rejected,
-            "index": index,
+            "dataset_row": index,
             "length": len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)),
             "dropped": dropped,
             **{name: ids.columns.get(name, []) for name in self.token_columns},
@@ -175,8 +175,8 @@ def tokenize_preferences(
 ) -> Dataset:
     """Tokenizes preference rows, or checks and cuts rows of token ids.
 
-    The columns of the result are `prompt_ids`, `chosen_ids` and `rejected_ids`; `index`, the row of `dataset`;
-    `length`, the tokens of the prompt and the longer response; and `position`, the row of the result. A response ends
+    The columns of the result are `prompt_ids`, `chosen_ids` and `rejected_ids`; `dataset_row`, the row of `dataset`;
+    `length`, the tokens of the prompt and the longer response; and `token_row`, the row of the result. A response ends
     with the tokenizer's end token: it is appended unless the text ends with it, or a chat template closes the message
     with it, with or without white space behind. A prompt longer than `max_prompt_length` tokens keeps its end; a
     response that doesn't fit `max_length` keeps its beginning and the end token; or, with `overlong="drop"`, such rows
@@ -225,7 +225,7 @@ def tokenize_preferences(
             raise ValueError(f"no row of the dataset is left: of {len(dataset)} rows, {reasons}")
         logger.warning("dropped %d of %d rows: %s", dropped.total(), len(dataset), reasons)
         encoded = encoded.filter(lambda reason: not reason, input_columns="dropped", desc="Dropping rows")
-    return encoded.remove_columns("dropped").add_column("position", list(range(len(encoded))))
+    return encoded.remove_columns("dropped").add_column("token_row", list(range(len(encoded))))
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

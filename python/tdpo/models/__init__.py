@@ -1,1 +1,1 @@
-"""What is known of a causal language model: head and backbone, attention masks, sharding, routers, loading."""
+"""What is known of a causal language model: backbone and head, masks, probes, sharding, routers, loading."""

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    pass
 
 _PROBED_LAYERS, _PROBED_VOCABULARY = 2, 64
 
@@ -74,36 +73,3 @@ def stand_in(model: Any) -> nn.Module:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
     return type(model)(config).to(device=next(iter(model.parameters())).device, dtype=model.dtype).eval()
-
-
-def prepare_reference(trainer: Trainer, model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """The reference, frozen, and sharded if the policy will be; and the wrapper to call it through, or None."""
-    model = model.eval().requires_grad_(False)
-    accelerator = trainer.accelerator
-    if trainer.is_deepspeed_enabled:
-        return model, _deepspeed_engine(model, copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config))
-    if trainer.is_fsdp_enabled and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
-        from accelerate.utils import fsdp2_prepare_model
-
-        model = fsdp2_prepare_model(accelerator, model)
-        return model, model
-    return model, None
-
-
-def _deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """The model in an engine that trains nothing, but rounds and partitions weights as the policy's does."""
-    import deepspeed
-
-    for name in ("optimizer", "scheduler"):
-        config.pop(name, None)
-    config["zero_optimization"].pop("offload_optimizer", None)
-    for name, value in config.items():  # what the trainer fills in later
-        if value == "auto":
-            config[name] = 1
-    zero = config["zero_optimization"]
-    if not is_deepspeed_zero3_enabled():
-        zero["stage"] = 0  # 1 and 2 partition what belongs to an optimizer
-    config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    engine.eval()
-    return engine

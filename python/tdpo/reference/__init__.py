@@ -1,1 +1,1 @@
-"""The frozen reference: how it is chosen, and its hidden states on disk."""
+"""The frozen reference: what the loss reads of it, its forms, one a file, and which of them a training has."""

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import Trainer
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..files import check_manifest, read_manifest, write_manifest
+from ..files import check_manifest, write_manifest
 from ..models.sharding import local_values
 
-logger = logging.getLogger(__name__)
 STAGING = ".checkpoint-being-written"
 
 
@@ -31,10 +30,10 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest good checkpoint in `output_dir`, or None."""
-    return _newest_good(output_dir)[0]
+    return newest_good(output_dir)[0]
 
 
-def _newest_good(output_dir: str | Path) -> tuple[str | None, list[str]]:
+def newest_good(output_dir: str | Path) -> tuple[str | None, list[str]]:
     """The newest good checkpoint, or None, and what is wrong with the newer ones."""
     problems = []
     for checkpoint in checkpoints_of(output_dir):
@@ -47,34 +46,14 @@ def _newest_good(output_dir: str | Path) -> tuple[str | None, list[str]]:
     return None, problems
 
 
-def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool) -> str:
-    """The checkpoint `wanted`, or with True the newest good one in `output_dir`, after a check of its files.
-
-    Raises:
-        ValueError: it is damaged or holds no optimizer; or there is none, or none that is good.
-    """
-    if isinstance(wanted, str):
-        check_manifest(wanted)
-    else:
-        good, problems = _newest_good(output_dir)
-        if good is None:
-            raise ValueError(f"{output_dir} holds no good checkpoint to resume from: {'; '.join(problems) or 'none'}")
-        for problem in problems:
-            logger.warning("resuming from an older checkpoint, %s: %s", good, problem)
-        wanted = good
-    if read_manifest(wanted)["only_model"]:
-        raise ValueError(f"{wanted} was written with save_only_model: it holds no optimizer state to resume from")
-    return wanted
-
-
-def check_finite(trainer: Trainer) -> None:
-    """Checks the weights, on all processes if they are sharded.
+def check_finite(model: nn.Module, *, sharded: bool) -> None:
+    """Checks the weights, those of all processes if they are sharded.
 
     Raises:
         FloatingPointError: a weight is infinite or NaN; the message names the parameter.
     """
-    bad = [_first_not_finite(trainer.model)]
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1:
+    bad = [_first_not_finite(model)]
+    if sharded:
         bad = gather_object(bad)
     for name in filter(None, bad):
         raise FloatingPointError(f"the weights of {name} are not all finite")
@@ -89,14 +68,13 @@ def _first_not_finite(model: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def atomic_checkpoint(trainer: Trainer) -> Iterator[str]:
+def atomic_checkpoint(args: TrainingArguments, accelerator: Accelerator, state: TrainerState) -> Iterator[str]:
     """Yields a staging folder to write a checkpoint in, then moves it to the output folder and removes old checkpoints.
 
     Raises:
         RuntimeError: the checkpoint could not be written (a full disk, for example). What was written is removed; the
             last good checkpoint, which the message names, is untouched.
     """
-    args, accelerator = trainer.args, trainer.accelerator
     output_dir, staging = Path(args.output_dir), Path(args.output_dir, STAGING)
     if args.should_save:
         shutil.rmtree(staging, ignore_errors=True)  # left behind by a run that was killed while writing
@@ -104,14 +82,14 @@ def atomic_checkpoint(trainer: Trainer) -> Iterator[str]:
     try:
         yield str(staging)
         accelerator.wait_for_everyone()
-        _relocate_best(trainer, staging, output_dir)
+        _relocate_best(state, staging, output_dir, saves=args.should_save)
         if args.should_save:
             for checkpoint in staging.iterdir():
                 write_manifest(checkpoint, only_model=args.save_only_model)
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise RuntimeError(
-            f"the checkpoint of step {trainer.state.global_step} could not be written: {error}; last good checkpoint: "
+            f"the checkpoint of step {state.global_step} could not be written: {error}; last good checkpoint: "
             f"{last_checkpoint(args.output_dir) or 'none'}"
         ) from error
     if args.should_save:
@@ -119,20 +97,20 @@ def atomic_checkpoint(trainer: Trainer) -> Iterator[str]:
         rotate_checkpoints(
             output_dir=args.output_dir,
             save_total_limit=args.save_total_limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            best_model_checkpoint=state.best_model_checkpoint,
             use_mtime=True,
         )
     accelerator.wait_for_everyone()
 
 
-def _relocate_best(trainer: Trainer, staging: Path, output_dir: Path) -> None:
+def _relocate_best(state: TrainerState, staging: Path, output_dir: Path, *, saves: bool) -> None:
     """Records where the best checkpoint will be, if it is the one in the staging folder."""
-    best = trainer.state.best_model_checkpoint
+    best = state.best_model_checkpoint
     if best is None or Path(best).parent != staging:
         return
-    trainer.state.best_model_checkpoint = str(output_dir / Path(best).name)
-    if trainer.args.should_save:
-        trainer.state.save_to_json(str(Path(best, "trainer_state.json")))
+    state.best_model_checkpoint = str(output_dir / Path(best).name)
+    if saves:
+        state.save_to_json(str(Path(best, "trainer_state.json")))
 
 
 def _publish(staging: Path, output_dir: Path) -> None:

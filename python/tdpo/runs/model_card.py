@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from torch import nn
+from transformers import TrainerState
 
 from ..config import TDPOConfig
 from ..loss.objectives import OBJECTIVES
-
-if TYPE_CHECKING:
-    from ..trainer import TDPOTrainer
 
 CITATION = """@inproceedings{zeng2024tdpo,
   title     = {Token-level Direct Preference Optimization},
@@ -31,9 +30,16 @@ _ALWAYS = ("variant", "beta", "alpha", "learning_rate", "optim")
 _METRICS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected")
 
 
-def model_card(trainer: TDPOTrainer) -> str:
-    """Markdown: the base model, the data, the options, the final metrics, and the paper to cite."""
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+def model_card(
+    args: TDPOConfig, model: nn.Module, state: TrainerState, *, data: str | None, pairs: int | None, processes: int
+) -> str:
+    """Markdown: the base model, the data, the options, the final metrics, and the paper to cite.
+
+    Args:
+        model: the policy, unwrapped.
+        data, pairs: name and size of the training data, as far as they are known.
+        processes: how many trained.
+    """
     base = getattr(model.config, "_name_or_path", "")
     front = {"library_name": "transformers", "tags": ["tdpo", "preference-optimization"]}
     if base:
@@ -42,15 +48,15 @@ def model_card(trainer: TDPOTrainer) -> str:
     for adapters in getattr(model, "peft_config", {}).values():
         front["library_name"] = "peft"
         options |= {"adapters": type(adapters).__name__, "rank": getattr(adapters, "r", None)}
-    data = trainer.data_name or "preference pairs given in memory"
-    rows = "" if trainer.train_dataset is None else f" ({len(trainer.train_dataset):,} pairs)"
+    data = data or "preference pairs given in memory"
+    rows = "" if pairs is None else f" ({pairs:,} pairs)"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         "# A model aligned by token-level direct preference optimization",
         f"Trained from `{base or 'a model given in memory'}` on `{data}`{rows} with tdpo_ext, for "
-        f"{trainer.state.global_step} steps on {trainer.accelerator.num_processes} process(es).",
+        f"{state.global_step} steps on {processes} process(es).",
         f"```yaml\n{yaml.safe_dump(options, sort_keys=False)}```",
-        *_results(trainer.state.log_history),
+        *_results(state.log_history),
         "The method is that of [arXiv 2404.11999](https://arxiv.org/abs/2404.11999):",
         f"```bibtex\n{CITATION}\n```",
     ]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from datasets import Dataset
+from torch import nn
+
+from ..config import TDPOConfig
 from ..data.tokenize import tokens_digest
 from ..files import read_json, write_json
 from ..models.causal_lm import unwrap_peft
-
-if TYPE_CHECKING:
-    from ..trainer import TDPOTrainer
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
@@ -30,18 +31,70 @@ _OPTIONS = (
 _ADAPTERS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 
 
-def record_of(trainer: TDPOTrainer) -> dict[str, Any]:
-    """What identifies the trainer's run, as JSON holds it."""
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    options = {name: _plain(getattr(args, name)) for name in _OPTIONS if hasattr(args, name)}
-    for adapters in getattr(model, "peft_config", {}).values():
-        options |= {f"adapters' {name}": _plain(getattr(adapters, name, None)) for name in _ADAPTERS}
-    options["dtype"] = trainer.trained_dtypes
-    options["processes"] = trainer.accelerator.num_processes
-    options["model"] = _name(model)
-    if trainer.ref_model is not None:
-        options["ref_model"] = _name(trainer.accelerator.unwrap_model(trainer.ref_model))
-    return {"options": options, "training data": tokens_digest(trainer.train_dataset)}
+class RunRecord(NamedTuple):
+    """What identifies a run, as JSON holds it."""
+
+    options: dict[str, Any]
+    training_data: str  # digest of the tokens
+
+    @classmethod
+    def of(
+        cls,
+        args: TDPOConfig,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        dataset: Dataset,
+        *,
+        dtypes: str,
+        processes: int,
+        objective: str | None,
+    ) -> RunRecord:
+        """The record of a training.
+
+        Args:
+            model, ref_model: unwrapped; the reference only where it is a second model.
+            dataset: the tokenized training data.
+            dtypes: of the weights that train.
+            processes: how many.
+            objective: the name of a loss of the user's own, or None.
+        """
+        options = {name: _plain(getattr(args, name)) for name in _OPTIONS if hasattr(args, name)}
+        for adapters in getattr(model, "peft_config", {}).values():
+            options |= {f"adapters' {name}": _plain(getattr(adapters, name, None)) for name in _ADAPTERS}
+        options |= {"dtype": dtypes, "processes": processes, "model": _name(model)}
+        if ref_model is not None:
+            options["ref_model"] = _name(ref_model)
+        if objective is not None:
+            options["objective"] = objective
+        return cls(options, tokens_digest(dataset))
+
+    def check(self, checkpoint: str | Path, *, anyway: bool) -> None:
+        """Compares this run with the one that wrote a checkpoint.
+
+        Raises:
+            ValueError: options or data differ, which the message names; with `anyway` that is a warning.
+        """
+        path = Path(checkpoint, FILE)
+        if not path.is_file():
+            return
+        differences = list(self._differences(read_json(path)))
+        if not differences:
+            return
+        message = f"{checkpoint} is of another run: {'; '.join(differences)}"
+        if not anyway:
+            raise ValueError(f"{message}. Restore them, give another output_dir, or resume with --resume_anyway")
+        logger.warning("%s; resuming all the same", message)
+
+    def _differences(self, before: dict[str, Any]) -> Iterator[str]:
+        old, new = before["options"], self.options
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                yield f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        if before["training data"] != self.training_data:
+            yield "the training data, as tokens, are others"
+
+    def write(self, checkpoint: str | Path) -> None:
+        write_json(Path(checkpoint, FILE), {"options": self.options, "training data": self.training_data})
 
 
 def _name(model: Any) -> str:
@@ -57,34 +110,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
-
-
-def check_same_run(checkpoint: str | Path, record: dict[str, Any], *, anyway: bool) -> None:
-    """Compares a run with the one that wrote a checkpoint.
-
-    Raises:
-        ValueError: options or data differ, which the message names; with `anyway` that is a warning.
-    """
-    path = Path(checkpoint, FILE)
-    if not path.is_file():
-        return
-    differences = list(_differences(read_json(path), record))
-    if not differences:
-        return
-    message = f"{checkpoint} is of another run: {'; '.join(differences)}"
-    if not anyway:
-        raise ValueError(f"{message}. Restore them, give another output_dir, or resume with --resume_anyway")
-    logger.warning("%s; resuming all the same", message)
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    old, new = before["options"], now["options"]
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            yield f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-    if before["training data"] != now["training data"]:
-        yield "the training data, as tokens, are others"
-
-
-def write_record(checkpoint: str | Path, record: dict[str, Any]) -> None:
-    write_json(Path(checkpoint, FILE), record)

@@ -7,13 +7,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from ..trainer import TDPOTrainer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -26,10 +24,15 @@ class Terminated(SystemExit):
 
 
 class StopAfterStep(TrainerCallback):
-    """Turns a signal into a checkpoint and the end of the training loop, on all processes if one receives it."""
+    """Turns a signal into a checkpoint and the end of the training loop, on all processes if one receives it.
 
-    def __init__(self, trainer: TDPOTrainer) -> None:
-        self._trainer = trainer
+    Args:
+        accelerator: of the processes.
+        saves: whether a checkpoint is written.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
+        self._accelerator, self._saves = accelerator, saves
         self.received = 0
 
     @contextmanager
@@ -60,14 +63,14 @@ class StopAfterStep(TrainerCallback):
     def _receive(self, kind: int, frame: Any) -> None:
         self.received = kind
         signal.signal(kind, signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL)
-        saves = "" if self._trainer.args.save_strategy == "no" else " with a checkpoint"
+        saves = " with a checkpoint" if self._saves else ""
         print(f"\nStopping after this step{saves}; once more stops at once.", file=sys.stderr, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        accelerator = self._trainer.accelerator
+        accelerator = self._accelerator
         if accelerator.num_processes > 1:  # the processes must leave the loop at the same step
             received = torch.tensor([self.received], device=accelerator.device)
             self.received = int(accelerator.gather(received).max())
         if self.received:
             control.should_training_stop = True
-            control.should_save = control.should_save or args.save_strategy != "no"
+            control.should_save = control.should_save or self._saves

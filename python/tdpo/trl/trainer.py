@@ -10,7 +10,6 @@ Every option of DPOConfig does what TRL says, or is refused by name (`REFUSED`).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +22,15 @@ from trl.trainer.utils import create_model_from_path
 
 from ..data.collator import predicted_responses
 from ..loss.metrics import MetricMeans, preference_metrics
-from ..loss.preference_loss import PreferenceLoss, patch_forward
+from ..loss.preference_loss import FusedLoss, why_not_fused
 from ..models.causal_lm import CausalLM
+from ..models.forward import patch_forward
 from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded, keep_quantized_weights_unpacked
 from ..precision import WarnOfCoarseWeights, autocast
+from ..reference.reference import Reference
+from ..reference.second_model import SecondModel, ShardedModel
+from ..reference.without_adapters import WithoutAdapters
 from .losses import trl_objective
 
 # Options that have no meaning for these losses, and the values that leave them unused.
@@ -44,7 +47,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 class TDPOTrainer(DPOTrainer):
-    """TRL's DPOTrainer, the loss "sigmoid" of its `loss_type` replaced by TDPO's.
+    """TRL's DPOTrainer, the loss "sigmoid" of its `loss_type` replaced by TDPO's: `tdpo.trl.TDPOTrainer`.
+
+    `tdpo.TDPOTrainer` is another class, which needs no TRL.
 
     Args:
         model, ref_model: loaded, or the name of a folder or of a hub's model.
@@ -83,26 +88,30 @@ class TDPOTrainer(DPOTrainer):
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
         keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
         self.add_callback(WarnOfCoarseWeights())
-        wrapper = None
         with autocast(self.args):
-            policy = reference = CausalLM.of(self.model)
-            if self.ref_model is not None:
-                reference = CausalLM.of(self.accelerator.unwrap_model(self.ref_model))
-                wrapper = self.ref_model if is_sharded(reference.model) else None
-        self._tdpo = PreferenceLoss(
+            policy = CausalLM.of(self.model)
+            reference = self._reference(policy)
+        reason = why_not_fused(policy, reference)
+        if reason is not None:
+            raise ValueError(f"the fused loss can't be used: {reason}")
+        self._tdpo = FusedLoss(
             policy,
             reference,
             trl_objective(self.args, alpha=alpha, variant=variant),
-            without_adapters=self.model.disable_adapter if self.ref_model is None else contextlib.nullcontext,
             router_coefficient=router_coefficient(policy.model, self.args.router_aux_loss_coef),
-            reference_wrapper=wrapper,
         )
-        if self._tdpo.fallback_reason is not None:
-            raise ValueError(f"the fused loss can't be used: {self._tdpo.fallback_reason}")
         patch_forward(self.model, self._tdpo)
         self.data_collator = _WithResponseRows(self.data_collator)
         self._means = {mode: MetricMeans(self.accelerator) for mode in ("train", "eval")}
         self._new_tokens = 0
+
+    def _reference(self, policy: CausalLM) -> Reference:
+        """TRL's reference, in its form for our loss."""
+        if self.ref_model is None:
+            return WithoutAdapters(**vars(policy), adapted=self.model)
+        reference = SecondModel.of(self.accelerator.unwrap_model(self.ref_model))
+        sharded = is_sharded(reference.model)
+        return ShardedModel(**vars(reference), wrapper=self.ref_model) if sharded else reference
 
     @property
     def _mode(self) -> str:

@@ -5,8 +5,8 @@ import torch
 from tdpo import PreferenceCollator
 
 ROWS = [
-    {"index": 7, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 9], "rejected_ids": [5, 6, 7, 9]},
-    {"index": 2, "prompt_ids": [], "chosen_ids": [4, 5, 9], "rejected_ids": [8, 9]},
+    {"dataset_row": 7, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 9], "rejected_ids": [5, 6, 7, 9]},
+    {"dataset_row": 2, "prompt_ids": [], "chosen_ids": [4, 5, 9], "rejected_ids": [8, 9]},
 ]
 LAYOUTS = [{"padding_free": packed, "shared_prompts": shared} for packed in (False, True) for shared in (False, True)]
 
@@ -18,8 +18,8 @@ def test_tokens_are_those_of_prompts_and_responses(layout):
     assert batch["num_tokens"] == (3 + 2) + (3 + 4) + (0 + 3) + (0 + 2)
     assert batch["row_lengths"] == [2, 2, 4, 1]
     assert batch["cu_seqlens"].tolist() == [0, 2, 4, 8, 9]
-    assert batch["index"].tolist() == [7, 2]
-    assert next(iter(batch)) == "index"  # whose length transformers takes for the batch's
+    assert batch["dataset_row"].tolist() == [7, 2]
+    assert next(iter(batch)) == "dataset_row"  # whose length transformers takes for the batch's
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,46 @@
+"""Hidden states on disk as the reference: of the model only the head stays in memory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models.causal_lm import CausalLM
+from .cache import ReferenceCache
+from .reference import Read, Reference
+
+
+class _HeadAlone(nn.Module):
+    """A copy of a model's head, so that the model can be freed or trained."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config, self.head = model.config, copy.deepcopy(model.get_output_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+@dataclass(frozen=True)
+class CachedStates(Reference):
+    """The caches of all splits, by name, and a head: nothing that could be run."""
+
+    caches: dict[str, ReferenceCache] = field(default_factory=dict)
+
+    @classmethod
+    def beside(cls, model: CausalLM, caches: dict[str, ReferenceCache]) -> CachedStates:
+        """What stays in memory of a model whose hidden states are cached."""
+        return cls(**{**vars(model), "model": _HeadAlone(model.model), "probed": None}, caches=caches)
+
+    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
+        """The hidden states that the collator has read from a cache, (R, D).
+
+        Raises:
+            ValueError: something else than hidden states is asked for.
+        """
+        if read is not CausalLM.hidden_rows:
+            raise ValueError("a reference cache holds hidden states alone")
+        return batch["ref_hidden"]

@@ -1,0 +1,35 @@
+"""What the loss reads of a frozen reference, whatever its form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.causal_lm import CausalLM, ResponseRows
+
+Read = Callable[[CausalLM, dict[str, Tensor]], ResponseRows]  # CausalLM.hidden_rows or CausalLM.logit_rows
+Head = tuple[Tensor, "Tensor | None"]  # weight (V, D) and bias (V,)
+
+
+@dataclass(frozen=True)
+class Reference(CausalLM):
+    """A frozen reference: a causal language model that is run in a context, where its form asks for one."""
+
+    def running(self) -> AbstractContextManager[Any]:
+        """A context in which `model` is the reference."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
+        """What predicts the response tokens of a batch: hidden states, (R, D), or what else `read` takes of a model."""
+        with self.running():
+            return read(self, batch).values
+
+    def whole_head(self) -> AbstractContextManager[Head]:
+        """A context in which this process holds all that it needs of the head."""
+        return nullcontext((self.weight, self.bias))
