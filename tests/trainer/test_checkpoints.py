@@ -223,6 +223,36 @@ def test_checkpoints_rotate_and_keep_the_best(tmp_path):
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
 
 
+def test_the_best_checkpoint_is_kept_though_it_is_the_oldest(tmp_path):
+    """The loss falls, so that the first checkpoint is the best where the highest loss is wanted."""
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    wanted = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = make_trainer(tmp_path, **{**SAVES, "max_steps": 8}, save_total_limit=2, **best, **wanted)
+    trainer.train()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert sorted(evaluated, reverse=True) == evaluated
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path)] == ["checkpoint-8", "checkpoint-2"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[0], rel=1e-5)  # it was loaded at the end
+
+
+@pytest.mark.parametrize("limit", [1, 2, None])
+def test_old_checkpoints_go_as_new_ones_come(limit, tmp_path):
+    make_trainer(tmp_path, **SAVES, save_total_limit=limit).train()
+    left = [f"checkpoint-{step}" for step in (6, 4, 2)][:limit]
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path)] == left
+
+
+def test_what_an_earlier_run_left_goes_first(out):
+    """Checkpoints are old by their time, not by their step: a run that began anew has lower steps."""
+    for step in (4, 6):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    (out / "checkpoint-2").rename(out / "checkpoint-90")
+    os.utime(out / "checkpoint-90", (0, 0))
+    make_trainer(out, **SAVES, save_total_limit=2).train()
+    assert [path.name for path in checkpoints.checkpoints_of(out)] == ["checkpoint-6", "checkpoint-4"]
+
+
 def test_a_model_is_saved_where_it_belongs_after_a_checkpoint_that_failed(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **SAVES)
     trainer.train()

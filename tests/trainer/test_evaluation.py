@@ -58,6 +58,38 @@ def test_evaluation_takes_no_gradients(tmp_path):
     assert not trainer.model.training
 
 
+@pytest.mark.parametrize("batch", [4, 3])
+def test_an_interrupted_evaluation_leaves_nothing_behind(batch, tmp_path):
+    """What it found, of other weights, must not stand for the rows that it saw."""
+    trainer = two_models(tmp_path, per_device_eval_batch_size=batch)
+    compute_loss, calls = trainer.compute_loss, []
+
+    def interrupted(*arguments, **options):
+        calls.append(True)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compute_loss(*arguments, **options)
+
+    trainer.compute_loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    other = make_model("gpt2", 2)
+    trainer.model.load_state_dict(other.state_dict())
+    found, expected = (
+        {name: value for name, value in one.evaluate().items() if "/" in name or name == "eval_loss"}
+        for one in (trainer, make_trainer(tmp_path, model=other, ref_model=make_model("gpt2", 1)))
+    )
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_an_evaluation_that_is_not_finite_stops(tmp_path):
+    trainer = two_models(tmp_path, per_device_eval_batch_size=3)
+    with torch.no_grad():
+        trainer.model.transformer.ln_f.bias[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1, on rows \[0, 1, 2\]"):
+        trainer.evaluate()
+
+
 def test_evaluations_between_logs_do_not_disturb_the_means(tmp_path):
     logs = []
     for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1}):

@@ -20,6 +20,7 @@ def message(role, content):
 
 
 ASKED, GREAT, BAD = message("user", "the film?"), message("assistant", "great"), message("assistant", "bad")
+WHY = message("user", "really?")
 ROW = {"prompt": [ASKED], "chosen": [GREAT], "rejected": [BAD]}
 PROMPT = "[user] the film?<|end|>[assistant] "
 
@@ -61,6 +62,29 @@ def test_forms(row, prompt, chat_tokenizer):
     row = tokenize([row], chat_tokenizer)[0]
     assert texts(row, chat_tokenizer) == [prompt, "great<|end|>", "bad<|end|>"]
     assert row["length"] == len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+@pytest.mark.parametrize(("longer", "shorter"), [("chosen", "rejected"), ("rejected", "chosen")])
+@pytest.mark.parametrize("prompt", [None, [ASKED, GREAT]])
+def test_a_conversation_that_is_its_prompt_keeps_a_response(longer, shorter, prompt, chat_tokenizer):
+    """Where one conversation ends with the last message of the other's beginning, that message is its response."""
+    row = {longer: [ASKED, GREAT, WHY, BAD], shorter: [ASKED, GREAT]}
+    tokens = tokenize([row if prompt is None else {**row, "prompt": prompt}], chat_tokenizer)
+    assert dict(zip(("prompt", "chosen", "rejected"), texts(tokens[0], chat_tokenizer))) == {
+        "prompt": PROMPT,
+        shorter: "great<|end|>",
+        longer: "great<|end|>[user] really?<|end|>[assistant] bad<|end|>",
+    }
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize("other", [message("system", "the film?"), message("user", "the film!")])
+def test_a_prompt_that_one_response_does_not_repeat_is_left_in_both(side, other, chat_tokenizer):
+    """What is cut from one response alone would be lost; the repeated prompt is refused by the template instead."""
+    row = {"prompt": [ASKED], "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]}
+    row[side] = [other, row[side][1]]
+    with pytest.raises(ValueError, match=r"row 0 .*renders the prompt differently"):
+        tokenize([row], chat_tokenizer)
 
 
 @pytest.mark.parametrize(

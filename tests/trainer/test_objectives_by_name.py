@@ -114,6 +114,18 @@ def test_streamed(name):
     torch.testing.assert_close(tensors["weight"].grad, truth[1]["weight"])
 
 
+@pytest.mark.parametrize("empty", [0, 2, 5, 7])  # of the sequences, chosen ones first
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_response_without_tokens(name, empty):
+    """Its sums are zero, and so are its means over tokens."""
+    case, weight = make_weighted_case()
+    case.labels[empty] = -100
+    found = fused(name, case, weight)
+    truth = truth_of(name, case, weight)
+    assert truth[0].isfinite()
+    assert_matches(found, truth, 1e-9)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_packed(name):
     case, weight = make_weighted_case()

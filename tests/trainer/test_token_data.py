@@ -65,6 +65,32 @@ def test_long_rows_are_cut_with_their_columns():
         tokenized(ROW, max_length=6, overlong="drop")
 
 
+def ids(prompt, chosen, rejected):
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [([5, 6, 7, 0], [8, 0]), ([5, 0], [6, 7, 8, 9, 0])])
+def test_the_length_is_that_of_the_prompt_and_the_longer_response(chosen, rejected):
+    tokens = tokenized(ids([1, 2, 3], chosen, rejected), columns=())
+    assert tokens["length"] == [3 + max(len(chosen), len(rejected))]
+    cut = tokenized(ids([1, 2, 3], chosen, rejected), max_length=5, max_prompt_length=2, columns=())
+    assert cut["length"] == [2 + min(3, max(len(chosen), len(rejected)))]
+
+
+def test_rows_that_are_left_know_where_they_stood_and_stand():
+    tokens = tokenized(ids([1], [2], [2]), ids([1], [2], [3]), ids([1], [4], []), ids([1], [5], [6]), columns=())
+    assert tokens["dataset_row"] == [1, 3]
+    assert tokens["token_row"] == [0, 1]
+    assert set(tokens.column_names) == {
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "dataset_row",
+        "length",
+        "token_row",
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -131,6 +157,54 @@ def test_tis_dpo_trains_and_evaluates(tmp_path):
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
     assert 0 < trainer.evaluate()["eval_loss"] < 0.6932
+
+
+@pytest.mark.parametrize("direction", [None, "reverse"])
+def test_an_objective_of_your_own_by_hand(direction, tmp_path):
+    """Its loss and its gradient, from the models' own logits; `alpha` and `beta` of the options change neither."""
+
+    @per_token
+    def own(chosen, rejected):
+        margins = chosen.sum(chosen.columns["weight"] * chosen.kl) - rejected.sum(rejected.logratio)
+        return torch.nn.functional.softplus(margins)
+
+    policy, frozen, rows = make_model("llama", 0), make_model("llama", 1), make_rows(8)
+    trainer = make_trainer(
+        *(tmp_path, policy, frozen),
+        train_dataset=rows,
+        eval_dataset=rows,
+        objective=own,
+        token_columns=["weight"],
+        kl_direction=direction,
+        beta=0.3,
+        per_device_eval_batch_size=8,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.model(preference=batch).loss
+    loss.backward()
+    grad = policy.lm_head.weight.grad.clone()
+    policy.zero_grad()
+
+    def values(row, side):
+        ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+        first = max(len(row["prompt_ids"]), 1)
+        with torch.no_grad():
+            ref_logits = frozen(input_ids=ids).logits[0, first - 1 : -1]
+        logits = policy(input_ids=ids).logits[0, first - 1 : -1]
+        values = eager.token_divergence(logits, ref_logits, ids[0, first:], kl_direction=direction or "forward")
+        return values, torch.tensor(row[f"{side}_weight"])[-len(values.kl) :]
+
+    def loss_of(row):
+        (chosen, weight), (rejected, _) = (values(row, side) for side in ("chosen", "rejected"))
+        return torch.nn.functional.softplus((weight * chosen.kl).sum() - rejected.logratio.sum())
+
+    expected = torch.stack([loss_of(rows[index]) for index in batch["dataset_row"].tolist()]).mean()
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, policy.lm_head.weight.grad, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        everything = torch.stack([loss_of(row) for row in rows]).mean().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(everything, rel=1e-4)
 
 
 def test_an_objective_of_your_own(tmp_path):

@@ -117,6 +117,38 @@ def test_training_raises_margins(variant, tmp_path):
     assert last["loss"] < first["loss"]
 
 
+@pytest.mark.parametrize(("variant", "alpha", "weight"), [("tdpo2", 0.7, 0.7), ("tdpo1", 0.5, 1.0), ("dpo", 0.5, 0.0)])
+def test_a_step_follows_the_formulas_gradient(variant, alpha, weight, tmp_path):
+    """One step of SGD on a whole epoch, by autograd of the paper's formulas on the models' own logits."""
+    policy, frozen = make_model("llama", 0), make_model("llama", 1)
+    copied = copy.deepcopy(policy)
+    options = {"variant": variant, "alpha": alpha, "beta": 0.3, "optim": "sgd", "max_grad_norm": 0.0}
+    options |= {"learning_rate": 0.05, "per_device_train_batch_size": 24, "max_steps": 1}
+    trainer = make_trainer(tmp_path, model=policy, ref_model=frozen, **options)
+    trainer.train()
+
+    def sums(row, side):
+        ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+        first = len(row["prompt_ids"])
+        logits, ref_logits = (model(input_ids=ids).logits[0, first - 1 : -1] for model in (copied, frozen))
+        values = eager.token_divergence(logits, ref_logits, ids[0, first:])
+        return values.logratio.sum(), values.kl.sum()
+
+    losses_by_hand = []
+    for row in trainer.train_dataset:
+        (chosen, chosen_kl), (rejected, rejected_kl) = (sums(row, side) for side in ("chosen", "rejected"))
+        if variant == "tdpo2":  # whose reference of the margin gets no gradient
+            chosen_kl = chosen_kl.detach()
+        margin = chosen - rejected - weight * (rejected_kl - chosen_kl)
+        losses_by_hand.append(-torch.nn.functional.logsigmoid(0.3 * margin))
+    expected = torch.stack(losses_by_hand).mean()
+    expected.backward()
+    assert losses(trainer) == [pytest.approx(expected.item(), rel=1e-4)]
+    for name, parameter in copied.named_parameters():
+        step = policy.get_parameter(name).detach() - parameter.detach()
+        torch.testing.assert_close(step, -0.05 * parameter.grad, rtol=2e-3, atol=2e-6, msg=name)
+
+
 def test_metrics_have_their_names(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.train()

@@ -171,6 +171,12 @@ def test_model_cards(tmp_path):
     assert "from `some/base` on `some/data`" in card
 
 
+def rows_of_table(markdown):
+    """The cells of every row but the head."""
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
 def test_model_cards_show_results(tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
@@ -183,5 +189,10 @@ def test_model_cards_show_results(tmp_path):
     for step in (2, 4):
         entry = next(e for e in trainer.state.log_history if e["step"] == step and "eval_loss" in e)
         assert f"| {step} | " + " | ".join(f"{entry['eval_' + name]:.4g}" for name in names) in card
+    trained, evaluated = (rows_of_table(part) for part in card.split("Evaluations ("))
+    last = [e for e in trainer.state.log_history if "loss" in e][-1]
+    assert trained == [["4", *(f"{last[name]:.4g}" for name in names)]]
+    assert [row[0] for row in evaluated] == ["2", "4"]
+    assert trained[0][1:] != evaluated[1][1:]
     assert "library_name: peft" in card
     assert "adapters: LoraConfig\nrank: 4" in card

@@ -232,6 +232,28 @@ def test_names_of_references(tmp_path):
     assert torch.equal(trainer._tdpo.reference.weight, stored.float())  # in the precision of the policy
 
 
+@pytest.mark.parametrize(("attention", "dtype"), [("eager", torch.float32), ("sdpa", torch.bfloat16)])
+def test_a_named_reference_computes_as_the_policy_does(attention, dtype, tmp_path):
+    make_model("llama", 3).save_pretrained(tmp_path / "frozen")
+    policy = make_model("llama", 0).to(dtype)
+    policy.set_attn_implementation(attention)
+    trainer = make(tmp_path, model=policy, ref_model=str(tmp_path / "frozen"))
+    assert trainer.ref_model.config._attn_implementation == attention
+    assert trainer.ref_model.dtype == dtype
+
+
+def test_policy_and_reference_that_are_named_are_loaded_alike(tmp_path):
+    for name, seed in {"policy": 0, "frozen": 3}.items():
+        make_model("llama", seed).save_pretrained(tmp_path / name)
+    loading = {"attn_implementation": "eager", "dtype": "bfloat16"}
+    names = {"model": str(tmp_path / "policy"), "ref_model": str(tmp_path / "frozen")}
+    trainer = make(tmp_path, **names, model_init_kwargs=loading)
+    for model in (trainer.model, trainer.ref_model):
+        assert model.config._attn_implementation == "eager"
+        assert model.dtype == torch.bfloat16
+    assert not torch.equal(trainer.model.lm_head.weight, trainer.ref_model.lm_head.weight)
+
+
 class Processor(ProcessorMixin):
     def __init__(self):
         pass

@@ -1,0 +1,32 @@
+"""How the commands end: what is missing is named, and a signal has the shell's exit status."""
+
+import pytest
+import yaml
+from tdpo.cli import commands
+from tdpo.cli.main import main
+from tdpo.runs.stopping import Terminated
+
+NEEDED = {
+    "train": ["model", "dataset"],
+    "evaluate": ["model", "ref_model", "eval_dataset"],
+    "cache-reference": ["model", "dataset"],
+}
+
+
+@pytest.mark.parametrize(("command", "missing"), [(name, option) for name in NEEDED for option in NEEDED[name]])
+def test_what_is_missing_is_named(command, missing, tmp_path, capsys):
+    given = {name: str(tmp_path / "none.jsonl") for name in NEEDED[command] if name != missing}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**given, "use_cpu": True, "output_dir": str(tmp_path)}))
+    assert main([command, str(tmp_path / "config.yaml")]) == 2
+    assert f"tdpo: {missing} is missing" in capsys.readouterr().err
+
+
+def test_sigterm_has_the_shells_exit_status(monkeypatch, capsys):
+    def terminated(options):
+        raise Terminated
+
+    monkeypatch.setattr(commands, "train", terminated)
+    with pytest.raises(SystemExit) as ended:
+        main(["train"])
+    assert ended.value.code == 143
+    assert "Terminated; run the same command again to resume." in capsys.readouterr().err

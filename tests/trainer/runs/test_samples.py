@@ -1,0 +1,45 @@
+"""Samples of evaluation prompts: how many, from which models, and where they are written."""
+
+import json
+
+import pytest
+from model_families import make_model
+from peft import LoraConfig
+from trainer_cases import make_preferences, make_trainer
+
+SAMPLES = {"eval_samples": 2, "eval_sample_tokens": 3}
+
+
+def samples_of(path):
+    return {file.name: json.loads(file.read_text()) for file in (path / "samples").glob("*")}
+
+
+@pytest.mark.parametrize(("wanted", "drawn"), [(1, 1), (3, 3), (50, 3)])
+def test_no_more_samples_than_rows(wanted, drawn, tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=make_preferences(3), **{**SAMPLES, "eval_samples": wanted})
+    trainer.evaluate()
+    samples = samples_of(tmp_path)["eval-step-0.json"]
+    prompts = [trainer.processing_class.decode(row["prompt_ids"]) for row in trainer.eval_dataset]
+    assert [sample["prompt"] for sample in samples] == prompts[:drawn]
+
+
+def test_no_samples_by_default(tmp_path):
+    make_trainer(tmp_path).evaluate()
+    assert samples_of(tmp_path) == {}
+
+
+def test_every_split_and_step_has_a_file(tmp_path):
+    splits = {"one": make_preferences(3), "two": make_preferences(4)}
+    evaluations = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = make_trainer(tmp_path, eval_dataset=splits, **SAMPLES, **evaluations)
+    trainer.train()
+    assert set(samples_of(tmp_path)) == {f"eval_{split}-step-{n}.json" for split in splits for n in (1, 2)}
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_reference_of_which_only_the_head_is_left_is_not_sampled(adapters, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear") if adapters else None
+    options = {"model": make_model("llama"), "peft_config": config, "precompute_reference": True}
+    trainer = make_trainer(tmp_path, **options, **SAMPLES)
+    trainer.evaluate()
+    assert [set(sample) for sample in samples_of(tmp_path)["eval-step-0.json"]] == 2 * [{"prompt", "policy"}]

@@ -1,0 +1,116 @@
+"""Signals while training: the first lets a step end, the second does what it does elsewhere."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+from tdpo.runs.checkpoints import checkpoints_of
+from tdpo.runs.stopping import Terminated
+from trainer_cases import make_trainer
+
+SAVES = {"save_strategy": "steps", "save_steps": 500, "max_steps": 3}
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A job in the background starts with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def act_in_the_first_step(trainer, action):
+    """Calls `action` in the middle of the first step that the trainer takes from here."""
+    training_step, calls = trainer.training_step, []
+
+    def step(*arguments):
+        loss = training_step(*arguments)
+        if not calls:
+            calls.append(True)
+            action()
+        return loss
+
+    trainer.training_step = step
+
+
+@contextlib.contextmanager
+def not_interrupted():
+    """Lets a test fail, instead of the whole session, where training is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pytest.fail("the training was interrupted")
+
+
+def send(*kinds):
+    for kind in kinds:
+        os.kill(os.getpid(), kind)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    trainer = make_trainer(tmp_path, **SAVES)
+    act_in_the_first_step(trainer, lambda: send(signal.SIGINT, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert checkpoints_of(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_sigterm_would_end_the_process(tmp_path):
+    trainer, handlers = make_trainer(tmp_path, **SAVES), []
+
+    def terminate():
+        send(signal.SIGTERM)
+        handlers.extend(signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT))
+
+    act_in_the_first_step(trainer, terminate)
+    with pytest.raises(Terminated) as ended:
+        trainer.train()
+    assert ended.value.code == 143
+    assert handlers[0] is signal.SIG_DFL
+    assert handlers[1] not in (signal.SIG_DFL, signal.default_int_handler)  # the first interrupt still waits
+    assert trainer.state.global_step == 1
+
+
+def test_the_last_of_two_signals_is_raised(tmp_path):
+    trainer = make_trainer(tmp_path, **SAVES)
+    act_in_the_first_step(trainer, lambda: send(signal.SIGINT, signal.SIGTERM))
+    with pytest.raises(Terminated):
+        trainer.train()
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-1"]
+
+
+def test_ignored_interrupts_stay_ignored(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = make_trainer(tmp_path, **SAVES)
+    act_in_the_first_step(trainer, lambda: send(signal.SIGINT))
+    with not_interrupted():
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_handlers_come_back_after_an_error(tmp_path):
+    trainer = make_trainer(tmp_path, **SAVES)
+
+    def fail():
+        raise OSError("the disk is gone")
+
+    act_in_the_first_step(trainer, fail)
+    before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train()
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_stops_one_call_of_train(tmp_path):
+    trainer = make_trainer(tmp_path, **SAVES)
+    act_in_the_first_step(trainer, lambda: send(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    with not_interrupted():
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
