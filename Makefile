@@ -63,7 +63,7 @@ attach:
 # DeepSpeed ZeRO-2 and ZeRO-3 with two processes on the CPU, tensor-parallel plans and QLoRA. Takes minutes.
 engines: $(VENV)/dev
 	$(BIN)/pip install --quiet ".[engines]"
-	$(BIN)/pytest tests/trainer/test_engines.py tests/trainer/test_trainer_distributed.py
+	$(BIN)/pytest tests/trainer/models/test_engines.py tests/trainer/test_trainer_distributed.py
 
 # Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
 test-nightly: $(VENV)/dev

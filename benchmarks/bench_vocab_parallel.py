@@ -25,9 +25,9 @@ from common import peak_extra_bytes, save, text_table
 
 from tdpo_ext import VocabShard, linear_preference_loss, tdpo_loss
 
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-from collectives import payload_bytes
+from helpers.collectives import payload_bytes
 
 PAIRS, TOKENS, WIDTH, VOCABS = 2, 128, 512, (50304, 12576)
 OBJECTIVE = functools.partial(tdpo_loss, beta=0.1)

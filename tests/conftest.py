@@ -24,7 +24,7 @@ def pytest_ignore_collect(collection_path, config):
     if config.option.markexpr != "cuda" or not collection_path.name.startswith("test_"):
         return None
     text = collection_path.read_text()
-    return not ("mark.cuda" in text or "from cuda_support" in text) or None
+    return not ("mark.cuda" in text or "helpers.cuda_support" in text) or None
 
 
 @pytest.fixture(autouse=True)

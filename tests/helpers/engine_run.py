@@ -1,4 +1,4 @@
-"""A run of the trainer on one of the engines, as a program: python -m engine_run OUT OPTIONS, where OPTIONS is JSON.
+"""A run of the trainer on one of the engines, as a program: python -m helpers.engine_run OUT OPTIONS (JSON).
 
 Beside TDPOConfig's options: `engine`, zero2, zero3, tensor_parallel or none; `partitioned`, weights are partitioned
 while they are loaded; `adapters`; `family` of the models; `reference`, false to have the policy as it starts. Prints
@@ -14,8 +14,9 @@ import torch
 from accelerate.parallelism_config import ParallelismConfig
 from peft import LoraConfig
 from tdpo import TDPOConfig
-from trainer_cases import SETTINGS, losses, make_preferences, make_trainer
 from transformers import AutoModelForCausalLM
+
+from helpers.trainer_cases import SETTINGS, losses, make_preferences, make_trainer
 
 KEPT = []  # options with a DeepSpeed configuration, by which transformers loads models as long as they live
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from model_families import make_model, make_tokenizer
 from tdpo import TDPOConfig, TDPOTrainer
+
+from helpers.model_families import make_model, make_tokenizer
 
 SETTINGS = {
     "max_steps": 6,
@@ -66,11 +67,11 @@ def losses(trainer):
 
 
 def run_python(*arguments, cwd, environment=None):
-    """Runs `python ARGUMENTS...`; these helpers and the trainer's tests can be imported there.
+    """Runs `python ARGUMENTS...`; `helpers` can be imported there.
 
     `cwd` must not be the source root, where Python would import the source tree instead of the installed package.
     """
-    helpers = Path(__file__).parent
-    paths = [str(helpers), str(helpers.parent / "trainer"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    tests = Path(__file__).parent.parent
+    paths = [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, cwd=cwd)

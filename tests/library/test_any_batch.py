@@ -2,9 +2,9 @@
 
 import hypothesis
 import torch.distributed as dist
-from any_batch import KINDS, checked_batches
-from distributed import run_on_ranks
 
+from helpers.any_batch import KINDS, checked_batches
+from helpers.distributed import run_on_ranks
 from tdpo_ext import VocabShard
 
 # Ranks of a shard exchange rows, so that they drop none.

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from linear_cases import ipo_loss, make_case
-from logit_cases import random_rows
 
 import tdpo_ext
+from helpers.linear_cases import ipo_loss, make_case
+from helpers.logit_cases import random_rows
 from tdpo_ext import MarginLoss, TokenDivergence
 
 NOT_TENSORS = {"None": None, "a list": [1.0, 2.0], "a string": "abc", "an array": np.ones((4, 9)), "a number": 3}

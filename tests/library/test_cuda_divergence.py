@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from cuda_support import gpu, reason_to_skip, values_and_gradient
-from logit_cases import DTYPES, VOCABULARIES, assert_as_good_as_eager, random_rows
 
+from helpers.cuda_support import gpu, reason_to_skip, values_and_gradient
+from helpers.logit_cases import DTYPES, VOCABULARIES, assert_as_good_as_eager, random_rows
 from tdpo_ext import TokenDivergence, eager, token_divergence
 from tdpo_ext.ops import operators
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_support import gpu
-from linear_cases import BUDGETS, OBJECTIVES, loss_and_gradients, make_case
 
 import tdpo_ext
+from helpers.cuda_support import gpu
+from helpers.linear_cases import BUDGETS, OBJECTIVES, loss_and_gradients, make_case
 from tdpo_ext import eager, tdpo_loss
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_cases import OBJECTIVES, Case, kind_of, loss_and_gradients, make_case, not_a_margin_loss
 
 import tdpo_ext.fused.gradients
+from helpers.linear_cases import OBJECTIVES, Case, kind_of, loss_and_gradients, make_case, not_a_margin_loss
 from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token
 from tdpo_ext.fused.planning.plan import ChunkedPlan, StreamingPlan, make_plan
 from tdpo_ext.fused.planning.sizes import Sizes

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from logit_cases import DTYPES, VOCABULARIES, assert_as_good_as_eager, random_rows
 
 import tdpo_ext
+from helpers.logit_cases import DTYPES, VOCABULARIES, assert_as_good_as_eager, random_rows
 from tdpo_ext import TokenDivergence, eager, token_divergence
 
 INF = math.inf

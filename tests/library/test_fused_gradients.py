@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from linear_cases import OBJECTIVES, Case, kind_of, loss_and_gradients, make_case, not_a_margin_loss
 
 import tdpo_ext.fused.chunked
 import tdpo_ext.fused.gradients
 import tdpo_ext.fused.planning.plan
 import tdpo_ext.fused.streaming
+from helpers.linear_cases import OBJECTIVES, Case, kind_of, loss_and_gradients, make_case, not_a_margin_loss
 from tdpo_ext import MarginLoss, eager, linear_preference_loss, linear_token_divergence, per_token
 from tdpo_ext.fused.gradients import BiasGradient, Factors
 from tdpo_ext.fused.heads import Head

@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_cases import (
+
+import tdpo_ext.fused.planning.plan
+from helpers.linear_cases import (
     BUDGETS,
     OBJECTIVES,
     ipo_loss,
@@ -18,8 +20,6 @@ from linear_cases import (
     make_case,
     not_a_margin_loss,
 )
-
-import tdpo_ext.fused.planning.plan
 from tdpo_ext import LinearTDPOLoss, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
 from tdpo_ext.fused.planning.plan import ChunkedPlan, make_plan
 from tdpo_ext.fused.planning.sizes import Sizes

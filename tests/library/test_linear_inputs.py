@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from linear_cases import BUDGETS, Case, ipo_loss, kind_of, loss_and_gradients, make_case
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from helpers.linear_cases import BUDGETS, Case, ipo_loss, kind_of, loss_and_gradients, make_case
 from tdpo_ext import eager, linear_preference_loss, linear_token_divergence
 from tdpo_ext.fused.heads import CallTensors, Head
 

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 import kernel_mutations
-import mutations
 import pytest
+
+import mutations
 
 ROOT = Path(__file__).parents[2]
 

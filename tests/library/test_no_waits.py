@@ -8,7 +8,6 @@ import contextlib
 
 import pytest
 import torch
-from linear_cases import OBJECTIVES, kind_of, make_case, not_a_margin_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +15,7 @@ import tdpo_ext.fused.chunked
 import tdpo_ext.fused.objective_gradient
 import tdpo_ext.fused.rows
 import tdpo_ext.fused.streaming
+from helpers.linear_cases import OBJECTIVES, kind_of, make_case, not_a_margin_loss
 from tdpo_ext import linear_preference_loss, linear_token_divergence, per_token
 
 LENGTHS = [11, 4, 7, 9, 11, 1]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from linear_cases import make_case
 from torch.nn.functional import logsigmoid
 
+from helpers.linear_cases import make_case
 from tdpo_ext import linear_preference_loss, per_token
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from logit_cases import random_rows
 
+from helpers.logit_cases import random_rows
 from tdpo_ext.ops import matmul, operators
 from tdpo_ext.ops.operators import RowOptions
 
-HELPERS = Path(__file__).parent.parent / "helpers"
+TESTS = Path(__file__).parent.parent
 TORCH_RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
 REFUSED = ValueError if TORCH_RELEASE < (2, 15) else RuntimeError  # by an operator in C++; csrc/stable.h
 
@@ -176,7 +176,7 @@ def test_labels_at_the_border_of_a_slice(cut):
 
 PRINT_VALUES = """
 import json, torch, tdpo_ext
-from logit_cases import random_rows
+from helpers.logit_cases import random_rows
 torch.manual_seed(0)
 found = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -195,7 +195,7 @@ print(json.dumps([tdpo_ext.build_info()["cpu_capability"], found]))
 
 
 def values_under(capability, folder):
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(HELPERS)}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(TESTS)}
     done = subprocess.run(
         [sys.executable, "-c", PRINT_VALUES], env=environment, capture_output=True, text=True, cwd=folder
     )

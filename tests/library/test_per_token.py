@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from linear_cases import make_case
 from torch.nn.functional import logsigmoid
 
+from helpers.linear_cases import make_case
 from tdpo_ext import MarginLoss, eager, linear_preference_loss, per_token
 
 BETA, ALPHA, GAMMA = 0.1, 0.5, 0.98

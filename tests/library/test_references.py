@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from linear_cases import BUDGETS, OBJECTIVES, loss_and_gradients, make_case
-from logit_cases import random_rows
 
+from helpers.linear_cases import BUDGETS, OBJECTIVES, loss_and_gradients, make_case
+from helpers.logit_cases import random_rows
 from tdpo_ext import LinearTDPOLoss, eager, linear_preference_loss, linear_token_divergence, token_divergence
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

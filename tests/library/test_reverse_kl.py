@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from linear_cases import OBJECTIVES, kind_of, loss_and_gradients, make_case
-from logit_cases import DTYPES, VOCABULARIES, assert_as_good_as_eager, random_rows
 
+from helpers.linear_cases import OBJECTIVES, kind_of, loss_and_gradients, make_case
+from helpers.logit_cases import DTYPES, VOCABULARIES, assert_as_good_as_eager, random_rows
 from tdpo_ext import (
     LinearTDPOLoss,
     MarginLoss,

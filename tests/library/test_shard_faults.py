@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import outcome_of, run_on_ranks
-from linear_cases import make_case
 
 import tdpo_ext
+from helpers.distributed import outcome_of, run_on_ranks
+from helpers.linear_cases import make_case
 from tdpo_ext import VocabShard, linear_preference_loss, linear_token_divergence, per_token, tdpo_loss
 from tdpo_ext.ops import operators
 from tdpo_ext.vocab_parallel import Exchange, _tiled_size

@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from collectives import payload_bytes
-from cuda_support import reason_to_skip
-from distributed import run_on_ranks
-from linear_cases import OBJECTIVES, make_case
-from logit_cases import random_rows
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import tdpo_ext
+from helpers.collectives import payload_bytes
+from helpers.cuda_support import reason_to_skip
+from helpers.distributed import run_on_ranks
+from helpers.linear_cases import OBJECTIVES, make_case
+from helpers.logit_cases import random_rows
 from tdpo_ext import LinearTDPOLoss, VocabShard, eager, tdpo_loss, token_divergence
 from tdpo_ext.fused.heads import CallTensors, Head
 from tdpo_ext.fused.inputs import prepare

@@ -19,7 +19,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Batches of which at least one takes each path.
 _ENOUGH_BATCHES = 1000
@@ -177,7 +177,7 @@ def fused_case(draw):
 
 def batch_case(draw):
     """The gradients of a batch of pairs of any lengths, at any budget."""
-    from any_batch import check, draw_batch
+    from helpers.any_batch import check, draw_batch
 
     check(draw_batch(draw))
 
@@ -189,9 +189,9 @@ def run(cases: int, seed: int, only: int | None) -> dict:
     import random
 
     import torch
-    from any_batch import KINDS, counting
 
     import tdpo_ext
+    from helpers.any_batch import KINDS, counting
 
     torch.set_num_threads(1)
     counts, failures, met = dict.fromkeys(CASES, 0), [], Counter()

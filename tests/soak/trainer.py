@@ -22,19 +22,20 @@ from pathlib import Path
 
 # One thread: forks are safe, and results repeat.
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import torch
 import transformers
-from damage import random_damage
-from forked import run_forked
-from model_families import make_model, make_tokenizer
 from tdpo import ReferenceCache, cache_reference, tokenize_preferences
 from tdpo.files import MANIFEST, check_manifest, digest, file_digest
 from tdpo.reference import cache as reference_cache
 from tdpo.runs import checkpoints
-from trainer_cases import losses, make_preferences, make_trainer
+
+from helpers.damage import random_damage
+from helpers.forked import run_forked
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import losses, make_preferences, make_trainer
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 reference_cache._SHARD_ROWS = 8  # more moments at which a run can resume

@@ -1,8 +1,9 @@
 """Fixtures of the trainer's tests."""
 
 import pytest
-from model_families import make_tokenizer
-from trainer_cases import make_preferences
+
+from helpers.model_families import make_tokenizer
+from helpers.trainer_cases import make_preferences
 
 
 @pytest.fixture(scope="session")

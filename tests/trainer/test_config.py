@@ -6,14 +6,14 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from model_families import make_model, make_tokenizer
 from tdpo import TDPOConfig, TDPOTrainer
 from tdpo.loss.objectives import OBJECTIVES as OBJECTIVES_BY_NAME
 from tdpo.options import TDPOOptions, identity_options
 from tdpo.reference.stored_states import STORED_STATES
-from trainer_cases import make_trainer
 from transformers import HfArgumentParser, TrainingArguments
 
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import make_trainer
 from tdpo_ext import TokenDivergence, dpo_loss, tdpo_loss
 from tdpo_ext.divergence import KL_DIRECTIONS
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from model_families import make_model, make_tokenizer
 from peft import LoraConfig
-from trainer_cases import make_preferences, make_trainer
+
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import make_preferences, make_trainer
 
 
 def two_models(path, **options):

@@ -5,8 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
-from model_families import make_model, make_tokenizer
-from trainer_cases import make_preferences
+
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import make_preferences
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

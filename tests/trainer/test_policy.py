@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from model_families import make_model
 from peft import LoraConfig
-from trainer_cases import make_trainer
+
+from helpers.model_families import make_model
+from helpers.trainer_cases import make_trainer
 
 
 def dropouts(model):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from model_families import make_model, make_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tdpo import TDPOConfig, TDPOTrainer
@@ -16,10 +15,12 @@ from tdpo.models.loading import load_policy, load_reference, loaded_dtype, lora_
 from tdpo.options import ModelOptions
 from tdpo.precision import spacing, typical_size
 from tdpo.trl import TDPOTrainer as TRLTrainer
-from trainer_cases import SETTINGS, losses, make_preferences, make_trainer
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from trl import DPOConfig
+
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import SETTINGS, losses, make_preferences, make_trainer
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
 

@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from model_families import FAMILIES, make_model
 from tdpo import CausalLM
 from tdpo.loss.preference_loss import FusedLoss, LogitsLoss
-from trainer_cases import losses, make_trainer
 
+from helpers.model_families import FAMILIES, make_model
+from helpers.trainer_cases import losses, make_trainer
 from tdpo_ext import eager
 
 

@@ -3,16 +3,17 @@
 import json
 
 import pytest
-from trainer_cases import run_python
+
+from helpers.trainer_cases import run_python
 
 RUN = """
 import json, os, sys
 
 import accelerate.state
-from damage import flip_bit
-from model_families import make_model
+from helpers.damage import flip_bit
+from helpers.model_families import make_model
 from torch.distributed.tensor import DTensor
-from trainer_cases import losses, make_preferences, make_trainer
+from helpers.trainer_cases import losses, make_preferences, make_trainer
 
 out, options = sys.argv[1], json.loads(sys.argv[2])
 fsdp = bool(os.environ.get("ACCELERATE_USE_FSDP"))

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import yaml
-from model_families import make_model
 from peft import LoraConfig, PeftModel
 from tdpo.loss import preference_loss as loss
 from tdpo.loss.preference_loss import FusedLoss
-from trainer_cases import make_trainer
 
+from helpers.model_families import make_model
+from helpers.trainer_cases import make_trainer
 from tdpo_ext import linear_preference_loss
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from model_families import make_model
-from trainer_cases import make_trainer
 
+from helpers.model_families import make_model
+from helpers.trainer_cases import make_trainer
 from tdpo_ext import eager
 
 

@@ -1,8 +1,9 @@
 """What a model multiplies its logits by, wherever its configuration says it."""
 
 import pytest
-from model_families import make_model
 from tdpo import CausalLM
+
+from helpers.model_families import make_model
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
-from model_families import make_model
 from tdpo.models.loading import load_policy, load_reference
 from tdpo.options import ModelOptions
+
+from helpers.model_families import make_model
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from model_families import make_model
 from peft import LoraConfig
-from trainer_cases import make_preferences, make_trainer
+
+from helpers.model_families import make_model
+from helpers.trainer_cases import make_preferences, make_trainer
 
 SAMPLES = {"eval_samples": 2, "eval_sample_tokens": 3}
 

@@ -7,7 +7,8 @@ import signal
 import pytest
 from tdpo.runs.checkpoints import checkpoints_of
 from tdpo.runs.stopping import Terminated
-from trainer_cases import make_trainer
+
+from helpers.trainer_cases import make_trainer
 
 SAVES = {"save_strategy": "steps", "save_steps": 500, "max_steps": 3}
 

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import transformers.trainer
 from tdpo.runs.checkpoints import STAGING
-from trainer_cases import make_trainer
+
+from helpers.trainer_cases import make_trainer
 
 
 class Hub:

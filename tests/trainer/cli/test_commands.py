@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from damage import flip_bit
 from datasets import Dataset, DatasetDict
-from model_families import make_model, make_tokenizer
 from peft import PeftModel
 from tdpo.cli import commands
 from tdpo.cli.main import main
@@ -19,10 +17,13 @@ from tdpo.cli.parse import parse_options
 from tdpo.config import TDPOConfig
 from tdpo.models.loading import lora_config
 from tdpo.options import CommonOptions, DataOptions, ModelOptions, RareOptions, TDPOOptions
-from trainer_cases import make_preferences, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from helpers.damage import flip_bit
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import make_preferences, run_python
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")

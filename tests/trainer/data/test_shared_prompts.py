@@ -3,12 +3,13 @@
 import pytest
 import torch
 import transformers
-from model_families import SMALL, make_model
 from peft import LoraConfig
 from tdpo import CausalLM, PreferenceCollator
 from tdpo.models.attention_masks import branch_mask
 from tdpo.models.probes import keeps_branches_apart
-from trainer_cases import make_trainer
+
+from helpers.model_families import SMALL, make_model
+from helpers.trainer_cases import make_trainer
 
 ROWS = [
     {"prompt_ids": [1, 2], "chosen_ids": [3, 9], "rejected_ids": [4, 5, 9]},

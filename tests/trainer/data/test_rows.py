@@ -4,9 +4,10 @@ import json
 
 import pytest
 from datasets import Dataset
-from model_families import make_tokenizer
 from tdpo import load_preferences, tokenize_preferences
 from tdpo.data.tokenize import tokens_digest
+
+from helpers.model_families import make_tokenizer
 
 CHAT = (
     "{% if tools %}<{{ tools[0].name }}>{% endif %}{% if loud %}!{% endif %}"

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_on_ranks
-from linear_cases import make_case
 from tdpo.loss.objectives import OBJECTIVES, ObjectiveOptions, weighted_sum
 from torch.nn.functional import logsigmoid
 
+from helpers.distributed import run_on_ranks
+from helpers.linear_cases import make_case
 from tdpo_ext import MarginLoss, VocabShard, eager, linear_preference_loss
 
 OPTIONS = ObjectiveOptions(beta=0.3, alpha=0.7, label_smoothing=0.1, simpo_gamma=0.4)
 BUDGETS = {"one chunk": 1 << 30, "two chunks": 90_000, "many chunks": 50_000, "long pairs": 20_000}
-DOCUMENT = Path(__file__).parents[2] / "docs" / "objectives.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "objectives.md"
 
 
 class Sums:

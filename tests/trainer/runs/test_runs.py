@@ -8,12 +8,12 @@ import threading
 
 import pytest
 import torch
-from model_families import make_model
 from peft import LoraConfig
 from tdpo.runs.checkpoints import checkpoints_of
 from tdpo.runs.stopping import Terminated
-from trainer_cases import losses, make_preferences, make_trainer
 
+from helpers.model_families import make_model
+from helpers.trainer_cases import losses, make_preferences, make_trainer
 from tdpo_ext import MarginLoss
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -4,9 +4,10 @@ import json
 import signal
 
 import pytest
-from model_families import make_model
 from tdpo.runs.checkpoints import STAGING, last_checkpoint
-from trainer_cases import losses, make_trainer, run_python
+
+from helpers.model_families import make_model
+from helpers.trainer_cases import losses, make_trainer, run_python
 
 
 def make_saving_trainer(out):
@@ -24,8 +25,8 @@ def make_saving_trainer(out):
 KILLED = """
 import os, signal, sys
 
-from forked import run_forked
-from test_resume import make_saving_trainer
+from helpers.forked import run_forked
+from trainer.runs.test_resume import make_saving_trainer
 
 
 def train_killed(out, when):

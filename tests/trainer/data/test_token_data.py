@@ -3,11 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from model_families import make_model, make_tokenizer
 from tdpo.data.tokenize import tokenize_preferences
 from tdpo.loss.objectives import tis_dpo
-from trainer_cases import losses, make_trainer
 
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import losses, make_trainer
 from tdpo_ext import eager, per_token
 
 LIMITS = {"tokenizer": make_tokenizer(), "max_length": 12, "max_prompt_length": 4}

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_families import make_model, make_tokenizer
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tdpo.cli.main import main
 from tdpo.models.loading import load_policy
 from tdpo.options import ModelOptions
-from trainer_cases import make_preferences, make_trainer, run_python
 from transformers import AutoModelForCausalLM
+
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import make_preferences, make_trainer, run_python
 
 
 def needs(package):
@@ -29,7 +30,7 @@ def run(folder, processes, **options):
         name = options.get("family", "llama")
         if not (folder / f"{name}-{seed}").exists():
             make_model(name, seed).save_pretrained(folder / f"{name}-{seed}")
-    command = ["-m", "engine_run", str(folder / f"out-{processes}"), json.dumps(options)]
+    command = ["-m", "helpers.engine_run", str(folder / f"out-{processes}"), json.dumps(options)]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--master_port", "0"]
         command = [*launcher, "--nproc_per_node", str(processes), *command]
@@ -101,7 +102,7 @@ def train_flags(folder, model):
 @pytest.mark.parametrize("configuration", [pytest.param("zero3.yaml", marks=needs("deepspeed"))])
 def test_the_examples_configuration_of_accelerate(configuration, tmp_path):
     """As written but for what a machine without GPUs lacks: eight of them, and their bfloat16."""
-    path = Path(__file__).parents[2] / "examples" / "accelerate" / configuration
+    path = Path(__file__).parents[3] / "examples" / "accelerate" / configuration
     here = ["--num_processes", "2", "--mixed_precision", "no"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(path), *here]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

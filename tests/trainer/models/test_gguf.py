@@ -6,8 +6,6 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from gguf_files import write_gguf
-from model_families import make_model, make_tokenizer
 from peft import LoraConfig
 from tdpo import TDPOConfig, TDPOTrainer, load_gguf_model, load_gguf_tokenizer, tokenize_preferences
 from tdpo.cli.main import main
@@ -16,8 +14,11 @@ from tdpo.loss.preference_loss import FusedLoss
 from tdpo.models import loading
 from tdpo.models.loading import load_policy, load_tokenizer
 from tdpo.options import ModelOptions
-from trainer_cases import SETTINGS, make_preferences
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.gguf_files import write_gguf
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import SETTINGS, make_preferences
 
 TEXT = "the film was great, and odd: éü"
 

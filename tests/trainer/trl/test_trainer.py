@@ -5,11 +5,11 @@ from dataclasses import fields
 
 import pytest
 import torch
-from model_families import make_model, make_tokenizer
 from peft import LoraConfig
-from trainer_cases import make_preferences
 from transformers import ProcessorMixin, TrainingArguments
 
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import make_preferences
 from tdpo_ext import eager, tdpo_loss
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")

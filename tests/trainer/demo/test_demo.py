@@ -9,10 +9,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from model_families import make_model, make_tokenizer
 from tdpo.cli.main import main
 from tdpo.demo import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.model_families import make_model, make_tokenizer
 
 SETTINGS = {
     "model": "scratch",

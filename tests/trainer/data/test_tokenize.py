@@ -4,10 +4,11 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict
-from model_families import make_tokenizer
 from tdpo import PreferenceCollator, load_preferences, tokenize_preferences
 from tdpo.data.tokenize import padding_token
 from tokenizers.processors import TemplateProcessing
+
+from helpers.model_families import make_tokenizer
 
 END = "<|end|>"
 CHAT = (

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import flip_bit, random_damage
 from tdpo.files import check_manifest
 from tdpo.runs import checkpoints
 from tdpo.runs.checkpoints import STAGING
-from trainer_cases import losses, make_trainer
+
+from helpers.damage import flip_bit, random_damage
+from helpers.trainer_cases import losses, make_trainer
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 

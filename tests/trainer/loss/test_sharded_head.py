@@ -4,9 +4,6 @@ import functools
 
 import pytest
 import torch
-from cuda_support import reason_to_skip
-from distributed import run_on_ranks
-from model_families import make_model
 from tdpo import PreferenceCollator
 from tdpo.loss.preference_loss import FusedLoss, why_not_fused
 from tdpo.models.causal_lm import CausalLM
@@ -15,6 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from helpers.cuda_support import reason_to_skip
+from helpers.distributed import run_on_ranks
+from helpers.model_families import make_model
 from tdpo_ext import tdpo_loss
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 from datasets import Dataset
-from model_families import make_model
-from trainer_cases import make_trainer
+
+from helpers.model_families import make_model
+from helpers.trainer_cases import make_trainer
 
 VOCABULARY = 1000
 BUDGETS = (600_000, 1_200_000, 1_800_000, 3_000_000, 4_400_000)  # bytes

@@ -9,9 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from damage import flip_bit
 from datasets import Dataset
-from model_families import make_model
 from tdpo import (
     CausalLM,
     PreferenceCollator,
@@ -22,7 +20,10 @@ from tdpo import (
 from tdpo.files import allocate
 from tdpo.reference import cache as reference_cache
 from tdpo.reference.stored_states import STORED_STATES
-from trainer_cases import losses, make_trainer, run_python
+
+from helpers.damage import flip_bit
+from helpers.model_families import make_model
+from helpers.trainer_cases import losses, make_trainer, run_python
 
 SHARD = "00000.safetensors"
 
@@ -306,8 +307,8 @@ PEAK = """
 import sys
 
 import torch
-from forked import run_forked
-from trainer_cases import make_trainer
+from helpers.forked import run_forked
+from helpers.trainer_cases import make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 import transformers
 import trl
-from model_families import SMALL, make_model, make_tokenizer
 from tdpo.trl import TDPOTrainer as TRLTrainer
-from trainer_cases import make_preferences, make_trainer
 
 import tdpo_ext
+from helpers.model_families import SMALL, make_model, make_tokenizer
+from helpers.trainer_cases import make_preferences, make_trainer
 
 
 def mixtral(seed, coefficient=0.5, **changes):
