@@ -142,6 +142,7 @@ def test_what_identifies_a_run_and_what_a_card_shows_is_said_by_the_options(tmp_
     monkeypatch.setattr(text, "card", True)
     assert "eval_sample_tokens: 7\n" in trainer.card()
     monkeypatch.setattr(text, "identity", True)
+    del trainer.record  # made once a trainer
     assert trainer.record.options["eval_sample_tokens"] == 7
     monkeypatch.setattr(text, "least", 8)
     with pytest.raises(ValueError, match="eval_sample_tokens is 7"):
