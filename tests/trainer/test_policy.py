@@ -1,4 +1,4 @@
-"""The policy before it is trained: dropout as it was, or none."""
+"""The policy before it is trained: its dropout, and adapters below checkpointed layers."""
 
 import pytest
 import torch
@@ -33,6 +33,18 @@ def test_dropout_of_adapters(disabled, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.3, target_modules="all-linear")
     trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, disable_dropout=disabled)
     assert dropouts(trainer.model) == ({0.0} if disabled else {0.3})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_adapters_train_through_checkpointed_layers(reentrant, tmp_path):
+    """Inputs that need no gradient would leave the layers of a reentrant checkpoint without one."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, max_steps=1, **options)
+    trainer.train()
+    changed = [p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    assert len(changed) == 14
+    assert all(changed)
 
 
 def test_dropout_is_disabled_by_default(tmp_path):

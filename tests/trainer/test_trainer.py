@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from tdpo import CausalLM
 from tdpo.loss.preference_loss import FusedLoss, LogitsLoss
 
@@ -147,6 +148,18 @@ def test_a_step_follows_the_formulas_gradient(variant, alpha, weight, tmp_path):
     for name, parameter in copied.named_parameters():
         step = policy.get_parameter(name).detach() - parameter.detach()
         torch.testing.assert_close(step, -0.05 * parameter.grad, rtol=2e-3, atol=2e-6, msg=name)
+
+
+def test_processes_that_tokenize_are_as_many_as_asked_for(tmp_path, monkeypatch):
+    processes, map_rows = [], Dataset.map
+
+    def recorded(dataset, *arguments, num_proc=None, **options):
+        processes.append(num_proc)
+        return map_rows(dataset, *arguments, **options)
+
+    monkeypatch.setattr(Dataset, "map", recorded)
+    make_trainer(tmp_path, dataset_num_proc=2)
+    assert processes == [2, 2]  # of the training and of the evaluation data
 
 
 def test_metrics_have_their_names(tmp_path):

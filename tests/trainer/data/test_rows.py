@@ -42,6 +42,12 @@ def texts(row, tokenizer):
     return [tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
 
 
+def whole_conversations(role):
+    """A prompt's text beside conversations that another message begins."""
+    first = message(role, "be brief")
+    return {"prompt": "the film?", "chosen": [first, ASKED, GREAT], "rejected": [first, ASKED, BAD]}
+
+
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
@@ -50,6 +56,9 @@ def texts(row, tokenizer):
             PROMPT,
         ),  # UltraFeedback binarized
         ({"prompt": " the film?\n", "chosen": [GREAT], "rejected": [BAD]}, "[user]  the film?\n<|end|>[assistant] "),
+        ({"prompt": " the film?\n", "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]}, PROMPT),
+        (whole_conversations("system"), "[system] be brief<|end|>" + PROMPT),
+        (whole_conversations("developer"), "[developer] be brief<|end|>" + PROMPT),
         ({"prompt": [ASKED], "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]}, PROMPT),
         ({**ROW, "system": "be brief"}, "[system] be brief<|end|>" + PROMPT),
         ({**ROW, "system": ""}, PROMPT),
@@ -107,6 +116,7 @@ def test_a_prompt_that_one_response_does_not_repeat_is_left_in_both(side, other,
         ({**ROW, "prompt": [{"role": 1, "content": "a"}]}, "the 'role' of a message of 'prompt' is 1"),
         ({"prompt": [ASKED], "chosen": "a", "rejected": "b"}, "'prompt' is a list of chat messages, so"),
         ({"prompt": "a", "chosen": 0, "rejected": 1}, "'chosen' is 0; it must be"),
+        ({**ROW, "prompt": [message("user", ["the film?"])]}, "the 'content' of a message of 'prompt' is"),
         (
             {**ROW, "prompt": [message("user", [{"type": "image", "text": None}, {"type": "text", "text": "b"}])]},
             "holds content of type 'image'; only text",
@@ -116,6 +126,27 @@ def test_a_prompt_that_one_response_does_not_repeat_is_left_in_both(side, other,
 def test_malformed_rows_are_named(row, reason, chat_tokenizer):
     with pytest.raises(ValueError, match="row 0 of the dataset: .*" + reason):
         tokenize([row], chat_tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "video", "audio", "input_audio"])
+def test_media_are_refused(kind, chat_tokenizer):
+    parts = [{"type": "text", "text": "the film?"}, {"type": kind, "text": None}]
+    with pytest.raises(ValueError, match=f"a message of 'prompt' holds content of type '{kind}'; only text"):
+        tokenize([{**ROW, "prompt": [message("user", parts)]}], chat_tokenizer)
+
+
+def test_texts_in_parts_reach_the_template():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if m.content is string else 'parts' }}")
+    row = {**ROW, "prompt": [message("user", [{"type": "text", "text": "the film?"}])]}
+    assert texts(tokenize([row], tokenizer)[0], tokenizer)[0] == "[user] parts<|end|>[assistant] "
+
+
+def test_templates_that_trim_the_space_before_a_response():
+    tokenizer = make_tokenizer()
+    answer = "{% if m.role == 'assistant' %}[assistant]{% else %}[{{ m.role }}] {% endif %}"
+    tokenizer.chat_template = CHAT.replace("[{{ m.role }}] ", answer)
+    assert texts(tokenize([ROW], tokenizer)[0], tokenizer) == [PROMPT, "great<|end|>", "bad<|end|>"]
 
 
 def test_null_responses_are_dropped_and_null_messages_named(chat_tokenizer, caplog):

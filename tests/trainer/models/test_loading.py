@@ -39,5 +39,15 @@ def test_every_option_reaches_the_loader_and_no_other(load, given, monkeypatch):
     assert calls == [(name, {"dtype": "float32", "trust_remote_code": False, **given})]
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_full_memory_is_not_called_a_damaged_model(error, monkeypatch):
+    def fail(name, **options):
+        raise error("full")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(error, match="full"):
+        load_policy(ModelOptions(model="owner/policy"))
+
+
 def test_no_reference_is_loaded_where_none_is_named(folder):
     assert load_reference(ModelOptions(model=folder)) is None

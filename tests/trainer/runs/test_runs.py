@@ -134,6 +134,15 @@ def test_models_are_compared_by_name(model, ref_model, said, finished):
     assert str(refused.value).count(" was ") == 1 + len(said)
 
 
+def test_a_record_does_not_depend_on_the_order_of_a_set(tmp_path):
+    names = [f"{name}_proj" for name in ("v", "q", "up", "o", "k", "gate", "down")]
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=names)
+    saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(tmp_path, model=make_model("llama"), peft_config=config, **saves).train()
+    record = json.loads((tmp_path / "checkpoint-1" / "run.json").read_text())
+    assert record["options"]["adapters' target_modules"] == sorted(names)
+
+
 def adapters(**changes):
     options = {"r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, **changes}
     return LoraConfig(task_type="CAUSAL_LM", **options)
@@ -287,6 +296,26 @@ def test_every_token_of_an_epoch_is_counted_once(logging_steps, tmp_path):
     assert unbroken.state.num_input_tokens_seen == tokens
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.num_input_tokens_seen == tokens
+
+
+def test_tokens_that_transformers_counts_are_not_counted_twice(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, include_num_input_tokens_seen="all")
+    trainer.train()
+    padded = [batch["input_ids"].numel() for batch in trainer.get_train_dataloader()][:2]
+    counted = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
+    assert 0 < counted[0] < counted[1] == trainer.state.num_input_tokens_seen <= 2 * max(padded)
+
+
+def test_a_run_that_goes_on_is_no_longer_finished(tmp_path):
+    trainer = make_trainer(tmp_path, **{**SAVES, "max_steps": 2})
+    trainer.train()
+    assert not trainer.was_finished
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.was_finished
+    trainer.args.max_steps = 4
+    trainer.train(resume_from_checkpoint=True)
+    assert not trainer.was_finished
+    assert trainer.state.global_step == 4
 
 
 def test_the_seed_covers_new_adapters(tmp_path):

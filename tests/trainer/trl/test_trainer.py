@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from transformers import ProcessorMixin, TrainingArguments
 
@@ -252,6 +253,28 @@ def test_policy_and_reference_that_are_named_are_loaded_alike(tmp_path):
         assert model.config._attn_implementation == "eager"
         assert model.dtype == torch.bfloat16
     assert not torch.equal(trainer.model.lm_head.weight, trainer.ref_model.lm_head.weight)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_named_reference_is_trusted_where_it_is_said(trusted, tmp_path, monkeypatch):
+    make_model("llama", 3).save_pretrained(tmp_path / "frozen")
+    seen, load = [], transformers.LlamaForCausalLM.from_pretrained
+
+    def recorded(name, **options):
+        seen.append(options.pop("trust_remote_code"))
+        return load(name, **options)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", recorded)
+    make(tmp_path, ref_model=str(tmp_path / "frozen"), trust_remote_code=trusted)
+    assert seen == [trusted]
+
+
+def test_evaluation_takes_no_gradients(tmp_path):
+    trainer, seen = make(tmp_path, ref_model=make_model("llama", 1)), []
+    trainer.model.register_forward_hook(lambda *arguments: seen.append(torch.is_grad_enabled()))
+    trainer.evaluate()
+    assert seen == [False]
+    assert "eval_rewards/margins" in trainer.state.log_history[-1]
 
 
 class Processor(ProcessorMixin):
