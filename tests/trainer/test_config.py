@@ -58,6 +58,10 @@ WRONG_TYPES = {
     "remove_unused_columns": NOT_SWITCHES,
     "reference_cache": [3, True, ["folder"]],
     "token_columns": ["weight", 3, [3]],
+    "kl_warning": NOT_NUMBERS,
+    "dataset_num_proc": ["3", 2.5, True, [3]],
+    "resume_anyway": NOT_SWITCHES,
+    "learning_rate": ["1e-5", True, [0.1]],
 }
 OUT_OF_RANGE = {
     "beta": [0.0, -1.0, float("inf"), float("nan")],
@@ -73,6 +77,12 @@ OUT_OF_RANGE = {
     "eval_samples": [-1],
     "eval_sample_tokens": [-1],
     "logits_budget": [0, -1],
+    "kl_warning": [-1.0, float("nan")],
+    "dataset_num_proc": [0, -1],
+    "shared_prompts": ["sometimes", None, True],
+    "learning_rate": [-1.0, float("nan")],
+    "label_smoothing_factor": [0.1],
+    "use_liger_kernel": [True],
 }
 
 

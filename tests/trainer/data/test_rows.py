@@ -192,6 +192,10 @@ def test_the_digest_of_tokens(chat_tokenizer):
     assert tokens_digest(dataset.select([0, 2, 1, 3])) != tokens_digest(dataset.select(range(4)))
     assert tokens_digest(dataset.select([5, 6]).flatten_indices()) == tokens_digest(dataset.select([5, 6]))
 
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):  # as many tokens, one of them another
+        changed = dataset.map(lambda row, name=name: {name: [*row[name][:-1], row[name][-1] + 1]})
+        assert tokens_digest(changed) != tokens_digest(dataset), name
+
     def moved(row):  # the same tokens, of which the prompt has one more
         prompt, chosen = row["prompt_ids"], row["chosen_ids"]
         return {"prompt_ids": [*prompt, chosen[0]], "chosen_ids": chosen[1:]}

@@ -318,6 +318,11 @@ def test_a_list_is_no_dataset(tokenizer):
         tokenize_preferences([{"chosen": "a", "rejected": "b"}], tokenizer, 20, 10)
 
 
+def test_an_empty_dataset_is_called_that(tokenizer):
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        tokenize_preferences(Dataset.from_dict({"chosen": [], "rejected": []}), tokenizer, 20, 10)
+
+
 def test_splits_of_a_saved_folder(tmp_path):
     splits = {name: Dataset.from_list([{"chosen": name, "rejected": "c"}]) for name in ("train", "other")}
     DatasetDict(splits).save_to_disk(str(tmp_path))

@@ -244,6 +244,15 @@ def test_old_checkpoints_go_as_new_ones_come(limit, tmp_path):
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path)] == left
 
 
+def test_what_a_killed_run_was_writing_is_never_published(tmp_path):
+    unfinished = tmp_path / checkpoints.STAGING / "checkpoint-99"
+    unfinished.mkdir(parents=True)
+    (unfinished / "model.safetensors").write_bytes(b"half of a file")
+    make_trainer(tmp_path, **SAVES).train()
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path)] == [f"checkpoint-{n}" for n in (6, 4, 2)]
+    assert not (tmp_path / checkpoints.STAGING).exists()
+
+
 def test_what_an_earlier_run_left_goes_first(out):
     """Checkpoints are old by their time, not by their step: a run that began anew has lower steps."""
     for step in (4, 6):
