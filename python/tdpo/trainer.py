@@ -40,7 +40,7 @@ from .reference.choose import choose_reference
 from .reference.reference import Reference
 from .reference.second_model import SecondModel
 from .runs import checkpoints
-from .runs.logs import show_readable_logs
+from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
 from .runs.record import RunRecord
 from .runs.resume import ResumePoint, resume_point
@@ -81,7 +81,6 @@ class TDPOTrainer(Trainer):
     was_finished = False  # the last call of `train` found the run finished
     _staging: str | None = None  # the folder of a checkpoint that is being written
     _new_tokens = 0  # trained on by this process since they were last counted
-    _warned_of_kl = False
 
     def __init__(
         self,
@@ -135,6 +134,7 @@ class TDPOTrainer(Trainer):
         self._stop = StopAfterStep(self.accelerator, saves=args.save_strategy != "no")
         for callback in (self._stop, WarnOfCoarseWeights()):
             self.add_callback(callback)
+        self._kl_warning = KLWarning(args.kl_warning, args.learning_rate)
         self._training_means = MetricMeans(self.accelerator)
         self._evaluation_means = DatasetMeans(self.accelerator)
         self._own_objective = None if objective is None else objective_name(objective)
@@ -276,7 +276,7 @@ class TDPOTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._training_means.take())
             logs["num_tokens"] = self._count_tokens()
-            self._warn_of_kl(logs["kl/chosen"])
+            self._kl_warning.check(logs["kl/chosen"], self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     def _count_tokens(self) -> int:
@@ -287,15 +287,6 @@ class TDPOTrainer(Trainer):
             # The ranks of a tensor-parallel group read the same tokens.
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(counted, "sum")) // self.get_tp_size()
         return self.state.num_input_tokens_seen
-
-    def _warn_of_kl(self, kl: float) -> None:
-        if not self._warned_of_kl and 0 < self.args.kl_warning < kl:
-            self._warned_of_kl = True
-            logger.warning(
-                "the mean KL of chosen responses is %.3g nats at step %d, above kl_warning, %g: the policy leaves its "
-                "reference fast; a lower learning_rate (%g now) or a larger beta keeps it near",
-                *(kl, self.state.global_step, self.args.kl_warning, self.args.learning_rate),
-            )
 
     # ---- resuming and saving ----
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+logger = logging.getLogger(__name__)
 _SHORT = {
     "loss": "loss",
     "rewards/accuracies": "accuracy",
@@ -44,6 +46,23 @@ class Lines(PrinterCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
         if state.is_world_process_zero and logs:
             print(readable(logs, state.global_step, state.max_steps), file=sys.stderr, flush=True)
+
+
+class KLWarning:
+    """Says once that the mean KL of chosen responses is above a threshold; 0 never does."""
+
+    def __init__(self, threshold: float, learning_rate: float) -> None:
+        self._threshold, self._learning_rate, self._given = threshold, learning_rate, False
+
+    def check(self, kl: float, step: int) -> None:
+        if self._given or not 0 < self._threshold < kl:
+            return
+        self._given = True
+        logger.warning(
+            "the mean KL of chosen responses is %.3g nats at step %d, above kl_warning, %g: the policy leaves its "
+            "reference fast; a lower learning_rate (%g now) or a larger beta keeps it near",
+            *(kl, step, self._threshold, self._learning_rate),
+        )
 
 
 def show_readable_logs(trainer: Trainer) -> None:
