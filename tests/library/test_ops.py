@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from logit_cases import random_rows
+from logit_cases import REFUSED, random_rows
 
 from tdpo_ext.ops import matmul, operators
 from tdpo_ext.ops.operators import RowOptions
 
 HELPERS = Path(__file__).parent.parent / "helpers"
-TORCH_RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
-REFUSED = ValueError if TORCH_RELEASE < (2, 15) else RuntimeError  # by an operator in C++; csrc/stable.h
 
 
 def operator_samples():
