@@ -7,6 +7,8 @@ import torch
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # One size per regime: a single entry, below one vector, unaligned, aligned, GPT-2's and Qwen's vocabulary.
 VOCABULARIES = [1, 7, 507, 1024, 50257, 151936]
+# What a ValueError of an operator in C++ is in Python (csrc/stable.h).
+REFUSED = ValueError if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15) else RuntimeError
 
 
 def random_rows(rows, vocab, dtype=torch.float32, perturbation=0.5, ignored=()):

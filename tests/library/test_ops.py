@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.logit_cases import random_rows
+from helpers.logit_cases import REFUSED, random_rows
 from tdpo_ext.ops import matmul, operators
 from tdpo_ext.ops.operators import RowOptions
 
 TESTS = Path(__file__).parent.parent
-TORCH_RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
-REFUSED = ValueError if TORCH_RELEASE < (2, 15) else RuntimeError  # by an operator in C++; csrc/stable.h
 
 
 def operator_samples():
@@ -176,7 +174,7 @@ def test_labels_at_the_border_of_a_slice(cut):
 
 PRINT_VALUES = """
 import json, torch, tdpo_ext
-from helpers.logit_cases import random_rows
+from helpers.logit_cases import REFUSED, random_rows
 torch.manual_seed(0)
 found = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
