@@ -1,4 +1,4 @@
-"""The constants of the planner's cost model, measured on this machine: `tdpo_ext/fused/costs.py` states them.
+"""The constants of the planner's cost model, measured on this machine: `tdpo_ext/fused/planning/costs.py` states them.
 
     python benchmarks/bench_rates.py [--repeats 5]
 

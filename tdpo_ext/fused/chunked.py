@@ -204,8 +204,9 @@ class _Run:
         """Adds the share of the rows whose dz is kept to the gradients, or to those of a pair that is summed apart."""
         if not self.kept:
             return
-        rows: slice | Tensor = slice(self.kept[0].rows.start, self.kept[-1].rows.stop)
-        if any(kept.counted is not None for kept in self.kept) or self.kept_rows < rows.stop - rows.start:
+        span = slice(self.kept[0].rows.start, self.kept[-1].rows.stop)
+        rows: slice | Tensor = span
+        if any(kept.counted is not None for kept in self.kept) or self.kept_rows < span.stop - span.start:
             rows = torch.cat([kept.positions for kept in self.kept])
         hidden = self.kept[0].hidden if len(self.kept) == 1 else torch.cat([block.hidden for block in self.kept])
         block, dz = Block(rows, self.vocabulary), self.buffers.dz[: self.kept_rows]

@@ -162,11 +162,16 @@ def _states(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> Tensor:
 
 def _states_of_block(inputs: FusedInputs, index: Tensor, plan: StreamingPlan, buffers: _Buffers) -> Tensor:
     """States of the rows at `index` over what this rank holds of the vocabulary."""
-    total, rows = None, inputs.rows_at(index, inputs.labels[index])
-    for columns in _column_slices(inputs, plan):
+    rows = inputs.rows_at(index, inputs.labels[index])
+
+    def states_over(columns: slice) -> Tensor:
         z, r = buffers.z_of(len(index), columns), buffers.r_of(len(index), columns)
-        state = inputs.row_states(rows, columns, z=z, r=r)
-        total = state if total is None else inputs.merge([total, state])
+        return inputs.row_states(rows, columns, z=z, r=r)
+
+    first, *others = _column_slices(inputs, plan)
+    total = states_over(first)
+    for columns in others:
+        total = inputs.merge([total, states_over(columns)])
     return total
 
 
