@@ -3,8 +3,8 @@
 // what the oldest has: the checks of errors, for one, come from other headers there than in later releases.
 //
 // Errors are standard exceptions, which arrive in Python as their counterparts: std::invalid_argument as ValueError,
-// std::out_of_range as IndexError, std::bad_alloc as MemoryError. From torch 2.15 on, only IndexError does; the others are
-// RuntimeErrors there, with the same message.
+// std::out_of_range as IndexError, std::bad_alloc as MemoryError. From torch 2.15 on, only IndexError does; the others
+// are RuntimeErrors there, with the same message.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
