@@ -87,7 +87,7 @@ sanitize: $(VENV)/dev
 # Which lines and branches of the library its tests take, the processes that they start included.
 coverage: $(VENV)/dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest tests/library
+	$(BIN)/coverage run $(BIN)/pytest tests/library
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
