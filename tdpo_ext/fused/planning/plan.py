@@ -259,11 +259,11 @@ class _Cut:
 
 def _cut(pair_lengths: Sequence[int], limit: int) -> _Cut:
     """Whole pairs in chunks of at most `limit` rows; longer pairs in blocks, equal ones of the longest."""
+    spans = _balanced(pair_lengths, limit)
+    lengths = tuple(sum(pair_lengths[first:stop]) for first, stop in spans)
     chunks = tuple(
-        LongPair(first) if sum(pair_lengths[first:stop]) > limit else WholePairs(first, stop)
-        for first, stop in _balanced(pair_lengths, limit)
+        LongPair(first) if length > limit else WholePairs(first, stop) for (first, stop), length in zip(spans, lengths)
     )
-    lengths = tuple(sum(pair_lengths[pair] for pair in chunk.pairs) for chunk in chunks)
     whole = [length for length in lengths if length <= limit]
     longest = max(lengths)
     block = _ceil_div(longest, _ceil_div(longest, limit)) if longest > limit else 0
