@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
+from .models.noise import disable_dropout
 from .precision import check_attention
 
 _NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
@@ -62,12 +63,10 @@ def prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.M
     if hasattr(model, "disable_adapter") and args.gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]
     if args.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        disable_dropout(model)
     return model
 
 
 def default_learning_rate(policy: nn.Module) -> float:
     """The learning rate of what trains: adapters, or the whole policy."""
-    return _LEARNING_RATE_OF_ADAPTERS if hasattr(policy, "disable_adapter") else _LEARNING_RATE
+    return _LEARNING_RATE_OF_ADAPTERS if hasattr(policy, "peft_config") else _LEARNING_RATE

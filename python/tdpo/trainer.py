@@ -30,6 +30,7 @@ from .loss.objectives import TrainedObjective, objective_name
 from .loss.preference_loss import PreferenceLoss, choose_loss
 from .models.causal_lm import CausalLM
 from .models.forward import patch_forward
+from .models.noise import configured_dropout
 from .models.probes import choose_layout
 from .models.routers import router_coefficient
 from .models.sharding import keep_quantized_weights_unpacked
@@ -195,7 +196,7 @@ class TDPOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean loss of a batch; its metrics are accumulated until the next log."""
-        output = model(preference=inputs)
+        output = self.loss.run(model, inputs)
         metrics = preference_metrics(output, self.args.beta)
         if self.model.training:
             self._training_means.add(metrics)
@@ -365,7 +366,8 @@ class TDPOTrainer(Trainer):
             self._push_from_checkpoint(str(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with configured_dropout(self.model):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "README.md").write_text(self.card())
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import abc
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdpo_ext import TokenDivergence, linear_preference_loss, token_divergence
 from tdpo_ext.losses import Objective, sees_tokens
@@ -51,12 +51,17 @@ class PreferenceLoss(abc.ABC):
 
     def __call__(self, batch: dict[str, Tensor]) -> PreferenceOutput:
         options = {"output_router_logits": True} if self.router_coefficient > 0 else {}
+        ref_rows = self.reference.rows(batch, self._read)  # first: it may change parameters in place for a while
         rows, router_logits = self._read(self.policy, batch, **options)
-        output = self._compare(rows, self.reference.rows(batch, self._read), batch)
+        output = self._compare(rows, ref_rows, batch)
         if not options:
             return output
         balance = router_loss(self.policy.model, router_logits, _token_mask(batch)).to(output.loss.device)
         return output._replace(loss=output.loss + self.router_coefficient * balance, router_loss=balance.detach())
+
+    def run(self, wrapper: nn.Module, batch: dict[str, Any]) -> PreferenceOutput:
+        """The loss of a batch in the forward pass of the policy as an engine has wrapped it."""
+        return wrapper(preference=self.reference.read_ahead(wrapper, batch, self._read))
 
     def of_pairs(self, output: PreferenceOutput) -> Tensor:
         """The loss of each pair of a batch, (B,). A per-token objective has none: every pair gets the batch's mean."""

@@ -1,8 +1,8 @@
 """A loss inside a model's own forward.
 
 A wrapped policy (DDP, FSDP, DeepSpeed) gathers weights and synchronises gradients around its forward. So the loss, head
-included, is computed there: `patch_forward` makes `model(preference=batch)` return the loss and leaves every other call
-of the model unchanged.
+included, is computed there: `patch_forward` makes `model(preference=batch)` return the loss, and
+`model(preference=function)` what a function returns that runs the model, and leaves every other call unchanged.
 """
 
 from __future__ import annotations
@@ -27,4 +27,4 @@ def patch_forward(model: nn.Module, function: Callable[[Any], Any]) -> None:
 def _forward(self, *args: Any, preference: Any = None, **kwargs: Any) -> Any:
     if preference is None:
         return self._plain_forward(*args, **kwargs)
-    return self._preference_loss(preference)
+    return preference() if callable(preference) else self._preference_loss(preference)

@@ -22,7 +22,8 @@ def is_partitioned(tensor: Any) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether an engine has spread a model over data-parallel processes, so that only its wrapper can run it."""
-    return isinstance(model, FSDPModule) or any(map(is_partitioned, model.parameters()))
+    fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    return fsdp or any(map(is_partitioned, model.parameters()))
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
@@ -40,11 +41,33 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
 
 
+def rewritten(*parameters: Tensor) -> AbstractContextManager[Any]:
+    """As `gathered`, but the values may be changed, by all processes alike."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the parameters that FSDP has gathered for a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_values(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter."""
     if is_partitioned(parameter):
         return parameter.ds_tensor  # type: ignore[attr-defined]
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def whole_size(parameter: Any) -> int:
+    """The number of elements that all processes together hold of a parameter."""
+    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ or computed in (that of autocast, where it is on), is refused, and so is a trunc
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import sys
@@ -37,10 +36,12 @@ from ..data.collator import PreferenceCollator
 from ..data.rows import RESPONSES
 from ..data.tokenize import tokens_digest
 from ..files import allocate, digest, file_digest, read_sealed, write_bytes, write_sealed
-from ..models.causal_lm import CausalLM, unwrap_peft
+from ..models.causal_lm import CausalLM
+from ..models.noise import evaluation_mode
 from .stored_states import STORED_STATES, StoredStates
+from .without_adapters import reference_digest
 
-FORMAT = 4
+FORMAT = 5
 _SHARD_ROWS = 64
 _RESERVED = "reserved.bin"  # holds the space of the shards that are not done
 
@@ -60,15 +61,12 @@ class Header(Source):
 
 
 def _source(model: nn.Module, dataset: Dataset, dtype: str) -> Source:
-    device, weights = next(iter(model.parameters())).device.type, hashlib.blake2b(digest_size=16)
-    for name, value in unwrap_peft(model).state_dict().items():
-        weights.update(name.encode())
-        weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    device = next(iter(model.parameters())).device.type
     return {
         "format": FORMAT,
         "dtype": dtype,
         "autocast": str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None),
-        "reference weights": weights.hexdigest(),
+        "reference weights": reference_digest(model),
         "tokenized data": tokens_digest(dataset),
     }
 
@@ -196,9 +194,11 @@ def _fill(
 ) -> None:
     """Runs the reference over the rows of the shards that are not done, `batch` rows at a time."""
     _check_sizes(folder, header)
-    total, was_training = header["rows"], reference.model.training
-    reference.model.eval()
-    with tqdm(total=total, initial=_rows_done(header), desc="Caching the reference") as progress:
+    total = header["rows"]
+    with (
+        evaluation_mode(reference.model),
+        tqdm(total=total, initial=_rows_done(header), desc="Caching the reference") as progress,
+    ):
         while (done := _rows_done(header)) < total:
             end, parts = min(total, done + _SHARD_ROWS), []
             for first in range(done, end, batch):
@@ -212,7 +212,6 @@ def _fill(
             header["shards"].append((len(content), digest(content)))
             write_sealed(folder / "header.json", dict(header))
     (folder / _RESERVED).unlink(missing_ok=True)
-    reference.model.train(was_training)
 
 
 def _states(reference: CausalLM, batch: dict[str, Any], storage: StoredStates) -> dict[str, Tensor]:

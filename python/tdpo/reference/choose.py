@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 from datasets import Dataset
@@ -10,12 +9,13 @@ from torch import nn
 
 from ..config import TDPOConfig
 from ..models.causal_lm import CausalLM, unwrap_peft
-from ..models.sharding import is_sharded
+from ..models.sharding import is_sharded, whole_size
+from .at_start import AtStart
 from .cache import cache_reference
 from .cached_states import CachedStates
 from .reference import Reference
 from .second_model import SecondModel, copy_of
-from .without_adapters import WithoutAdapters
+from .without_adapters import WithoutAdapters, starts_without_adapters
 
 
 def choose_reference(
@@ -27,7 +27,7 @@ def choose_reference(
     eval_dataset: Dataset | dict[str, Dataset] | None,
     pad_token_id: int,
 ) -> Reference:
-    """The reference of a policy: cached hidden states, the policy without its adapters, or a second model.
+    """The reference of a policy: cached hidden states, the policy as it starts, or a second model.
 
     Args:
         policy, model: the policy as it starts, and with its adapters around it.
@@ -42,14 +42,36 @@ def choose_reference(
     if args.precompute_reference:
         splits = _splits_by_name(train_dataset, eval_dataset)
         reference = _cache_splits(model if ref_model is None else ref_model, args, splits, pad_token_id)
-    elif ref_model is None and hasattr(model, "disable_adapter"):
-        reference = WithoutAdapters(**vars(policy), adapted=model)
-    else:
-        ref_model = copy_of(model) if ref_model is None else ref_model
+    elif ref_model is not None:
         reference = SecondModel.of(ref_model if is_sharded(ref_model) else ref_model.to(args.device))
+    else:
+        reference = policy_at_start(policy, model)
     if policy.vocab_size != reference.vocab_size:
         raise ValueError(f"ref_model has a vocabulary of {reference.vocab_size} but model has {policy.vocab_size}")
     return reference
+
+
+def policy_at_start(policy: CausalLM, model: nn.Module) -> Reference:
+    """A policy that was not trained yet as the reference of itself, in the form that costs least.
+
+    Args:
+        policy, model: the policy, and with its adapters around it.
+    """
+    if starts_without_adapters(model):
+        return WithoutAdapters(**vars(policy), adapted=model)
+    if trains_little(model):
+        return AtStart.of_policy(policy, model)
+    return SecondModel.of(copy_of(model))
+
+
+def trains_little(model: nn.Module) -> bool:
+    """Whether the first values of what trains take less memory than half a copy; always so beside adapters."""
+    if hasattr(model, "peft_config"):
+        return True
+    trained, frozen = (
+        sum(whole_size(p) for p in model.parameters() if p.requires_grad == trains) for trains in (True, False)
+    )
+    return trained < frozen
 
 
 def _splits_by_name(
@@ -69,8 +91,7 @@ def _cache_splits(model: Any, args: TDPOConfig, splits: dict[str, Dataset], pad_
             "precompute_reference needs the reference's weights whole, but DeepSpeed has partitioned them as they were "
             "loaded: set zero3_init_flag to false, or leave precompute_reference out"
         )
-    without_adapters = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-    with without_adapters, args.main_process_first(local=False, desc="caching the reference"):
+    with args.main_process_first(local=False, desc="caching the reference"):
         model = model.to(args.device)
         caches = [
             (split, cache_reference(args.reference_folder / name, model, split, pad_token_id, args.reference_dtype))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.causal_lm import CausalLM, ResponseRows
+from ..models.noise import evaluation_mode
 
 Read = Callable[[CausalLM, dict[str, Tensor]], ResponseRows]  # CausalLM.hidden_rows or CausalLM.logit_rows
 Head = tuple[Tensor, "Tensor | None"]  # weight (V, D) and bias (V,)
@@ -20,6 +21,14 @@ Head = tuple[Tensor, "Tensor | None"]  # weight (V, D) and bias (V,)
 class Reference(CausalLM):
     """A frozen reference: a causal language model that is run in a context, where its form asks for one."""
 
+    def read_ahead(self, wrapper: nn.Module, batch: dict[str, Any], read: Read) -> dict[str, Any]:
+        """The batch, and in it what must be read of the reference before the policy's forward pass begins.
+
+        Args:
+            wrapper: the policy, as an engine has wrapped it.
+        """
+        return batch
+
     def running(self) -> AbstractContextManager[Any]:
         """A context in which `model` is the reference."""
         return nullcontext()
@@ -27,7 +36,7 @@ class Reference(CausalLM):
     @torch.no_grad()
     def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
         """What predicts the response tokens of a batch: hidden states, (R, D), or what else `read` takes of a model."""
-        with self.running():
+        with self.running(), evaluation_mode(self.model):
             return read(self, batch).values
 
     def whole_head(self) -> AbstractContextManager[Head]:

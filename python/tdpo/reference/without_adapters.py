@@ -1,4 +1,4 @@
-"""The policy without its adapters as the reference."""
+"""The policy without its adapters as the reference, where it starts as the model that they were added to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from ..models.digest import weights_digest
+from ..models.sharding import is_partitioned
 from .reference import Reference
 
 
@@ -17,3 +21,43 @@ class WithoutAdapters(Reference):
 
     def running(self) -> AbstractContextManager[Any]:
         return self.adapted.disable_adapter()
+
+
+def reference_digest(model: nn.Module) -> str:
+    """The digest of a reference's weights: new adapters, which change nothing, are no part of it."""
+    return weights_digest(model, with_adapters=not starts_without_adapters(model))
+
+
+def starts_without_adapters(model: nn.Module) -> bool:
+    """Whether a policy starts as the model without its adapters, and trains nothing else.
+
+    So it is with new LoRA adapters, whose product is 0. It is not with adapters that were trained before, with
+    initialisations that move a part of the weights into the adapters (PiSSA, OLoRA, ...), or with weights that train
+    beside them (biases, `modules_to_save`, what a user has unfrozen).
+    """
+    if not hasattr(model, "disable_adapter"):
+        return False
+    from peft.tuners.lora import LoraLayer
+
+    added: set[int] = set()  # the parameters of adapters
+    for module in model.modules():
+        if hasattr(module, "_disable_adapters"):  # of any kind
+            if not isinstance(module, LoraLayer):
+                return False
+            if not all(_adds_nothing(module, name) for name in module.active_adapters):
+                return False
+            added |= {id(p) for name, p in module.named_parameters() if not name.startswith("base_layer.")}
+    return all(id(parameter) in added for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _adds_nothing(layer: Any, adapter: str) -> bool:
+    """Whether an adapter leaves the output of a LoRA layer as it is, and can be told to do so by its matrices alone."""
+    if layer.merged or layer.lora_bias.get(adapter) or adapter in layer.lora_variant:
+        return False
+    matrices = [
+        factors[adapter].weight if isinstance(factors, nn.ModuleDict) else factors[adapter]
+        for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
+        if adapter in factors
+    ]
+    partitioned = any(map(is_partitioned, matrices))
+    return not matrices or (not partitioned and any(not matrix.any() for matrix in matrices))

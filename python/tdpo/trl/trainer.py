@@ -120,7 +120,7 @@ class TDPOTrainer(DPOTrainer):
         return "train" if self.model.training else "eval"
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        output = model(preference=inputs)
+        output = self._tdpo.run(model, inputs)
         self._means[self._mode].add(preference_metrics(output, self.beta))
         if self.model.training:
             self._new_tokens += inputs["num_tokens"]

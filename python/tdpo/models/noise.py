@@ -1,0 +1,79 @@
+"""Random numbers in a model's forward pass: none while the reference runs, and no dropout in the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .causal_lm import unwrap_peft
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which every module of a model is in evaluation mode, and after which each is in its own again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets the dropout of a model to 0, whether a module holds it, or a number in a module or in a configuration.
+
+    The dropout of adapters is left as it is: whoever made them asked for it.
+    """
+    of_adapters = {module for layer in model.modules() for module in _adapter_modules(layer)}
+    configured = vars(unwrap_peft(model)).setdefault("_configured_dropout", [])
+    for module in model.modules():
+        if module in of_adapters:
+            continue
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name in _dropout_numbers(module):
+            setattr(module, name, 0.0)
+        for config in _configurations(module):
+            for name in _dropout_numbers(config):
+                configured.append((config, name, getattr(config, name)))
+                setattr(config, name, 0.0)
+
+
+@contextmanager
+def configured_dropout(model: nn.Module) -> Iterator[None]:
+    """A context, to save a model in, in which its configuration says the dropout that it was loaded with."""
+    configured = getattr(unwrap_peft(model), "_configured_dropout", [])
+    for config, name, value in configured:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in configured:
+            setattr(config, name, 0.0)
+
+
+def _adapter_modules(layer: nn.Module) -> Iterator[nn.Module]:
+    """What adapters add to a layer that they wrap."""
+    if hasattr(layer, "base_layer"):  # a layer of one of peft's tuners
+        for name, child in layer.named_children():
+            if name != "base_layer":
+                yield from child.modules()
+
+
+def _configurations(module: nn.Module) -> Iterator[Any]:
+    config = getattr(module, "config", None)
+    if hasattr(config, "get_text_config"):
+        yield config
+        if config.get_text_config() is not config:
+            yield config.get_text_config()
+
+
+def _dropout_numbers(owner: Any) -> list[str]:
+    """The names of an object's dropout probabilities: attention_dropout, resid_pdrop, layerdrop, ..."""
+    return [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float) and value > 0]

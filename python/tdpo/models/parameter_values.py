@@ -1,0 +1,66 @@
+"""Values of a model's parameters beside those that it has, whatever engine shards them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .sharding import gathered, reshard, rewritten
+
+
+class ParameterValues:
+    """Values of a model's trainable parameters, by name, which can take the place of those that it has.
+
+    Args:
+        model: with its adapters, before an engine wraps it; the engine may shard its parameters later.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.values: dict[str, Tensor] = {}
+        for name, parameter in named_parameters(model):
+            if parameter.requires_grad:
+                with gathered(parameter):
+                    self.values[name] = parameter.detach().clone()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """A context in which the parameters have these values; afterwards they have their own again, bit for bit.
+
+        It changes parameters in place: no backward pass may be due for what was computed before.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        reshard(self.model)
+        parameters = dict(named_parameters(self.model))
+        with rewritten(*(parameters[name] for name in self.values)):
+            for name in self.values:
+                self.values[name] = value = _laid_out_as(parameters[name], self.values[name])
+                stored, present = (t.to_local() if isinstance(t, DTensor) else t for t in (value, parameters[name]))
+                kept = present.clone()
+                present.copy_(stored)
+                stored.copy_(kept)
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A model's parameters by the names that they have before activation checkpointing wraps its layers."""
+    for name, parameter in model.named_parameters():
+        yield name.replace("_checkpoint_wrapped_module.", ""), parameter
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A value on the device of its parameter, rounded and sharded as an engine has rounded and sharded that."""
+    value = value.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # rank 0's, as FSDP takes them
+    return value

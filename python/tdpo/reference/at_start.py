@@ -1,0 +1,58 @@
+"""The policy as it started, as the reference: first values of what trains, put in place while the reference runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.causal_lm import CausalLM
+from ..models.noise import evaluation_mode
+from ..models.parameter_values import ParameterValues, named_parameters
+from ..models.sharding import full_tensor, is_sharded
+from .reference import Head, Read, Reference
+
+
+@dataclass(frozen=True)
+class AtStart(Reference):
+    """The policy's own model, with the first values of its parameters.
+
+    Attributes:
+        initial: those that train; all others never change.
+        head: the names of the head's weight and bias, None for what is no parameter.
+    """
+
+    initial: ParameterValues = None  # type: ignore[assignment]
+    head: tuple[str | None, str | None] = (None, None)
+
+    @classmethod
+    def of_policy(cls, policy: CausalLM, model: nn.Module) -> AtStart:
+        """The reference of a policy that was not trained yet; `model`: with its adapters."""
+        names = {id(parameter): name for name, parameter in named_parameters(model)}
+        head = (names.get(id(policy.weight)), names.get(id(policy.bias)))
+        return cls(**vars(policy), initial=ParameterValues(model), head=head)
+
+    def running(self) -> AbstractContextManager[Any]:
+        return self.initial.in_place()
+
+    def read_ahead(self, wrapper: nn.Module, batch: dict[str, Any], read: Read) -> dict[str, Any]:
+        """Where an engine gathers parameters, the first values must be there before: in a forward pass of its own."""
+        if not is_sharded(self.initial.model):
+            return batch
+        with torch.no_grad(), self.running(), evaluation_mode(self.model):
+            return {**batch, "ref_rows": wrapper(preference=lambda: read(self, batch).values)}
+
+    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
+        return batch["ref_rows"] if "ref_rows" in batch else super().rows(batch, read)
+
+    @contextmanager
+    def whole_head(self) -> Iterator[Head]:
+        weight, bias = (
+            present if name not in self.initial.values else full_tensor(self.initial.values[name])
+            for name, present in zip(self.head, (self.weight, self.bias))
+        )
+        yield weight, bias
