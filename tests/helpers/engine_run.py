@@ -1,7 +1,7 @@
 """A run of the trainer on one of the engines, as a program: python -m helpers.engine_run OUT OPTIONS (JSON).
 
 Beside TDPOConfig's options: `engine`, zero2, zero3, tensor_parallel or none; `partitioned`, weights are partitioned
-while they are loaded; `adapters`; `family` of the models; `reference`, false to have the policy as it starts. Prints
+while they are loaded; `adapters`, new or trained (before); `trains`, the name of what trains alone; `family` of the models; `reference`, false to have the policy as it starts. Prints
 RESULT and what the run logged. The models are read from folders FAMILY-0 and FAMILY-1 beside OUT.
 """
 
@@ -16,16 +16,16 @@ from peft import LoraConfig
 from tdpo import TDPOConfig
 from transformers import AutoModelForCausalLM
 
-from helpers.trainer_cases import SETTINGS, losses, make_preferences, make_trainer
+from helpers.trainer_cases import SETTINGS, losses, make_preferences, make_trainer, with_trained_adapters
 
 KEPT = []  # options with a DeepSpeed configuration, by which transformers loads models as long as they live
 
 
-def deepspeed_config(stage):
-    """Everything partitioned, however small, and nothing left to DeepSpeed's own compiled optimizers."""
+def deepspeed_config(stage, persistence_threshold):
+    """Nothing is left to DeepSpeed's own compiled optimizers. Smaller parameters than the threshold stay gathered."""
     zero = {"stage": stage}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        zero |= {"stage3_param_persistence_threshold": persistence_threshold, "stage3_gather_16bit_weights_on_model_save": True}
     automatic = (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
@@ -35,9 +35,9 @@ def deepspeed_config(stage):
     return {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(automatic, "auto")}
 
 
-def main(out, *, engine="", partitioned=False, adapters=False, family="llama", reference=True, **options):
+def main(out, *, engine="", partitioned=False, adapters=None, trains=None, family="llama", reference=True, persistence_threshold=0, **options):
     if engine.startswith("zero"):
-        options["deepspeed"] = deepspeed_config(int(engine[-1]))
+        options["deepspeed"] = deepspeed_config(int(engine[-1]), persistence_threshold)
     loading = {"tp_plan": "auto"} if engine == "tensor_parallel" else {}
     if loading:  # accelerate wants an accelerator for it; the rest of it works on gloo too
         ParallelismConfig._validate_accelerator = lambda *arguments: None
@@ -51,7 +51,12 @@ def main(out, *, engine="", partitioned=False, adapters=False, family="llama", r
     )
     spread = partitioned or engine == "tensor_parallel"
     assert any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in policy.parameters()) == spread
-    if adapters:
+    if trains is not None:
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad = trains in name
+    if adapters == "trained":
+        policy = with_trained_adapters(policy)
+    if adapters == "new":
         options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     trainer = make_trainer(
         out, policy, frozen if reference and not adapters else None, eval_dataset=make_preferences(37), **options

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tdpo import TDPOConfig, TDPOTrainer
 
 from helpers.model_families import make_model, make_tokenizer
@@ -60,6 +62,13 @@ def make_trainer(
         peft_config=peft_config,
         objective=objective,
     )
+
+
+def with_trained_adapters(model, **options):
+    """A policy with adapters as if they had been trained before."""
+    torch.manual_seed(1)
+    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
 
 
 def losses(trainer):

@@ -13,7 +13,7 @@ import accelerate.state
 from helpers.damage import flip_bit
 from helpers.model_families import make_model
 from torch.distributed.tensor import DTensor
-from helpers.trainer_cases import losses, make_preferences, make_trainer
+from helpers.trainer_cases import losses, make_preferences, make_trainer, with_trained_adapters
 
 out, options = sys.argv[1], json.loads(sys.argv[2])
 fsdp = bool(os.environ.get("ACCELERATE_USE_FSDP"))
@@ -32,8 +32,14 @@ def full_state_dict(model):
 
 if fsdp:  # accelerate shards on accelerators only; the rest of it works on gloo too
     accelerate.state.AcceleratorState.__init__ = initialise_with_fsdp
+adapted = options.pop("adapters", False)
+
+
 def make():
-    models = {"model": make_model("llama"), "ref_model": make_model("llama", 1)}
+    if adapted:
+        models = {"model": with_trained_adapters(make_model("llama"))}
+    else:
+        models = {"model": make_model("llama"), "ref_model": make_model("llama", 1)}
     return make_trainer(out, **models, eval_dataset=make_preferences(37), **options)
 
 
@@ -42,7 +48,8 @@ trainer.train()
 if fsdp:
     assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     # What is outside the layers, norm and head, stays gathered after a forward without a backward.
-    of_layers = [parameter for name, parameter in trainer.ref_model.named_parameters() if ".layers." in name]
+    frozen = trainer.model if adapted else trainer.ref_model
+    of_layers = [parameter for name, parameter in frozen.named_parameters() if ".layers." in name]
     assert len(of_layers) > 10
     assert all(isinstance(parameter, DTensor) for parameter in of_layers)
     trainer.accelerator.get_state_dict = full_state_dict  # what accelerate gathers on an accelerator
@@ -92,20 +99,25 @@ def run(folder, processes, environment=None, **options):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("alone"), 1, per_device_train_batch_size=4)
+    """The results of one process, with trained adapters and without any."""
+    return {
+        adapters: run(tmp_path_factory.mktemp("alone"), 1, per_device_train_batch_size=4, adapters=adapters)
+        for adapters in (False, True)
+    }
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("kind", ["ddp", "ddp with a cache", "fsdp2"])
-def test_two_processes_equal_one(kind, tmp_path, alone):
+def test_two_processes_equal_one(kind, adapters, tmp_path, alone):
     options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     if kind == "ddp with a cache":
         options |= {"precompute_reference": True, "reference_dtype": "float32"}
     if kind == "ddp":
         options |= {"save_strategy": "steps", "save_steps": 3}
-    two = run(tmp_path, 2, FSDP if kind == "fsdp2" else None, **options)
+    two = run(tmp_path, 2, FSDP if kind == "fsdp2" else None, adapters=adapters, **options)
     # 37 rows in batches of two leave three rows for the last four places: a loader fills up, metrics must not.
-    assert {"eval_loss", "eval_rewards/accuracies", "eval_entropy"} <= set(alone)
-    for name, values in alone.items():
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_entropy"} <= set(alone[adapters])
+    for name, values in alone[adapters].items():
         assert two[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
-    assert (tmp_path / "final" / "model.safetensors").exists()
+    assert (tmp_path / "final" / ("adapter_model.safetensors" if adapters else "model.safetensors")).exists()

@@ -52,7 +52,13 @@ CASES = {
         "reference": False,
     },
     "ZeRO-3, partitioned as it loads": {**ZERO3, "partitioned": True},
-    "ZeRO-3, adapters": {**ZERO3, "partitioned": True, "adapters": True},
+    "ZeRO-3, adapters": {**ZERO3, "partitioned": True, "adapters": "new"},
+    "ZeRO-2, trained adapters": {"engine": "zero2", "adapters": "trained"},
+    "ZeRO-3, trained adapters": {**ZERO3, "adapters": "trained"},
+    "ZeRO-3, trained adapters, partitioned as it loads": {**ZERO3, "partitioned": True, "adapters": "trained"},
+    "ZeRO-3, trained adapters that stay gathered": {**ZERO3, "adapters": "trained", "persistence_threshold": 100_000},
+    "ZeRO-3, partly frozen": {**ZERO3, "partitioned": True, "reference": False, "trains": "mlp"},
+    "tensor parallel, partly frozen": {"engine": "tensor_parallel", "reference": False, "trains": "mlp"},
 }
 MARKS = {name: needs("deepspeed") if name.startswith("ZeRO") else [] for name in CASES}
 
@@ -63,7 +69,7 @@ def test_two_processes_equal_one(name, tmp_path):
     case = CASES[name]
     parallel = case["engine"] == "tensor_parallel"
     two = run(tmp_path, 2, **case, per_device_train_batch_size=4 if parallel else 2, max_steps=4)
-    plain = {option: value for option, value in case.items() if option not in ("engine", "partitioned")}
+    plain = {option: value for option, value in case.items() if option not in ("engine", "partitioned", "persistence_threshold")}
     one = run(tmp_path, 1, **plain, per_device_train_batch_size=4, max_steps=4)
     for quantity, values in one.items():
         assert two[quantity] == pytest.approx(values, rel=1e-5, abs=1e-6), quantity
