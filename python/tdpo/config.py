@@ -27,6 +27,8 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         TypeError, ValueError: an option of the wrong type or out of range, named in the message.
     """
 
+    output_dir: str = "trainer_output"  # transformers' default, never None here
+
     def __post_init__(self) -> None:
         types = get_type_hints(TDPOOptions)
         for item in fields(TDPOOptions):
@@ -49,7 +51,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
     @property
     def reference_folder(self) -> Path:
         """The folder of the reference's hidden states, with a subfolder for each split."""
-        return Path(self.reference_cache or Path(self.output_dir or "", "reference-cache"))
+        return Path(self.reference_cache or Path(self.output_dir, "reference-cache"))
 
     @property
     def objective_options(self) -> ObjectiveOptions:

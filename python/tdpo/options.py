@@ -73,8 +73,8 @@ class TDPOOptions:
         "Numbers per token in tokenized data that your own objective reads: chosen_NAME and rejected_NAME.",
         identity=True,
     )
-    learning_rate: float | None = option(
-        None,
+    learning_rate: float = option(
+        None,  # until a trainer knows what trains
         "Initial learning rate (default: 1e-6, or 1e-5 where adapters are trained).",
         identity=True,
         card="always",
@@ -201,7 +201,7 @@ def require(options: ModelOptions | DataOptions, name: str) -> Any:
 class CommonOptions:
     """What most runs set of transformers' options, for `--help`: loading transformers' own takes seconds."""
 
-    output_dir: str | None = option(None, "Folder of checkpoints, logs and the trained model.")
+    output_dir: str = option("trainer_output", "Folder of checkpoints, logs and the trained model.")
     num_train_epochs: float = option(3.0, "Number of passes over the data.", card=True)
     max_steps: int = option(-1, "Number of optimizer steps; above 0 it overrides num_train_epochs.", card=True)
     per_device_train_batch_size: int = option(8, "Pairs in a batch of a device.", identity=True)

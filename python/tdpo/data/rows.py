@@ -9,6 +9,7 @@ token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, with numbers per token
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -94,13 +95,12 @@ def row_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
         return {name: row[name] for name in ("prompt", *RESPONSES)}
     messages = _with_system(row)
     options = {"tools": _tools(row), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
-    if messages and messages[-1]["role"] == "assistant":
-        prompt = tokenizer.apply_chat_template(messages, continue_final_message=True, **options)
-    else:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    render: Any = functools.partial(tokenizer.apply_chat_template, **options)  # to a text, since nothing is tokenized
+    begun = bool(messages) and messages[-1]["role"] == "assistant"
+    prompt = render(messages, **{"continue_final_message" if begun else "add_generation_prompt": True})
     texts = {"prompt": prompt}
     for side in RESPONSES:
-        conversation = tokenizer.apply_chat_template([*messages, *row[side]], **options)
+        conversation = render([*messages, *row[side]])
         shared = _shared_prefix_length(conversation, prompt)
         if shared < len(prompt) and not conversation.startswith(prompt.rstrip()):
             raise ValueError(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-
-if TYPE_CHECKING:
-    pass
+from transformers import PreTrainedModel
 
 _PROBED_LAYERS, _PROBED_VOCABULARY = 2, 64
 
@@ -62,7 +60,7 @@ def keep_quantized_weights_unpacked(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def stand_in(model: Any) -> nn.Module:
+def stand_in(model: Any) -> PreTrainedModel:
     """A small model of the same class and options, with random weights, to probe where the weights are partitioned."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()

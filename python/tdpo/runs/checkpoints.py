@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..config import TDPOConfig
 from ..files import check_manifest, write_manifest
 from ..models.sharding import local_values
 
@@ -68,7 +69,7 @@ def _first_not_finite(model: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def atomic_checkpoint(args: TrainingArguments, accelerator: Accelerator, state: TrainerState) -> Iterator[str]:
+def atomic_checkpoint(args: TDPOConfig, accelerator: Accelerator, state: TrainerState) -> Iterator[str]:
     """Yields a staging folder to write a checkpoint in, then moves it to the output folder and removes old checkpoints.
 
     Raises:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 Sample = dict[str, str]  # the prompt, and a continuation by each model, by name
-Model = tuple[nn.Module, Callable[[], AbstractContextManager[Any]]]  # and the context in which it is run
+Model = tuple[Any, Callable[[], AbstractContextManager[Any]]]  # a model that generates, and a context to run it in
 
 
 @torch.no_grad()
@@ -27,7 +26,8 @@ def continuations(
     """Greedy continuations, of at most `tokens` tokens, of the prompts of tokenized rows."""
     samples = []
     for row in rows:
-        sample = {"prompt": tokenizer.decode(row["prompt_ids"])}
+        (prompt,) = tokenizer.batch_decode([row["prompt_ids"]])
+        sample = {"prompt": prompt}
         for name, (model, context) in models.items():
             with context():
                 sample[name] = _continuation(model, tokenizer, row["prompt_ids"], tokens)
@@ -44,7 +44,7 @@ def show_samples(samples: list[Sample], path: Path) -> None:
         print(f"{shown}\n", file=sys.stderr, flush=True)
 
 
-def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> str:
+def _continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> str:
     was_training = model.training
     model.eval()
     ids = torch.tensor([prompt or [tokenizer.eos_token_id]], device=model.device)
@@ -56,4 +56,4 @@ def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
         pad_token_id=tokenizer.eos_token_id,
     )
     model.train(was_training)
-    return tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)[0]
