@@ -23,12 +23,12 @@ _DESCRIPTIONS = {
 
 
 def _demo(arguments: list[str]) -> None:
-    from transformers import HfArgumentParser
+    from transformers.hf_argparser import DataClassType, HfArgumentParser
 
     from ..demo.settings import FROM_SCRATCH, SCRATCH, DemoSettings
 
     parser = HfArgumentParser(
-        [DemoSettings],
+        DataClassType(DemoSettings),
         prog="tdpo demo",
         description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 at small scale, on IMDb "
         "reviews: a classifier as reward, preference pairs sampled from SmolLM2, then DPO, TDPO1 and TDPO2 with LoRA "

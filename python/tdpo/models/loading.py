@@ -167,9 +167,7 @@ def load_gguf_model(folder: str | Path, gguf_file: str, **options: Any) -> PreTr
 
     # Otherwise weights may stay in the file's blocks, where nothing can train them and no checkpoint can hold them.
     dense = GgufConfig(dequantize=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf_file, quantization_config=dense, **options
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, quantization_config=dense, **options)
     model.gguf_file = gguf_file  # the folder alone, which the config names, does not tell which model this is
     return model
 
