@@ -29,9 +29,9 @@ from .loss.objectives import TrainedObjective, objective_name
 from .loss.preference_loss import PreferenceLoss, choose_loss
 from .models.causal_lm import CausalLM
 from .models.forward import patch_forward
+from .models.loading import keep_quantized_weights_unpacked
 from .models.probes import choose_layout
 from .models.routers import router_coefficient
-from .models.sharding import keep_quantized_weights_unpacked
 from .policy import check_trainer_arguments, default_learning_rate, prepare_policy, tokenized
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates

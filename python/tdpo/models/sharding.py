@@ -1,4 +1,4 @@
-"""What engines do to models: DeepSpeed and FSDP partition weights, bitsandbytes quantizes and packs them."""
+"""How DeepSpeed, FSDP and tensor parallelism spread weights over processes, and what this process can see of them."""
 
 from __future__ import annotations
 
@@ -50,22 +50,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def keep_quantized_weights_unpacked(model: nn.Module) -> None:
-    """Keeps bitsandbytes from packing 4-bit weights on a CPU when a model is evaluated.
-
-    Gradients through packed weights are wrong in bitsandbytes 0.50 (by a third, seen on a small Llama).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
 def stand_in(model: Any) -> PreTrainedModel:
     """A small model of the same class and options, with random weights, to probe where the weights are partitioned."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = min(text.num_hidden_layers, _PROBED_LAYERS)
-    if getattr(text, "layer_types", None):  # of each kind one, if there is room
+    if getattr(text, "layer_types", None):  # one of each kind, if there is room
         text.layer_types = (list(dict.fromkeys(text.layer_types)) * _PROBED_LAYERS)[: text.num_hidden_layers]
     text.vocab_size = _PROBED_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

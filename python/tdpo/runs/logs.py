@@ -32,20 +32,16 @@ def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
     return f"{what}: {', '.join(shown)}"
 
 
-class Progress(ProgressCallback):
-    """transformers' progress bar, with readable lines above it."""
+class Lines(PrinterCallback):
+    """Readable lines without a bar, with `disable_tqdm`."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
         if state.is_world_process_zero and logs:
             tqdm.write(readable(logs, state.global_step, state.max_steps), file=sys.stderr)
 
 
-class Lines(PrinterCallback):
-    """Readable lines without a bar, with `disable_tqdm`."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
-        if state.is_world_process_zero and logs:
-            print(readable(logs, state.global_step, state.max_steps), file=sys.stderr, flush=True)
+class Progress(Lines, ProgressCallback):
+    """transformers' progress bar, with readable lines above it."""
 
 
 class KLWarning:

@@ -12,8 +12,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerState
 
 from ..config import TDPOConfig
-from ..files import check_manifest, read_manifest
-from .checkpoints import newest_good
+from ..files import check_manifest, read_json, read_manifest
+from .checkpoints import checkpoints_of, newest_good
 from .record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,27 @@ def resume_point(args: TDPOConfig, record: RunRecord, wanted: str | bool, total_
     if args.should_save and not finished:
         print(f"Resuming from {path}, at step {state.global_step} of {total_steps}.", file=sys.stderr)
     return ResumePoint(path, state, finished)
+
+
+def finished_steps(args: TDPOConfig, record: RunRecord, total_steps: int) -> int:
+    """The steps of a finished run whose model is saved in output_dir; 0 if there is none, or it can go on.
+
+    Raises:
+        ValueError: it is another run, or one to which steps would have to be added without a checkpoint.
+    """
+    state, can_go_on = Path(args.output_dir, "trainer_state.json"), bool(checkpoints_of(args.output_dir))
+    if not state.is_file() or (args.resume_anyway and not can_go_on):
+        return 0
+    saved = read_json(state)["global_step"]
+    if saved < total_steps and can_go_on:
+        return 0
+    record.check(args.output_dir, anyway=args.resume_anyway)
+    if saved < total_steps:
+        raise ValueError(
+            f"output_dir is {args.output_dir}, which holds a run of {saved} steps without checkpoints, so it can't be "
+            f"continued to {total_steps}; give another output_dir"
+        )
+    return saved
 
 
 def _checkpoint(output_dir: str | Path, wanted: str | bool) -> str:

@@ -295,6 +295,9 @@ def test_resuming_can_be_asked_for_and_refused(home, tmp_path, capsys):
     assert main(["train", *options, "--resume_from_checkpoint", "false"]) == 0
     assert main(["train", *options, "--resume_from_checkpoint", "true", "--max_steps", "6"]) == 0
     assert f"Resuming from {tmp_path / 'checkpoint-4'}, at step 4 of 6." in capsys.readouterr().err
+    older = str(tmp_path / "checkpoint-4")  # although the run is finished
+    assert main(["train", *options, "--resume_from_checkpoint", older, "--max_steps", "6"]) == 0
+    assert f"Resuming from {older}, at step 4 of 6." in capsys.readouterr().err
     assert main(["train", *options, "--resume_from_checkpoint", "false"]) == 2
     assert "resume_from_checkpoint is false, but output_dir" in capsys.readouterr().err
 
