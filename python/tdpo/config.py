@@ -71,7 +71,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
 
 
 def _check(item: Field, kind: Any, value: Any) -> None:
-    """An option's value against its type, and against what is said of it (see `options.option`)."""
+    """Checks an option's value against its type and its metadata (see `options.option`)."""
     choices, least = item.metadata.get("choices"), item.metadata["help"].least
     if value is None and item.default is None:
         return

@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:  # of the JSON, or of its encoding
+    except ValueError as error:  # invalid JSON or encoding
         raise ValueError(f"{path} is damaged: it is not valid JSON ({error})") from error
 
 
@@ -126,7 +126,7 @@ def write_manifest(folder: Path, only_model: bool) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What `write_manifest` wrote: `only_model` and `files`.
+    """The content of a manifest, `only_model` and `files`.
 
     Raises:
         ValueError: it is missing or damaged; the message names it.
@@ -152,7 +152,7 @@ def check_manifest(folder: str | Path) -> None:
         if path.stat().st_size != size or file_digest(path) != expected:
             raise ValueError(f"{path} is damaged: it does not match {MANIFEST}")
     unknown = sorted(set(_files(folder)) - set(listed))
-    if unknown:  # a loader might prefer it to a listed one
+    if unknown:  # a loader might prefer an unlisted file
         raise ValueError(f"{folder / unknown[0]} does not belong to the checkpoint: it is not in {MANIFEST}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 
 class Help(str):
-    """An option's help text, with what else is to be known of the option: argparsers take no other metadata."""
+    """An option's help text that carries its other metadata: parsers pass on the text alone."""
 
     identity: bool
     card: bool | Literal["always"]
@@ -32,8 +32,8 @@ def option(
         default: its default.
         help: text of its command-line flag.
         identity: it shapes what is trained: a run that resumes with another value is another run, and a model's README
-            tells a value that is not the default.
-        card: the README tells its value although it has no `identity`, or "always", at its default too.
+            shows a value that differs from the default.
+        card: the README shows such a value although the option has no `identity`; "always": even the default.
         least: the least number allowed.
         choices: the values allowed.
     """
@@ -251,14 +251,14 @@ class RareOptions:
 def identity_options() -> list[str]:
     """The options that identify a run.
 
-    Its length (max_steps, num_train_epochs) is none of them, so that a run may be extended or cut short, and neither is
-    what is logged, saved and evaluated.
+    Not among them: its length (max_steps, num_train_epochs), so that a run may be extended or cut short, and what is
+    logged, saved and evaluated.
     """
     return [name for name, text in _texts() if text.identity]
 
 
 def card_options() -> dict[str, bool | Literal["always"]]:
-    """The options that say how a model came to be, and not where or how fast; "always" for the most telling ones."""
+    """The options that a model's README shows; the value is "always" for those it shows at their defaults too."""
     return {name: text.card for name, text in _texts() if text.card or text.identity}
 
 

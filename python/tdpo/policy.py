@@ -21,7 +21,7 @@ def check_trainer_arguments(
     """Checks the types of the arguments of `TDPOTrainer`; returns the tokenizer among them.
 
     Raises:
-        TypeError, ValueError: one is of the wrong type, missing, or of no meaning; the message names it.
+        TypeError, ValueError: one has the wrong type, is missing, or has no meaning here; the message names it.
     """
     for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
         if not isinstance(given, nn.Module):

@@ -78,7 +78,7 @@ class TDPOTrainer(Trainer):
     eval_dataset: Dataset | dict[str, Dataset] | None
     processing_class: PreTrainedTokenizerBase
     data_collator: Any
-    data_name: str | None = None  # of the training data, for the model card
+    data_name: str | None = None  # how the model card names the training data
     was_finished = False  # the last call of `train` found the run finished
     _staging: str | None = None  # the folder of a checkpoint that is being written
     _new_tokens = 0  # trained on by this process since they were last counted

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nInterrupted; run the same command again to resume.", file=sys.stderr)
         return 130
     except SystemExit as ended:
-        if ended.code == 128 + signal.SIGTERM:  # of stopping.Terminated
+        if ended.code == 128 + signal.SIGTERM:  # raised by stopping.Terminated
             print("\nTerminated; run the same command again to resume.", file=sys.stderr)
         raise
     except ValueError as error:

@@ -62,8 +62,8 @@ class _Encoder:
     max_length: int
     max_prompt_length: int
     overlong: str
-    token_columns: tuple[str, ...] = ()  # with the side in front
-    _suffix = ""  # of a row's columns, after the side
+    token_columns: tuple[str, ...] = ()  # full names: side_NAME
+    _suffix = ""  # a row's columns are named side + suffix
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -142,7 +142,7 @@ class _Encoder:
 
 
 class _IdEncoder(_Encoder):
-    """The same for rows that hold token ids."""
+    """For rows that hold token ids."""
 
     _suffix = "_ids"
 

@@ -48,8 +48,8 @@ def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, PairM
     }
     metrics = {name: PairMetric(values, torch.ones_like(values)) for name, values in of_pairs.items()}
     metrics["entropy"] = PairMetric(chosen.entropy + rejected.entropy, chosen.tokens + rejected.tokens)
-    metrics["mean_token_accuracy"] = PairMetric(chosen.correct, chosen.tokens)  # of chosen tokens, as TRL's
-    if output.router_loss is not None:  # of the batch, and so of each of its pairs
+    metrics["mean_token_accuracy"] = PairMetric(chosen.correct, chosen.tokens)  # on chosen tokens, as in TRL
+    if output.router_loss is not None:  # one value a batch, which counts for each of its pairs
         metrics["aux_loss"] = PairMetric(output.router_loss.expand_as(chosen.tokens), torch.ones_like(chosen.tokens))
     return metrics
 

@@ -55,7 +55,7 @@ class CausalLM:
 
     @property
     def probe(self) -> CausalLM:
-        """The same, of the model that can be run to find out what it does."""
+        """The same model in a form that can be run to find out what it does."""
         return self if self.probed is None else replace(self, model=self.probed, probed=None)
 
     @classmethod
@@ -65,12 +65,11 @@ class CausalLM:
         probed = stand_in(model) if is_sharded(model) else model
         config = model.config.get_text_config()
         softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
-        fallback_reason = None
         head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            fallback_reason = f"its head is {type(head).__name__}, not a linear layer"
-        else:
+        if isinstance(head, nn.Linear):
             fallback_reason = cls(probed, softcap, scale, None)._difference_from_logits()
+        else:
+            fallback_reason = f"its head is {type(head).__name__}, not a linear layer"
         return cls(model, softcap, scale, fallback_reason, probed)
 
     def hidden(self, **batch: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ def _response_rows(values: Tensor, output: Any, batch: dict[str, Tensor]) -> Res
 
 
 def _logit_scale(config: Any) -> float:
-    """What a model multiplies its logits by, as the configurations of its kind say it."""
+    """The factor on a model's logits; each family of configurations names it in its own way."""
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         scale = getattr(config, name, None)
         if scale is not None:

@@ -19,7 +19,7 @@ from ..options import identity_options
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
-_OF_ANY_RUN = {"peft_version", "base_model_name_or_path"}  # of adapters: the model is recorded anyway
+_NO_ADAPTER_OPTIONS = {"peft_version", "base_model_name_or_path"}  # the model is recorded under its own name
 
 
 class RunRecord(NamedTuple):
@@ -52,7 +52,7 @@ class RunRecord(NamedTuple):
         options = {name: getattr(args, name) for name in identity_options()}
         for adapters in getattr(model, "peft_config", {}).values():
             described = adapters.to_dict()
-            options |= {f"adapters' {name}": described[name] for name in described.keys() - _OF_ANY_RUN}
+            options |= {f"adapters' {name}": described[name] for name in described.keys() - _NO_ADAPTER_OPTIONS}
         options |= {"dtype": dtypes, "processes": processes, "model": _name(model)}
         if ref_model is not None:
             options["ref_model"] = _name(ref_model)

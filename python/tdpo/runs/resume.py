@@ -1,4 +1,4 @@
-"""Where an interrupted run goes on."""
+"""Where an interrupted run resumes, and whether a run is finished."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class ResumePoint(NamedTuple):
-    """A good checkpoint, what the trainer was at, and whether nothing is left to train."""
+    """A good checkpoint, the trainer's state in it, and whether nothing is left to train."""
 
     path: str
     state: TrainerState

@@ -43,7 +43,7 @@ class StopAfterStep(TrainerCallback):
             KeyboardInterrupt, Terminated: a signal ended the training.
         """
         self.received = 0
-        if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
             yield
             return
         before = {kind: signal.getsignal(kind) for kind in _SIGNALS}
