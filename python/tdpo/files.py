@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 def digest(*parts: Any) -> str:
     """The 128-bit BLAKE2b digest of bytes or contiguous buffers, in hexadecimal."""
+    return stream_digest(parts)
+
+
+def stream_digest(parts: Iterable[Any]) -> str:
+    """The digest of bytes or buffers that need not be in memory together."""
     hashed = hashlib.blake2b(digest_size=16)
     for part in parts:
         hashed.update(part)
@@ -27,7 +32,7 @@ def digest(*parts: Any) -> str:
 def file_digest(path: Path) -> str:
     """The digest of a file's content."""
     with open(path, "rb") as file:
-        return digest(*iter(lambda: file.read(_BLOCK), b""))
+        return stream_digest(iter(lambda: file.read(_BLOCK), b""))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -44,7 +44,9 @@ def check_trainer_arguments(
     return processing_class
 
 
-def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase, args: TDPOConfig, token_columns: tuple[str, ...]) -> Any:
+def tokenized(
+    data: Any, tokenizer: PreTrainedTokenizerBase, args: TDPOConfig, token_columns: tuple[str, ...] = ()
+) -> Any:
     """A data set as token ids, or every split of a dict of them; None stays None."""
     if isinstance(data, dict):
         return {name: tokenized(split, tokenizer, args, token_columns) for name, split in data.items()}

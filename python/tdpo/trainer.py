@@ -183,7 +183,7 @@ class TDPOTrainer(Trainer):
         return (output.loss, {}) if return_outputs else output.loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **others: Any) -> Tensor:
-        """A batch's gradient. Its loss is checked once the backward pass is under way, for which no device waits.
+        """Adds a batch's gradient. The loss is checked after the backward pass is launched, so that no device idles.
 
         Raises:
             FloatingPointError: the loss is not finite; the message names the rows of the batch.

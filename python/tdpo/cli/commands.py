@@ -11,9 +11,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import TDPOConfig
 from ..data.load import load_preferences
-from ..data.tokenize import padding_token, tokenize_preferences
+from ..data.tokenize import padding_token
 from ..models.loading import load_policy, load_reference, load_tokenizer, lora_config
 from ..options import ModelOptions, require
+from ..policy import tokenized
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
@@ -119,9 +120,7 @@ def cache(options: Options) -> None:
     tokenizer = load_tokenizer(models)
     model = (load_reference(models) or load_policy(models)).to(args.device)
     for name, (source, split) in splits.items():
-        tokens = tokenize_preferences(
-            load_preferences(source, split), tokenizer, args.max_length, args.max_prompt_length, args.overlong
-        )
+        tokens = tokenized(load_preferences(source, split), tokenizer, args)
         folder = args.reference_folder / name
         with autocast(args):
             cache_reference(folder, model, tokens, padding_token(tokenizer), args.reference_dtype)

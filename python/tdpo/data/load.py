@@ -36,7 +36,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
 
 
 def _malformed_json(path: Path) -> str:
-    """Where a JSON file stops being JSON; "" if it doesn't, or is none."""
+    """Where a JSON file is malformed; "" if it isn't, or is another file."""
     if not path.is_file() or _FILE_FORMATS.get(path.suffix) != "json":
         return ""
     content = path.read_bytes()

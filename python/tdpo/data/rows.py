@@ -26,7 +26,7 @@ _MEDIA = ("image", "image_url", "video", "audio", "input_audio")
 
 
 def check_row(row: dict[str, Any]) -> None:
-    """Refuses what is neither a text nor a list of messages, with the name of the column; null is accepted."""
+    """Checks that the columns of a row are texts or lists of chat messages, or null; the error names the column."""
     for name in ("prompt", *RESPONSES):
         value = row.get(name)
         if value is None or isinstance(value, str):
@@ -43,7 +43,7 @@ def check_row(row: dict[str, Any]) -> None:
 
 
 def check_ids(name: str, ids: Any, vocab_size: int) -> None:
-    """Refuses what is no list of token ids, with the name of the column."""
+    """Checks that a column is a list of token ids; the error names it."""
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ValueError(f"{name!r} is {checks.describe(ids)}; it must be a list of token ids")
     for token in ids:
@@ -52,7 +52,7 @@ def check_ids(name: str, ids: Any, vocab_size: int) -> None:
 
 
 def check_token_column(name: str, values: Any, length: int) -> None:
-    """Refuses what is no list of `length` finite numbers, with the name of the column."""
+    """Checks that a column is a list of `length` finite numbers; the error names it."""
     numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
     if not numbers or not all(map(math.isfinite, values)):
         raise ValueError(f"{name!r} is {checks.describe(values)}; it must be a list of finite numbers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..files import stream_digest
 from .rows import RESPONSES, check_ids, check_row, check_token_column, row_texts
 
 logger = logging.getLogger(__name__)
@@ -22,14 +22,13 @@ TOKEN_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 def tokens_digest(dataset: Dataset) -> str:
     """A digest of the token ids of a tokenized dataset, which depends on nothing else."""
-    hashed = hashlib.blake2b(digest_size=16)
     columns = dataset.select_columns(list(TOKEN_IDS)).with_format("arrow")
-    for batch in columns.iter(batch_size=_ROWS_PER_DIGEST):
-        for name in columns.column_names:
-            tokens = batch[name].combine_chunks()
-            for numbers in (tokens.value_lengths(), tokens.flatten()):
-                hashed.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype=np.int64).data)
-    return hashed.hexdigest()
+    batches = columns.iter(batch_size=_ROWS_PER_DIGEST)
+    tokens = (batch[name].combine_chunks() for batch in batches for name in columns.column_names)
+    numbers = (part for some in tokens for part in (some.value_lengths(), some.flatten()))
+    return stream_digest(
+        np.ascontiguousarray(part.to_numpy(zero_copy_only=False), dtype=np.int64).data for part in numbers
+    )
 
 
 class _TokenIds(NamedTuple):

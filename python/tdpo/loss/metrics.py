@@ -101,7 +101,7 @@ class DatasetMeans:
             self._tables[name].append(entries)
 
     def take(self) -> dict[str, float]:
-        """The means over the rows of all processes, each of which must call; what was added is forgotten."""
+        """The means over the rows of all processes, each of which must call; nothing is kept."""
         if not self._rows:
             return {}
         rows = self._gather(torch.cat(self._rows), padding=-1)

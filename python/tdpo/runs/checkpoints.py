@@ -18,7 +18,7 @@ from ..config import TDPOConfig
 from ..files import check_manifest, write_manifest
 from ..models.sharding import local_values
 
-STAGING = "_checkpoint-being-written"  # a name that uploads to a hub leave out
+STAGING = "_checkpoint-being-written"  # uploads to a hub skip names that begin so
 
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:

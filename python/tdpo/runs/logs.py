@@ -45,7 +45,7 @@ class Progress(Lines, ProgressCallback):
 
 
 class KLWarning:
-    """Says once that the mean KL of chosen responses is above a threshold; 0 never does."""
+    """Warns once when the mean KL of chosen responses is above a threshold; 0 never warns."""
 
     def __init__(self, threshold: float, learning_rate: float) -> None:
         self._threshold, self._learning_rate, self._given = threshold, learning_rate, False
@@ -62,7 +62,7 @@ class KLWarning:
 
 
 def show_readable_logs(trainer: Trainer) -> None:
-    """Puts these in the place of transformers' own; other callbacks stay."""
+    """Replaces transformers' own progress bar and printed logs; other callbacks stay."""
     for theirs, ours in {ProgressCallback: Progress, PrinterCallback: Lines}.items():
         if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
             trainer.remove_callback(theirs)

@@ -37,7 +37,7 @@ class StopAfterStep(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals in this context, and at its end raises what they stand for.
+        """Handles the signals in this context; a received one is raised at its end.
 
         Raises:
             KeyboardInterrupt, Terminated: a signal ended the training.
