@@ -78,14 +78,13 @@ def _checkpoint_wanted(args: TDPOConfig, interrupted: bool) -> str | bool:
     Raises:
         ValueError: none is wanted, but output_dir holds some, which the run would overwrite.
     """
-    wanted: str | bool | None = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "true":
-        return interrupted if wanted is None else True
-    if str(wanted).lower() != "false":
-        return wanted
-    if interrupted:
+    given = args.resume_from_checkpoint
+    if given is None:
+        return interrupted
+    wanted = {"true": True, "false": False}.get(given.lower(), given)
+    if wanted is False and interrupted:
         raise ValueError(f"resume_from_checkpoint is false, but output_dir, {args.output_dir}, holds checkpoints")
-    return False
+    return wanted
 
 
 def _save_merged(models: ModelOptions, out: Path) -> None:

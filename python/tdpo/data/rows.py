@@ -127,7 +127,7 @@ def _with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
         if prompt.strip() not in [content.strip() for content in asked if isinstance(content, str)]:
             raise ValueError("'chosen' and 'rejected' are whole conversations, which don't share the 'prompt'")
         return _split(row, length)
-    if prompt and all(_same_messages(row[side][: len(prompt)], prompt) for side in RESPONSES):
+    if prompt and all(_said(row[side][: len(prompt)]) == _said(prompt) for side in RESPONSES):
         return _split(row, min(len(prompt), len(chosen) - 1, len(rejected) - 1))
     return row
 
@@ -137,20 +137,13 @@ def _split(row: dict[str, Any], length: int) -> dict[str, Any]:
     return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
 
 
-def _same_messages(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    keys = ("role", "content")
-    return [[message.get(key) for key in keys] for message in some] == [
-        [message.get(key) for key in keys] for message in others
-    ]
+def _said(messages: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(message.get("role"), message.get("content")) for message in messages]
 
 
 def _shared_prefix_length(first: Sequence, second: Sequence) -> int:
-    length = 0
-    for a, b in zip(first, second):
-        if a != b:
-            break
-        length += 1
-    return length
+    different = (place for place, (a, b) in enumerate(zip(first, second)) if a != b)
+    return next(different, min(len(first), len(second)))
 
 
 def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
