@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
-from .loss.objectives import OBJECTIVES, ObjectiveOptions, TrainedObjective
+from .loss.objectives import OBJECTIVES, TrainedObjective, check_objective_options
 from .options import TDPOOptions
 
 # Options of transformers that work on logits, which this loss never forms, and the value that leaves them unused.
@@ -33,7 +33,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         types = get_type_hints(TDPOOptions)
         for item in fields(TDPOOptions):
             _check(item, types[item.name], getattr(self, item.name))
-        self.objective_options.check(self.variant)
+        check_objective_options(self)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length is {self.max_prompt_length}; it must be below max_length, {self.max_length}"
@@ -53,18 +53,13 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         """The folder of the reference's hidden states, with a subfolder for each split."""
         return Path(self.reference_cache or Path(self.output_dir, "reference-cache"))
 
-    @property
-    def objective_options(self) -> ObjectiveOptions:
-        """The numbers of the loss."""
-        return ObjectiveOptions(self.beta, self.alpha, self.label_smoothing, self.simpo_gamma)
-
     def trained_objective(self, own: Objective | None = None) -> TrainedObjective:
         """The loss that `variant` names, or `own` instead."""
         columns, named = self.token_columns or [], OBJECTIVES[self.variant]
         if own is not None:
             return TrainedObjective(own, self.kl_direction or "forward", tuple(columns))
         return TrainedObjective(
-            objective=named.build(self.objective_options),
+            objective=named.build(self),
             kl_direction=self.kl_direction or named.kl_direction,
             token_columns=tuple(dict.fromkeys([*named.columns, *columns])),
         )

@@ -46,8 +46,8 @@ def option(
 
 
 @dataclass
-class TDPOOptions:
-    """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
+class ObjectiveOptions:
+    """A loss by name, and the numbers in the formulas, of which each loss uses some (`tdpo.loss.objectives`)."""
 
     variant: str = option(
         "tdpo2",
@@ -62,6 +62,12 @@ class TDPOOptions:
         0.0, "Probability that a preference is flipped, in [0, 0.5); of dpo.", identity=True
     )
     simpo_gamma: float = option(0.5, "Target margin of simpo, >= 0.", identity=True)
+
+
+@dataclass
+class TDPOOptions(ObjectiveOptions):
+    """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
+
     kl_direction: str | None = option(
         None,
         "KL that the loss sees: forward, of the reference from the policy, or reverse (default: the loss's own).",

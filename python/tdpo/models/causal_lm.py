@@ -65,11 +65,12 @@ class CausalLM:
         probed = stand_in(model) if is_sharded(model) else model
         config = model.config.get_text_config()
         softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
+        fallback_reason = None
         head = model.get_output_embeddings()
-        if isinstance(head, nn.Linear):
-            fallback_reason = cls(probed, softcap, scale, None)._difference_from_logits()
-        else:
+        if not isinstance(head, nn.Linear):
             fallback_reason = f"its head is {type(head).__name__}, not a linear layer"
+        else:
+            fallback_reason = cls(probed, softcap, scale, None)._difference_from_logits()
         return cls(model, softcap, scale, fallback_reason, probed)
 
     def hidden(self, **batch: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ def _response_rows(values: Tensor, output: Any, batch: dict[str, Tensor]) -> Res
 
 
 def _logit_scale(config: Any) -> float:
-    """The factor on a model's logits; each family of configurations names it in its own way."""
+    """What a model multiplies its logits by, as the configurations of its kind say it."""
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         scale = getattr(config, name, None)
         if scale is not None:
