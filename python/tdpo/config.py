@@ -15,7 +15,7 @@ from tdpo_ext.losses import Objective
 from .loss.objectives import OBJECTIVES, TrainedObjective, check_objective_options
 from .options import TDPOOptions
 
-# Options of transformers that work on logits, which this loss never forms, and the value that leaves them unused.
+# Options of transformers that need logits, which this loss never forms, and the values that leave them unused.
 _NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
 
 

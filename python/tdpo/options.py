@@ -47,7 +47,7 @@ def option(
 
 @dataclass
 class ObjectiveOptions:
-    """A loss by name, and the numbers in the formulas, of which each loss uses some (`tdpo.loss.objectives`)."""
+    """A loss by name, and the numbers in the formulas; each loss uses some of them (`tdpo.loss.objectives`)."""
 
     variant: str = option(
         "tdpo2",

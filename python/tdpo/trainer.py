@@ -81,7 +81,7 @@ class TDPOTrainer(Trainer):
     data_name: str | None = None  # how the model card names the training data
     was_finished = False  # the last call of `train` found the run finished
     _staging: str | None = None  # the folder of a checkpoint that is being written
-    _new_tokens = 0  # trained on by this process since they were last counted
+    _new_tokens = 0  # this process has trained on since the last count
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class TDPOTrainer(Trainer):
     # ---- data ----
 
     def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
-        """With `precompute_reference`, its batches hold the hidden states in the cache of `dataset` too."""
+        """With `precompute_reference`, batches also hold the hidden states in the cache of `dataset`."""
         collator = self.data_collator
         try:
             if isinstance(self.reference, CachedStates):
@@ -218,14 +218,14 @@ class TDPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Adds the means over the evaluation set to its metrics, and shows samples if `eval_samples` asks for them."""
-        self._evaluation_means = DatasetMeans(self.accelerator)  # without what an interrupted evaluation left
+        self._evaluation_means = DatasetMeans(self.accelerator)  # an interrupted evaluation may have left entries
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         means = self._evaluation_means.take()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         if self.args.eval_samples and self._has_engine():
-            # To generate a token would gather the weights once more.
+            # Generating would gather the weights for every token.
             logger.warning("eval_samples: no samples are drawn while weights are sharded")
         elif self.args.eval_samples and self.args.should_save:
             models: dict[str, Model] = {"policy": (self.accelerator.unwrap_model(self.model), nullcontext())}
@@ -245,8 +245,8 @@ class TDPOTrainer(Trainer):
 
     def _count_tokens(self) -> int:
         """Tokens of prompts and responses that all processes have trained on, in this run and those it resumes."""
-        new, self._new_tokens = self._new_tokens, 0
-        counted = torch.tensor(new, device=self.args.device)
+        counted = torch.tensor(self._new_tokens, device=self.args.device)
+        self._new_tokens = 0
         if self.args.include_num_input_tokens_seen == "no":  # otherwise transformers counts
             # The ranks of a tensor-parallel group read the same tokens.
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(counted, "sum")) // self.get_tp_size()

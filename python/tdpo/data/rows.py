@@ -121,7 +121,7 @@ def _with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, str):
         if chosen[0]["role"] not in _BEFORE_ANSWERS:
             return {**row, "prompt": [{"role": "user", "content": prompt}]}
-        # Whole conversations beside the prompt's text, as in UltraFeedback binarized.
+        # The prompt's text and whole conversations, as in UltraFeedback binarized.
         length = _implicit_prompt_length(chosen, rejected)
         asked = [message.get("content") for message in chosen[:length] if message["role"] == "user"]
         if prompt.strip() not in [content.strip() for content in asked if isinstance(content, str)]:
@@ -160,7 +160,7 @@ def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
 
 
 def _with_system(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompt's messages, behind that of the column `system` if there is one."""
+    """The prompt's messages, after that of the column `system` if there is one."""
     messages, system = row["prompt"], row.get("system")
     if system is None or system == "":
         return messages

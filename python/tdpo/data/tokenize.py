@@ -21,7 +21,7 @@ TOKEN_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def tokens_digest(dataset: Dataset) -> str:
-    """A digest of the token ids of a tokenized dataset, which depends on nothing else."""
+    """A digest of a tokenized dataset's token ids and nothing else."""
     columns = dataset.select_columns(list(TOKEN_IDS)).with_format("arrow")
     batches = columns.iter(batch_size=_ROWS_PER_DIGEST)
     tokens = (batch[name].combine_chunks() for batch in batches for name in columns.column_names)
@@ -125,13 +125,13 @@ class _Encoder:
 
     def _encode_response(self, text: str, templated: bool) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # Templates may put white space behind the end token, which belongs to the conversation as the model knows it.
+        # A template may put white space after the end token; models were trained with it, so it stays.
         if templated and text.rstrip().endswith(self.tokenizer.eos_token):
             return ids
         return self._closed(ids)
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
-        """The beginning of a response, which ends with the end token, perhaps with white space behind, as does ids."""
+        """The beginning of a response, closed by the end token; `ids` ends with it too, perhaps before white space."""
         last_end = len(ids) - 1 - ids[::-1].index(self.tokenizer.eos_token_id)
         return ids[:length] if last_end < length else self._closed(ids[: length - 1])
 
@@ -177,7 +177,7 @@ def tokenize_preferences(
     The columns of the result are `prompt_ids`, `chosen_ids` and `rejected_ids`; `dataset_row`, the row of `dataset`;
     `length`, the tokens of the prompt and the longer response; and `token_row`, the row of the result. A response ends
     with the tokenizer's end token: it is appended unless the text ends with it, or a chat template closes the message
-    with it, with or without white space behind. A prompt longer than `max_prompt_length` tokens keeps its end; a
+    with it, with or without white space after it. A prompt longer than `max_prompt_length` tokens keeps its end; a
     response that doesn't fit `max_length` keeps its beginning and the end token; or, with `overlong="drop"`, such rows
     are dropped. Rows with an empty response or with responses that are equal, or become so by this, are always dropped.
     A warning says how many rows were dropped, and why. `num_proc` processes share the work. `token_columns` are numbers

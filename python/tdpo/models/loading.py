@@ -178,7 +178,7 @@ def load_gguf_model(folder: str | Path, gguf_file: str, **options: Any) -> PreTr
     # Otherwise weights may stay in the file's quantized blocks, which can be neither trained nor saved.
     dense = GgufConfig(dequantize=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, quantization_config=dense, **options)
-    model.gguf_file = gguf_file  # the folder alone, which the config names, does not tell which model this is
+    model.gguf_file = gguf_file  # the config names the folder alone, which may hold several
     return model
 
 

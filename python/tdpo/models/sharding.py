@@ -14,7 +14,7 @@ _PROBED_LAYERS, _PROBED_VOCABULARY = 2, 64
 
 
 def is_partitioned(tensor: Any) -> bool:
-    """Whether DeepSpeed ZeRO-3 keeps a parameter in parts, of which this process holds one."""
+    """Whether DeepSpeed ZeRO-3 has split a parameter, so that this process holds one part."""
     return hasattr(tensor, "ds_id")
 
 
@@ -29,7 +29,7 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """A context, of all processes, in which parameters that ZeRO-3 partitions are whole; they must not be changed."""
+    """A context that all processes enter, where parameters that ZeRO-3 partitions are whole, to be read only."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         return nullcontext()

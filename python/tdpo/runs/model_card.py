@@ -45,7 +45,7 @@ def model_card(
         data, pairs: name and size of the training data, as far as they are known.
         processes: how many trained.
         finetuned_from: the base model (default: the name in the model's configuration).
-        tags, dataset, language, license, model_name: for a hub, beside the tags of every such model.
+        tags, dataset, language, license, model_name: for a hub; `tags` are added to those of every such model.
     """
     base = finetuned_from or model.config._name_or_path or None
     options, all_adapters = dict(_options(args)), getattr(model, "peft_config", {})

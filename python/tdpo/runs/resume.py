@@ -78,7 +78,7 @@ def _checkpoint(output_dir: str | Path, wanted: str | bool) -> str:
     """The checkpoint `wanted`, or with True the newest good one in `output_dir`, after a check of its files.
 
     Raises:
-        ValueError: it is damaged or holds no optimizer; or there is none, or none that is good.
+        ValueError: it is damaged or holds no optimizer, or no checkpoint is good.
     """
     if isinstance(wanted, str):
         check_manifest(wanted)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import TDPOConfig
 from ..precision import autocast
 
-Model = tuple[Any, AbstractContextManager[Any]]  # a model that generates, and the context in which it runs
+Model = tuple[Any, AbstractContextManager[Any]]  # a model that generates, and the context to run it in
 
 
 @torch.no_grad()
