@@ -135,7 +135,7 @@ class CMakeBuild(build_ext):
             *cuda,
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        (destination / "_brgemm.so").unlink(missing_ok=True)  # of an earlier build
+        (destination / "_brgemm.so").unlink(missing_ok=True)  # left by an earlier build
         for command in (configure, [cmake, "--build", str(build)], [cmake, "--install", str(build)]):
             subprocess.run(command, check=True)
         if self.editable_mode:  # setuptools copies only the module itself into the source tree

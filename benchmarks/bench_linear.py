@@ -34,7 +34,7 @@ from tdpo_ext import linear_preference_loss, linear_token_divergence, tdpo_loss
 
 class Shape(NamedTuple):
     pairs: int
-    tokens: int  # of a response
+    tokens: int  # a response
     width: int
     vocab: int
 

@@ -76,7 +76,7 @@ class Step:
         inputs = {**self.inputs, "weight": self.weight.detach()} if frozen_head else self.inputs
         tdpo_ext.linear.make_plan = recorded
         linear_preference_loss(objective, **inputs, logits_budget=BUDGET)[0].backward()
-        tdpo_ext.linear.make_plan = make_plan  # which lets go of this step
+        tdpo_ext.linear.make_plan = make_plan  # drops the reference to this step
 
     def products(self, frozen_head: bool = False) -> None:
         hidden, weight = self.hidden.detach().flatten(0, 1), self.weight.detach()

@@ -207,7 +207,7 @@ def measure(losses: dict, rounds: int, clear: Callable[[], object], gradient_byt
     """Seconds, tokens a second and extra memory of every candidate."""
     runs = {name: functools.partial(backward, loss) for name, loss in losses.items()}
     rows, extra = [], {}
-    for name, run in runs.items():  # which is a warm-up too
+    for name, run in runs.items():  # also a warm-up
         clear()
         extra[name] = (peak_extra_bytes(run) - gradient_bytes) / 2**20
     seconds = processor_medians(runs, rounds, prepare=clear)

@@ -37,8 +37,8 @@ from transformers import TrainerCallback
 from tdpo_ext import eager, linear_token_divergence, token_divergence
 
 PERTURBATIONS = (1e-3, 1e-2, 5e-2)
-TOKENS = 64  # of a text
-ROWS_AT_ONCE = 64  # whose float64 logits are in memory
+TOKENS = 64  # a text
+ROWS_AT_ONCE = 64  # their float64 logits are in memory together
 PROMPT_TOKENS, RESPONSE_TOKENS, PAIRS = 16, 32, 8
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-FOLDER = Path("out/models")  # of dequantized copies, which load faster
+FOLDER = Path("out/models")  # dequantized copies, which load faster
 _GEMMA_PARTS = 4
 
 

@@ -12,10 +12,10 @@ from transformers import TrainingArguments
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
-from .loss.objectives import OBJECTIVES, ObjectiveOptions, TrainedObjective
+from .loss.objectives import OBJECTIVES, TrainedObjective, check_objective_options
 from .options import TDPOOptions
 
-# Options of transformers that work on logits, which this loss never forms, and the value that leaves them unused.
+# Options of transformers that need logits, which this loss never forms, and the values that leave them unused.
 _NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
 
 
@@ -27,11 +27,13 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         TypeError, ValueError: an option of the wrong type or out of range, named in the message.
     """
 
+    output_dir: str = "trainer_output"  # transformers' default, never None here
+
     def __post_init__(self) -> None:
         types = get_type_hints(TDPOOptions)
         for item in fields(TDPOOptions):
             _check(item, types[item.name], getattr(self, item.name))
-        self.objective_options.check(self.variant)
+        check_objective_options(self)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length is {self.max_prompt_length}; it must be below max_length, {self.max_length}"
@@ -49,12 +51,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
     @property
     def reference_folder(self) -> Path:
         """The folder of the reference's hidden states, with a subfolder for each split."""
-        return Path(self.reference_cache or Path(self.output_dir or "", "reference-cache"))
-
-    @property
-    def objective_options(self) -> ObjectiveOptions:
-        """The numbers of the loss."""
-        return ObjectiveOptions(self.beta, self.alpha, self.label_smoothing, self.simpo_gamma)
+        return Path(self.reference_cache or Path(self.output_dir, "reference-cache"))
 
     def trained_objective(self, own: Objective | None = None) -> TrainedObjective:
         """The loss that `variant` names, or `own` instead."""
@@ -62,14 +59,14 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         if own is not None:
             return TrainedObjective(own, self.kl_direction or "forward", tuple(columns))
         return TrainedObjective(
-            objective=named.build(self.objective_options),
+            objective=named.build(self),
             kl_direction=self.kl_direction or named.kl_direction,
             token_columns=tuple(dict.fromkeys([*named.columns, *columns])),
         )
 
 
 def _check(item: Field, kind: Any, value: Any) -> None:
-    """An option's value against its type, and against what is said of it (see `options.option`)."""
+    """Checks an option's value against its type and its metadata (see `options.option`)."""
     choices, least = item.metadata.get("choices"), item.metadata["help"].least
     if value is None and item.default is None:
         return

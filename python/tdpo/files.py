@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 def digest(*parts: Any) -> str:
     """The 128-bit BLAKE2b digest of bytes or contiguous buffers, in hexadecimal."""
+    return stream_digest(parts)
+
+
+def stream_digest(parts: Iterable[Any]) -> str:
+    """The digest of bytes or buffers that need not be in memory together."""
     hashed = hashlib.blake2b(digest_size=16)
     for part in parts:
         hashed.update(part)
@@ -27,7 +32,7 @@ def digest(*parts: Any) -> str:
 def file_digest(path: Path) -> str:
     """The digest of a file's content."""
     with open(path, "rb") as file:
-        return digest(*iter(lambda: file.read(_BLOCK), b""))
+        return stream_digest(iter(lambda: file.read(_BLOCK), b""))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -53,7 +58,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:  # of the JSON, or of its encoding
+    except ValueError as error:  # invalid JSON or encoding
         raise ValueError(f"{path} is damaged: it is not valid JSON ({error})") from error
 
 
@@ -126,7 +131,7 @@ def write_manifest(folder: Path, only_model: bool) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What `write_manifest` wrote: `only_model` and `files`.
+    """The content of a manifest, `only_model` and `files`.
 
     Raises:
         ValueError: it is missing or damaged; the message names it.
@@ -152,7 +157,7 @@ def check_manifest(folder: str | Path) -> None:
         if path.stat().st_size != size or file_digest(path) != expected:
             raise ValueError(f"{path} is damaged: it does not match {MANIFEST}")
     unknown = sorted(set(_files(folder)) - set(listed))
-    if unknown:  # a loader might prefer it to a listed one
+    if unknown:  # a loader might prefer an unlisted file
         raise ValueError(f"{folder / unknown[0]} does not belong to the checkpoint: it is not in {MANIFEST}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 
 class Help(str):
-    """An option's help text, with what else is to be known of the option: argparsers take no other metadata."""
+    """An option's help text that carries its other metadata: parsers pass on the text alone."""
 
     identity: bool
     card: bool | Literal["always"]
@@ -32,8 +32,8 @@ def option(
         default: its default.
         help: text of its command-line flag.
         identity: it shapes what is trained: a run that resumes with another value is another run, and a model's README
-            tells a value that is not the default.
-        card: the README tells its value although it has no `identity`, or "always", at its default too.
+            shows a value that differs from the default.
+        card: the README shows such a value although the option has no `identity`; "always": even the default.
         least: the least number allowed.
         choices: the values allowed.
     """
@@ -46,8 +46,8 @@ def option(
 
 
 @dataclass
-class TDPOOptions:
-    """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
+class ObjectiveOptions:
+    """A loss by name, and the numbers in the formulas; each loss uses some of them (`tdpo.loss.objectives`)."""
 
     variant: str = option(
         "tdpo2",
@@ -62,6 +62,12 @@ class TDPOOptions:
         0.0, "Probability that a preference is flipped, in [0, 0.5); of dpo.", identity=True
     )
     simpo_gamma: float = option(0.5, "Target margin of simpo, >= 0.", identity=True)
+
+
+@dataclass
+class TDPOOptions(ObjectiveOptions):
+    """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
+
     kl_direction: str | None = option(
         None,
         "KL that the loss sees: forward, of the reference from the policy, or reverse (default: the loss's own).",
@@ -73,8 +79,8 @@ class TDPOOptions:
         "Numbers per token in tokenized data that your own objective reads: chosen_NAME and rejected_NAME.",
         identity=True,
     )
-    learning_rate: float | None = option(
-        None,
+    learning_rate: float = option(
+        None,  # until a trainer knows what trains
         "Initial learning rate (default: 1e-6, or 1e-5 where adapters are trained).",
         identity=True,
         card="always",
@@ -201,7 +207,7 @@ def require(options: ModelOptions | DataOptions, name: str) -> Any:
 class CommonOptions:
     """What most runs set of transformers' options, for `--help`: loading transformers' own takes seconds."""
 
-    output_dir: str | None = option(None, "Folder of checkpoints, logs and the trained model.")
+    output_dir: str = option("trainer_output", "Folder of checkpoints, logs and the trained model.")
     num_train_epochs: float = option(3.0, "Number of passes over the data.", card=True)
     max_steps: int = option(-1, "Number of optimizer steps; above 0 it overrides num_train_epochs.", card=True)
     per_device_train_batch_size: int = option(8, "Pairs in a batch of a device.", identity=True)
@@ -251,14 +257,14 @@ class RareOptions:
 def identity_options() -> list[str]:
     """The options that identify a run.
 
-    Its length (max_steps, num_train_epochs) is none of them, so that a run may be extended or cut short, and neither is
-    what is logged, saved and evaluated.
+    Not among them: its length (max_steps, num_train_epochs), so that a run may be extended or cut short, and what is
+    logged, saved and evaluated.
     """
     return [name for name, text in _texts() if text.identity]
 
 
 def card_options() -> dict[str, bool | Literal["always"]]:
-    """The options that say how a model came to be, and not where or how fast; "always" for the most telling ones."""
+    """The options that a model's README shows; the value is "always" for those it shows at their defaults too."""
     return {name: text.card for name, text in _texts() if text.card or text.identity}
 
 

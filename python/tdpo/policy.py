@@ -1,4 +1,4 @@
-"""Before a trainer is built: its arguments checked, and the policy with its adapters and without dropout."""
+"""Before a trainer is built: arguments checked, data tokenized, the policy given its adapters and freed of dropout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
+from .data.tokenize import tokenize_preferences
 from .models.noise import disable_dropout
 from .precision import check_attention
 
@@ -17,11 +18,11 @@ _LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
 
 def check_trainer_arguments(
     model: Any, ref_model: Any, args: Any, processing_class: Any, others: dict[str, Any]
-) -> None:
-    """The types of the arguments of `TDPOTrainer`.
+) -> PreTrainedTokenizerBase:
+    """Checks the types of the arguments of `TDPOTrainer`; returns the tokenizer among them.
 
     Raises:
-        TypeError, ValueError: one is of the wrong type, missing, or of no meaning; the message names it.
+        TypeError, ValueError: one has the wrong type, is missing, or has no meaning here; the message names it.
     """
     for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
         if not isinstance(given, nn.Module):
@@ -29,19 +30,9 @@ def check_trainer_arguments(
         if not isinstance(args, TDPOConfig):
             raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
         check_attention(name, given, args)
-    _check_processing_class(processing_class)
     for name in _NEED_LOGITS:
         if others.get(name) is not None:
             raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
-
-
-def _check_processing_class(processing_class: Any) -> None:
-    """Refuses what is no tokenizer.
-
-    Raises:
-        ValueError: there is none.
-        TypeError: it is of images too, or of something else.
-    """
     if processing_class is None:
         raise ValueError("processing_class is None; the policy's tokenizer is required")
     if isinstance(processing_class, ProcessorMixin):
@@ -51,6 +42,26 @@ def _check_processing_class(processing_class: Any) -> None:
         )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is {processing_class!r}; a tokenizer is needed")
+    return processing_class
+
+
+def tokenized(
+    data: Any, tokenizer: PreTrainedTokenizerBase, args: TDPOConfig, token_columns: tuple[str, ...] = ()
+) -> Any:
+    """A data set as token ids, or every split of a dict of them; None stays None."""
+    if isinstance(data, dict):
+        return {name: tokenized(split, tokenizer, args, token_columns) for name, split in data.items()}
+    if data is None:
+        return None
+    return tokenize_preferences(
+        data,
+        tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        overlong=args.overlong,
+        num_proc=args.dataset_num_proc,
+        token_columns=token_columns,
+    )
 
 
 def prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.Module:

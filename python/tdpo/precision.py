@@ -1,4 +1,4 @@
-"""The precision of a training: in which forward passes compute, and whether its weights can hold its steps."""
+"""The precision of forward passes, and whether the weights that train can hold small steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .models.sharding import local_values
 
 logger = logging.getLogger(__name__)
 _MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's names
-_SAMPLED_WEIGHTS = 1_000_000  # of which the typical size is taken
+_SAMPLED_WEIGHTS = 1_000_000  # enough for their typical size
 
 
 def autocast(args: TrainingArguments) -> AbstractContextManager[Any]:
@@ -38,10 +38,7 @@ def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
 
 
 def check_attention(name: str, model: nn.Module, args: TrainingArguments) -> None:
-    """Refuses a model whose attention can't compute in the precision that it would get.
-
-    Args:
-        name: of the argument.
+    """Checks that the attention of the model in the argument `name` supports the precision it would run in.
 
     Raises:
         ValueError: flash attention in float32.
@@ -61,7 +58,7 @@ def trained_dtypes(model: nn.Module) -> str:
 
 
 class WarnOfCoarseWeights(TrainerCallback):
-    """Says, when training starts, how a step compares with the spacing of low-precision weights that train."""
+    """Warns, when training starts, how small a step is beside the spacing of low-precision weights that train."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **others: Any) -> None:
         if not state.is_world_process_zero:
@@ -69,7 +66,7 @@ class WarnOfCoarseWeights(TrainerCallback):
         groups = optimizer.param_groups
         learning_rate = max(group.get("initial_lr", group["lr"]) for group in groups)
         by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for group in groups:  # and not the model's, which an engine may keep in another precision than it trains
+        for group in groups:  # an engine may keep the model's own parameters in another precision than it trains
             for weights in group["params"]:
                 by_dtype[weights.dtype].append(local_values(weights).detach())
         for dtype in _MIXED_PRECISIONS.values():

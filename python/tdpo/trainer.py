@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,18 @@ from tdpo_ext.losses import Objective
 
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
-from .data.tokenize import padding_token, tokenize_preferences
+from .data.tokenize import padding_token
 from .files import check_manifest
 from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .loss.objectives import TrainedObjective, objective_name
 from .loss.preference_loss import PreferenceLoss, choose_loss
 from .models.causal_lm import CausalLM
 from .models.forward import patch_forward
+from .models.loading import keep_quantized_weights_unpacked
 from .models.noise import configured_dropout
 from .models.probes import choose_layout
 from .models.routers import router_coefficient
-from .models.sharding import keep_quantized_weights_unpacked
-from .policy import check_trainer_arguments, default_learning_rate, prepare_policy
+from .policy import check_trainer_arguments, default_learning_rate, prepare_policy, tokenized
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
 from .reference.choose import choose_reference
@@ -45,7 +44,7 @@ from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
 from .runs.record import RunRecord
 from .runs.resume import ResumePoint, resume_point
-from .runs.samples import Model, continuations, show_samples
+from .runs.samples import Model, show_samples
 from .runs.stopping import StopAfterStep
 
 logger = logging.getLogger(__name__)
@@ -76,12 +75,14 @@ class TDPOTrainer(Trainer):
 
     args: TDPOConfig
     model: PreTrainedModel
+    train_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
     processing_class: PreTrainedTokenizerBase
     data_collator: Any
-    data_name: str | None = None  # of the training data, for the model card
+    data_name: str | None = None  # how the model card names the training data
     was_finished = False  # the last call of `train` found the run finished
     _staging: str | None = None  # the folder of a checkpoint that is being written
-    _new_tokens = 0  # trained on by this process since they were last counted
+    _new_tokens = 0  # this process has trained on since the last count
 
     def __init__(
         self,
@@ -96,26 +97,13 @@ class TDPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
-        check_trainer_arguments(model, ref_model, args, processing_class, others)
+        tokenizer = check_trainer_arguments(model, ref_model, args, processing_class, others)
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
-        tokenize = functools.partial(
-            tokenize_preferences,
-            tokenizer=processing_class,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            overlong=args.overlong,
-            num_proc=args.dataset_num_proc,
-            token_columns=trained.token_columns,
-        )
-        if train_dataset is not None:
-            train_dataset = tokenize(train_dataset)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: tokenize(split) for name, split in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = tokenize(eval_dataset)
+        train_dataset = tokenized(train_dataset, tokenizer, args, trained.token_columns)
+        eval_dataset = tokenized(eval_dataset, tokenizer, args, trained.token_columns)
         collator = PreferenceCollator(
-            padding_token(processing_class), padding_free=args.padding_free, token_columns=trained.token_columns
+            padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
         )
         policy = prepare_policy(model, args, peft_config)
         if args.learning_rate is None:
@@ -126,7 +114,7 @@ class TDPOTrainer(Trainer):
             data_collator=others.pop("data_collator", collator),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=tokenizer,
             **others,
         )
         # The loss is a mean over pairs: gradient accumulation divides it, nothing is normalised by tokens.
@@ -168,32 +156,20 @@ class TDPOTrainer(Trainer):
 
     # ---- data ----
 
-    @contextlib.contextmanager
-    def _reading_cache_of(self, dataset: Dataset | None) -> Iterator[None]:
-        """With `precompute_reference`, data loaders created in this context read the cache of `dataset` too."""
-        if not isinstance(self.reference, CachedStates):
-            yield
-            return
+    def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
+        """With `precompute_reference`, batches also hold the hidden states in the cache of `dataset`."""
         collator = self.data_collator
-        self.data_collator = replace(collator, stored_hidden=self.reference.stored_hidden(dataset))
         try:
-            yield
+            if isinstance(self.reference, CachedStates):
+                self.data_collator = replace(collator, stored_hidden=self.reference.stored_hidden(dataset))
+            return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
             self.data_collator = collator
-
-    def get_train_dataloader(self) -> DataLoader:
-        with self._reading_cache_of(self.train_dataset):
-            return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        with self._reading_cache_of(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset):
-            return super().get_eval_dataloader(eval_dataset)
 
     # ---- loss and metrics of a batch ----
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean loss of a batch; its metrics are accumulated until the next log."""
         output = self.loss.run(model, inputs)
@@ -208,7 +184,7 @@ class TDPOTrainer(Trainer):
         return (output.loss, {}) if return_outputs else output.loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **others: Any) -> Tensor:
-        """A batch's gradient. Its loss is checked once the backward pass is under way, for which no device waits.
+        """Adds a batch's gradient. The loss is checked after the backward pass is launched, so that no device idles.
 
         Raises:
             FloatingPointError: the loss is not finite; the message names the rows of the batch.
@@ -243,34 +219,22 @@ class TDPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Adds the means over the evaluation set to its metrics, and shows samples if `eval_samples` asks for them."""
-        self._evaluation_means = DatasetMeans(self.accelerator)  # without what an interrupted evaluation left
-        output = super().evaluation_loop(
+        self._evaluation_means = DatasetMeans(self.accelerator)  # an interrupted evaluation may have left entries
+        output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         means = self._evaluation_means.take()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        if self.args.eval_samples:
-            self._show_samples(dataloader.dataset, metric_key_prefix)
-        return output
-
-    def _show_samples(self, dataset: Any, prefix: str) -> None:
-        """Samples of the policy, and of the reference where more than its head is in memory.
-
-        Under FSDP and DeepSpeed nothing is sampled: generation would gather the sharded weights for every token.
-        """
-        args = self.args
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.args.eval_samples and self._has_engine():
+            # Generating would gather the weights for every token.
             logger.warning("eval_samples: no samples are drawn while weights are sharded")
-            return
-        if not args.should_save:
-            return
-        models: dict[str, Model] = {"policy": (self.accelerator.unwrap_model(self.model), contextlib.nullcontext)}
-        if not isinstance(self.reference, CachedStates):
-            models["reference"] = (self.reference.model, self.reference.running)
-        rows = dataset.select(range(min(args.eval_samples, len(dataset))))
-        with autocast(args):
-            samples = continuations(models, self.processing_class, rows, args.eval_sample_tokens)
-        show_samples(samples, Path(args.output_dir, "samples", f"{prefix}-step-{self.state.global_step}.json"))
+        elif self.args.eval_samples and self.args.should_save:
+            models: dict[str, Model] = {"policy": (self.accelerator.unwrap_model(self.model), nullcontext())}
+            if not isinstance(self.reference, CachedStates):
+                models["reference"] = (self.reference.model, self.reference.running())
+            name = f"{metric_key_prefix}-step-{self.state.global_step}"
+            show_samples(models, self.processing_class, dataloader.dataset, self.args, name)
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means since the last log, and the tokens so far, to the entries of the training loop."""
@@ -282,8 +246,8 @@ class TDPOTrainer(Trainer):
 
     def _count_tokens(self) -> int:
         """Tokens of prompts and responses that all processes have trained on, in this run and those it resumes."""
-        new, self._new_tokens = self._new_tokens, 0
-        counted = torch.tensor(new, device=self.args.device)
+        counted = torch.tensor(self._new_tokens, device=self.args.device)
+        self._new_tokens = 0
         if self.args.include_num_input_tokens_seen == "no":  # otherwise transformers counts
             # The ranks of a tensor-parallel group read the same tokens.
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(counted, "sum")) // self.get_tp_size()
@@ -315,8 +279,12 @@ class TDPOTrainer(Trainer):
         """The optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
+    def _has_engine(self) -> bool:
+        """Whether FSDP or DeepSpeed wraps the policy when it trains."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _finished(self, point: ResumePoint) -> TrainOutput:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load only into what is wrapped to train
+        if not self._has_engine():  # FSDP and DeepSpeed load only into wrapped models
             self._load_from_checkpoint(point.path)
         self.state, self.was_finished = point.state, True
         return TrainOutput(self.state.global_step, float("nan"), {})
@@ -335,6 +303,7 @@ class TDPOTrainer(Trainer):
         )
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         check_manifest(self.state.best_model_checkpoint)
         super()._load_best_model()
 
@@ -344,8 +313,7 @@ class TDPOTrainer(Trainer):
         Raises:
             FloatingPointError: its weights are not finite.
         """
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1
-        checkpoints.check_finite(self.model, sharded=sharded)
+        checkpoints.check_finite(self.model, sharded=self._has_engine() or self.get_tp_size() > 1)
         super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -354,7 +322,7 @@ class TDPOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
         if self.args.save_total_limit is not None:
-            self._finish_current_push()  # which may read a checkpoint that is removed below
+            self._finish_current_push()  # it may still read a checkpoint that is removed below
         try:
             with checkpoints.atomic_checkpoint(self.args, self.accelerator, self.state) as self._staging:
                 super()._save_checkpoint(model, trial)
@@ -371,14 +339,14 @@ class TDPOTrainer(Trainer):
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "README.md").write_text(self.card())
 
-    def create_model_card(self, **details: Any) -> None:
-        """Writes the README of the output folder again, which `push_to_hub` does with what it is told for the hub.
+    def create_model_card(self, *args: Any, **details: Any) -> None:
+        """Writes the README of the output folder again; `push_to_hub` passes on what it is told for the hub.
 
         Args:
             details: as `runs.model_card.model_card` takes them.
         """
         if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(self.card(**details))
+            Path(self.args.output_dir, "README.md").write_text(self.card(*args, **details))
 
     def card(self, **details: Any) -> str:
         """The README of the policy as it is now; `details` as `runs.model_card.model_card` takes them."""

@@ -43,7 +43,7 @@ from .planning.plan import ChunkedPlan, LongPair
 from .planning.sizes import row_pitch, rows_beside
 from .rows import Chunk, reading_is_free
 
-_MOVED_ROWS = 16  # of dz, at a time, into the places of rows without a gradient
+_MOVED_ROWS = 16  # rows of dz moved at a time into the places of rows without a gradient
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class _Run:
     inputs: FusedInputs
     plan: ChunkedPlan
     objective: PairObjective
-    index: Tensor  # of all rows, chunk after chunk
-    labels: Tensor  # of these
+    index: Tensor  # positions of all rows, chunk after chunk
+    labels: Tensor  # in the same order
     columns: Mapping[str, Tensor]
     buffers: _Buffers
     gradients: Gradients

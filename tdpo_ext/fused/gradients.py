@@ -22,7 +22,7 @@ from ..ops import memory
 from ..ops.matmul import product
 from .inputs import FusedInputs
 
-_ROUNDED_ROWS = 8192  # of a sum that are rounded at a time
+_ROUNDED_ROWS = 8192  # rows of a sum rounded at a time
 
 
 class Wanted(NamedTuple):

@@ -151,7 +151,7 @@ def _checked_inputs(tensors: CallTensors, options: FusedOptions, shard: VocabSha
     vocab = tensors.head.weight.shape[0]
     if shard is None and vocab == 0:
         raise ValueError("weight has no rows: the vocabulary is empty")
-    if tensors.hidden.dtype == torch.float64:  # whose products take no other operands
+    if tensors.hidden.dtype == torch.float64:  # float64 products take float64 operands only
         tensors = tensors.cast_reference(torch.float64)
     ref_head = tensors.ref_head.detach()
     return FusedInputs(

@@ -13,8 +13,8 @@ from . import operators
 from ._load import load_brgemm
 
 _ops = torch.ops.tdpo_ext
-_ROUNDED_ROWS = 8192  # of a float32 block that is rounded as soon as it is complete
-_COPIED_SIDE = 2048  # of the square blocks that are copied to float32
+_BLOCK_ROWS = 8192  # a float32 block of so many rows is rounded as soon as it is complete
+_COPIED_SIDE = 2048  # side of the square blocks that are copied to float32
 _without_brgemm = load_brgemm()
 
 
@@ -89,8 +89,8 @@ def _rounds_faster() -> bool:
 
 def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """The float32 product, rounded block by block: faster than torch's own where `a` is transposed, as for dW."""
-    block = torch.empty(min(_ROUNDED_ROWS, len(a)), b.shape[1], dtype=torch.float32)
-    for rows, result in zip(a.split(_ROUNDED_ROWS), out.split(_ROUNDED_ROWS)):
+    block = torch.empty(min(_BLOCK_ROWS, len(a)), b.shape[1], dtype=torch.float32)
+    for rows, result in zip(a.split(_BLOCK_ROWS), out.split(_BLOCK_ROWS)):
         exact = block[: len(rows)]
         operators.matmul_float32(rows, b, accumulate=False, out=exact)
         result.copy_(exact)

@@ -118,7 +118,7 @@ def logit_gradient_out(
 
 
 def scale_unless_one(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor, in no time where factor is 1 and, on CUDA, without reading it on the host."""
+    """tensor *= factor; a no-op if factor is 1, which CUDA finds out without reading it on the host."""
     _ops.scale_unless_one(tensor, factor)
 
 

@@ -11,13 +11,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import TDPOConfig
 from ..data.load import load_preferences
-from ..data.tokenize import padding_token, tokenize_preferences
-from ..files import read_json
+from ..data.tokenize import padding_token
 from ..models.loading import load_policy, load_reference, load_tokenizer, lora_config
 from ..options import ModelOptions, require
+from ..policy import tokenized
 from ..precision import autocast
 from ..reference.cache import cache_reference
-from ..runs import checkpoints
+from ..runs.checkpoints import checkpoints_of
+from ..runs.resume import finished_steps
 from ..trainer import TDPOTrainer
 from .parse import Options
 
@@ -48,19 +49,18 @@ def train(options: Options) -> None:
     if models.merge_adapters and is_deepspeed_zero3_enabled():
         raise ValueError("merge_adapters is True, but ZeRO-3 partitions every model that is loaded: merge afterwards")
     out = Path(args.output_dir)
-    interrupted = bool(checkpoints.checkpoints_of(out))
+    interrupted = bool(checkpoints_of(out))
     resume = _checkpoint_wanted(args, interrupted)
     preferences = load_preferences(require(data, "dataset"), data.split)
     evaluation = None if data.eval_dataset is None else load_preferences(data.eval_dataset, data.eval_split)
     trainer = _trainer(options, train_dataset=preferences, eval_dataset=evaluation)
     trainer.data_name = data.dataset
-    saved = _finished_without_checkpoints(trainer) if not interrupted else 0
-    if not saved:
-        trainer.train(resume_from_checkpoint=resume)
-        saved = trainer.was_finished and _saved_steps(out) == trainer.state.global_step and trainer.state.global_step
-    if saved:
-        print(f"{out} holds a finished run of {saved} steps: nothing was trained or changed")
-        return
+    if resume is True or not interrupted:
+        finished = finished_steps(args, trainer.record, trainer.total_steps())
+        if finished:
+            print(f"{out} holds a finished run of {finished} steps: nothing was trained or changed")
+            return
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     if not args.should_save:
@@ -78,14 +78,13 @@ def _checkpoint_wanted(args: TDPOConfig, interrupted: bool) -> str | bool:
     Raises:
         ValueError: none is wanted, but output_dir holds some, which the run would overwrite.
     """
-    wanted: str | bool | None = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "true":
-        return interrupted if wanted is None else True
-    if str(wanted).lower() != "false":
-        return wanted
-    if interrupted:
+    given = args.resume_from_checkpoint
+    if given is None:
+        return interrupted
+    wanted = {"true": True, "false": False}.get(given.lower(), given)
+    if wanted is False and interrupted:
         raise ValueError(f"resume_from_checkpoint is false, but output_dir, {args.output_dir}, holds checkpoints")
-    return False
+    return wanted
 
 
 def _save_merged(models: ModelOptions, out: Path) -> None:
@@ -94,31 +93,6 @@ def _save_merged(models: ModelOptions, out: Path) -> None:
 
     base = load_policy(replace(models, load_in_4bit=False, tp_plan=None))
     PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
-
-
-def _saved_steps(out: Path) -> int:
-    """The steps of the run whose model was saved in a folder last; 0 if there is none."""
-    state = out / "trainer_state.json"
-    return read_json(state)["global_step"] if state.is_file() else 0
-
-
-def _finished_without_checkpoints(trainer: TDPOTrainer) -> int:
-    """The steps of a finished run that left no checkpoints; 0 if there is none.
-
-    Raises:
-        ValueError: it is another run, or one to which steps would have to be added.
-    """
-    out, steps = Path(trainer.args.output_dir), trainer.total_steps()
-    saved = _saved_steps(out)
-    if not saved or trainer.args.resume_anyway:
-        return 0
-    trainer.record.check(out, anyway=False)
-    if saved < steps:
-        raise ValueError(
-            f"output_dir is {out}, which holds a run of {saved} steps without checkpoints, so it can't be continued to "
-            f"{steps}; give another output_dir"
-        )
-    return saved
 
 
 def evaluate(options: Options) -> None:
@@ -145,9 +119,7 @@ def cache(options: Options) -> None:
     tokenizer = load_tokenizer(models)
     model = (load_reference(models) or load_policy(models)).to(args.device)
     for name, (source, split) in splits.items():
-        tokens = tokenize_preferences(
-            load_preferences(source, split), tokenizer, args.max_length, args.max_prompt_length, args.overlong
-        )
+        tokens = tokenized(load_preferences(source, split), tokenizer, args)
         folder = args.reference_folder / name
         with autocast(args):
             cache_reference(folder, model, tokens, padding_token(tokenizer), args.reference_dtype)

@@ -45,7 +45,7 @@ def print_help(command: str, description: str, *, everything: bool) -> None:
 
 def _add(group: Any, field: Field) -> None:
     text = str(field.metadata.get("help", "")).replace("%", "%%")
-    default = getattr(field.default, "value", field.default)  # of an enumeration
+    default = getattr(field.default, "value", field.default)  # an enumeration's member has a value
     if default in (None, "", MISSING) or "(default" in text:
         default = argparse.SUPPRESS
     group.add_argument(f"--{field.name}", metavar="", default=default, help=text)

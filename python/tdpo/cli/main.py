@@ -23,12 +23,12 @@ _DESCRIPTIONS = {
 
 
 def _demo(arguments: list[str]) -> None:
-    from transformers import HfArgumentParser
+    from transformers.hf_argparser import DataClassType, HfArgumentParser
 
     from ..demo.settings import FROM_SCRATCH, SCRATCH, DemoSettings
 
     parser = HfArgumentParser(
-        DemoSettings,
+        DataClassType(DemoSettings),
         prog="tdpo demo",
         description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 at small scale, on IMDb "
         "reviews: a classifier as reward, preference pairs sampled from SmolLM2, then DPO, TDPO1 and TDPO2 with LoRA "
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nInterrupted; run the same command again to resume.", file=sys.stderr)
         return 130
     except SystemExit as ended:
-        if ended.code == 128 + signal.SIGTERM:  # of stopping.Terminated
+        if ended.code == 128 + signal.SIGTERM:  # raised by stopping.Terminated
             print("\nTerminated; run the same command again to resume.", file=sys.stderr)
         raise
     except ValueError as error:

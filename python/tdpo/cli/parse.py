@@ -44,7 +44,7 @@ def parse_options(command: str, description: str, arguments: list[str]) -> Optio
 
     from ..config import TDPOConfig
 
-    option_classes = (ModelOptions, DataOptions, TDPOConfig)
+    option_classes: tuple[Any, ...] = (ModelOptions, DataOptions, TDPOConfig)
     parser = HfArgumentParser(option_classes, prog=f"tdpo {command}", usage=usage(command), description=description)
     hints = {name: kind for options in option_classes for name, kind in get_type_hints(options).items()}
     kinds = {item.name: hints[item.name] for options in option_classes for item in fields(options) if item.init}

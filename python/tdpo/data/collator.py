@@ -115,7 +115,7 @@ class PreferenceCollator:
         return batch
 
     def _inputs(self, lines: list[_Line]) -> dict[str, Tensor]:
-        """What the model reads: the lines below each other, padded, or behind each other."""
+        """The model's input: the lines as padded rows, or concatenated into one."""
         ids, positions, segments = zip(*lines)
         if self.padding_free:
             inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions)[None]}
@@ -136,7 +136,7 @@ class PreferenceCollator:
         places = [torch.arange(len(sequence.ids)) for sequence in sequences]
         for number, sequence in enumerate(sequences):
             places[number] += starts[number % len(lengths)]
-            if self.shared_prompts and number >= len(lengths):  # the rejected response stands behind the chosen one
+            if self.shared_prompts and number >= len(lengths):  # the rejected response follows the chosen one
                 chosen = sequences[number - len(lengths)]
                 places[number][sequence.prompt :] += len(chosen.ids) - chosen.prompt
         return places
@@ -150,13 +150,13 @@ def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[_Se
 
 
 def _lines(sequences: list[_Sequence]) -> list[_Line]:
-    """Every sequence on a line of its own."""
+    """One line for each sequence."""
     lines = [torch.tensor(sequence.ids) for sequence in sequences]
     return [_Line(ids, torch.arange(len(ids)), torch.zeros_like(ids)) for ids in lines]
 
 
 def _shared_lines(sequences: list[_Sequence]) -> list[_Line]:
-    """Every pair on a line: prompt, chosen and rejected response, both responses in positions behind the prompt's."""
+    """One line for each pair: prompt, chosen, rejected; the positions of both responses continue the prompt's."""
     pairs, lines = len(sequences) // 2, []
     for pair, (chosen, rejected) in enumerate(zip(sequences[:pairs], sequences[pairs:])):
         prompt = chosen.prompt

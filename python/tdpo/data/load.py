@@ -25,7 +25,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
         if not path.is_dir():
             return load_dataset(name, split=split)
         saved = load_from_disk(name)
-    except Exception as error:  # each format has errors of its own; `datasets` names the reason in the cause
+    except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
         reason = _malformed_json(path) or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"the dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
     if not isinstance(saved, DatasetDict):
@@ -36,7 +36,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
 
 
 def _malformed_json(path: Path) -> str:
-    """Where a JSON file stops being JSON; "" if it doesn't, or is none."""
+    """Where a JSON file is malformed; "" if it isn't, or is another file."""
     if not path.is_file() or _FILE_FORMATS.get(path.suffix) != "json":
         return ""
     content = path.read_bytes()

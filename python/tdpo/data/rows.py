@@ -9,6 +9,7 @@ token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, with numbers per token
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ _MEDIA = ("image", "image_url", "video", "audio", "input_audio")
 
 
 def check_row(row: dict[str, Any]) -> None:
-    """Refuses what is neither a text nor a list of messages, with the name of the column; null is accepted."""
+    """Checks that the columns of a row are texts or lists of chat messages, or null; the error names the column."""
     for name in ("prompt", *RESPONSES):
         value = row.get(name)
         if value is None or isinstance(value, str):
@@ -42,7 +43,7 @@ def check_row(row: dict[str, Any]) -> None:
 
 
 def check_ids(name: str, ids: Any, vocab_size: int) -> None:
-    """Refuses what is no list of token ids, with the name of the column."""
+    """Checks that a column is a list of token ids; the error names it."""
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ValueError(f"{name!r} is {checks.describe(ids)}; it must be a list of token ids")
     for token in ids:
@@ -51,7 +52,7 @@ def check_ids(name: str, ids: Any, vocab_size: int) -> None:
 
 
 def check_token_column(name: str, values: Any, length: int) -> None:
-    """Refuses what is no list of `length` finite numbers, with the name of the column."""
+    """Checks that a column is a list of `length` finite numbers; the error names it."""
     numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
     if not numbers or not all(map(math.isfinite, values)):
         raise ValueError(f"{name!r} is {checks.describe(values)}; it must be a list of finite numbers")
@@ -94,13 +95,12 @@ def row_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
         return {name: row[name] for name in ("prompt", *RESPONSES)}
     messages = _with_system(row)
     options = {"tools": _tools(row), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
-    if messages and messages[-1]["role"] == "assistant":
-        prompt = tokenizer.apply_chat_template(messages, continue_final_message=True, **options)
-    else:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    render: Any = functools.partial(tokenizer.apply_chat_template, **options)  # to a text, since nothing is tokenized
+    begun = bool(messages) and messages[-1]["role"] == "assistant"
+    prompt = render(messages, **{"continue_final_message" if begun else "add_generation_prompt": True})
     texts = {"prompt": prompt}
     for side in RESPONSES:
-        conversation = tokenizer.apply_chat_template([*messages, *row[side]], **options)
+        conversation = render([*messages, *row[side]])
         shared = _shared_prefix_length(conversation, prompt)
         if shared < len(prompt) and not conversation.startswith(prompt.rstrip()):
             raise ValueError(
@@ -121,13 +121,13 @@ def _with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, str):
         if chosen[0]["role"] not in _BEFORE_ANSWERS:
             return {**row, "prompt": [{"role": "user", "content": prompt}]}
-        # Whole conversations beside the prompt's text, as in UltraFeedback binarized.
+        # The prompt's text and whole conversations, as in UltraFeedback binarized.
         length = _implicit_prompt_length(chosen, rejected)
         asked = [message.get("content") for message in chosen[:length] if message["role"] == "user"]
         if prompt.strip() not in [content.strip() for content in asked if isinstance(content, str)]:
             raise ValueError("'chosen' and 'rejected' are whole conversations, which don't share the 'prompt'")
         return _split(row, length)
-    if prompt and all(_same_messages(row[side][: len(prompt)], prompt) for side in RESPONSES):
+    if prompt and all(_said(row[side][: len(prompt)]) == _said(prompt) for side in RESPONSES):
         return _split(row, min(len(prompt), len(chosen) - 1, len(rejected) - 1))
     return row
 
@@ -137,20 +137,13 @@ def _split(row: dict[str, Any], length: int) -> dict[str, Any]:
     return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
 
 
-def _same_messages(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    keys = ("role", "content")
-    return [[message.get(key) for key in keys] for message in some] == [
-        [message.get(key) for key in keys] for message in others
-    ]
+def _said(messages: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(message.get("role"), message.get("content")) for message in messages]
 
 
 def _shared_prefix_length(first: Sequence, second: Sequence) -> int:
-    length = 0
-    for a, b in zip(first, second):
-        if a != b:
-            break
-        length += 1
-    return length
+    different = (place for place, (a, b) in enumerate(zip(first, second)) if a != b)
+    return next(different, min(len(first), len(second)))
 
 
 def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
@@ -167,7 +160,7 @@ def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
 
 
 def _with_system(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompt's messages, behind that of the column `system` if there is one."""
+    """The prompt's messages, after that of the column `system` if there is one."""
     messages, system = row["prompt"], row.get("system")
     if system is None or system == "":
         return messages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..files import stream_digest
 from .rows import RESPONSES, check_ids, check_row, check_token_column, row_texts
 
 logger = logging.getLogger(__name__)
@@ -21,15 +21,14 @@ TOKEN_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def tokens_digest(dataset: Dataset) -> str:
-    """A digest of the token ids of a tokenized dataset, which depends on nothing else."""
-    hashed = hashlib.blake2b(digest_size=16)
+    """A digest of a tokenized dataset's token ids and nothing else."""
     columns = dataset.select_columns(list(TOKEN_IDS)).with_format("arrow")
-    for batch in columns.iter(batch_size=_ROWS_PER_DIGEST):
-        for name in columns.column_names:
-            tokens = batch[name].combine_chunks()
-            for numbers in (tokens.value_lengths(), tokens.flatten()):
-                hashed.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype=np.int64).data)
-    return hashed.hexdigest()
+    batches = columns.iter(batch_size=_ROWS_PER_DIGEST)
+    tokens = (batch[name].combine_chunks() for batch in batches for name in columns.column_names)
+    numbers = (part for some in tokens for part in (some.value_lengths(), some.flatten()))
+    return stream_digest(
+        np.ascontiguousarray(part.to_numpy(zero_copy_only=False), dtype=np.int64).data for part in numbers
+    )
 
 
 class _TokenIds(NamedTuple):
@@ -62,8 +61,8 @@ class _Encoder:
     max_length: int
     max_prompt_length: int
     overlong: str
-    token_columns: tuple[str, ...] = ()  # with the side in front
-    _suffix = ""  # of a row's columns, after the side
+    token_columns: tuple[str, ...] = ()  # full names: side_NAME
+    _suffix = ""  # a row's columns are named side + suffix
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -126,13 +125,13 @@ class _Encoder:
 
     def _encode_response(self, text: str, templated: bool) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # Templates may put white space behind the end token, which belongs to the conversation as the model knows it.
+        # A template may put white space after the end token; models were trained with it, so it stays.
         if templated and text.rstrip().endswith(self.tokenizer.eos_token):
             return ids
         return self._closed(ids)
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
-        """The beginning of a response, which ends with the end token, perhaps with white space behind, as does ids."""
+        """The beginning of a response, closed by the end token; `ids` ends with it too, perhaps before white space."""
         last_end = len(ids) - 1 - ids[::-1].index(self.tokenizer.eos_token_id)
         return ids[:length] if last_end < length else self._closed(ids[: length - 1])
 
@@ -142,7 +141,7 @@ class _Encoder:
 
 
 class _IdEncoder(_Encoder):
-    """The same for rows that hold token ids."""
+    """For rows that hold token ids."""
 
     _suffix = "_ids"
 
@@ -178,7 +177,7 @@ def tokenize_preferences(
     The columns of the result are `prompt_ids`, `chosen_ids` and `rejected_ids`; `dataset_row`, the row of `dataset`;
     `length`, the tokens of the prompt and the longer response; and `token_row`, the row of the result. A response ends
     with the tokenizer's end token: it is appended unless the text ends with it, or a chat template closes the message
-    with it, with or without white space behind. A prompt longer than `max_prompt_length` tokens keeps its end; a
+    with it, with or without white space after it. A prompt longer than `max_prompt_length` tokens keeps its end; a
     response that doesn't fit `max_length` keeps its beginning and the end token; or, with `overlong="drop"`, such rows
     are dropped. Rows with an empty response or with responses that are equal, or become so by this, are always dropped.
     A warning says how many rows were dropped, and why. `num_proc` processes share the work. `token_columns` are numbers

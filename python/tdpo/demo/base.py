@@ -46,7 +46,8 @@ def prepare_base(settings: DemoSettings, out: Path, texts: list[str]) -> Path:
 def load_policy(base: Path, trained: Path | None = None, *, dtype: str = "auto") -> PreTrainedModel:
     """The model that all methods start from, or what one of them made of it: a model or adapters in `trained`."""
     if trained is None or not (trained / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(trained or base, dtype=dtype).to(device())
+        model: Any = AutoModelForCausalLM.from_pretrained(trained or base, dtype=dtype)
+        return model.to(device())
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_policy(base), str(trained))  # type: ignore[return-value]
@@ -66,7 +67,7 @@ def sample(model: PreTrainedModel, prompts: Tensor, tokens: int, seed: int, desc
         torch.manual_seed(seed)
         for part in tqdm(prompts.split(_SAMPLED_TOGETHER), desc=desc, disable=desc is None):
             part = part.to(model.device)
-            sequences = model.generate(
+            sequences = model.generate(  # type: ignore[operator]
                 input_ids=part,
                 attention_mask=torch.ones_like(part),
                 do_sample=True,

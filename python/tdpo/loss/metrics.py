@@ -1,4 +1,4 @@
-"""Training metrics, under the names and with the meanings that TRL gives them, and those of TDPO beside them.
+"""Training metrics with the names and meanings that they have in TRL, and TDPO's own.
 
 TRL's `logits/*`, means of all logits, are left out: a constant added to a row's logits moves them and changes no
 probability, and the fused loss never holds logits to sum.
@@ -48,8 +48,8 @@ def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, PairM
     }
     metrics = {name: PairMetric(values, torch.ones_like(values)) for name, values in of_pairs.items()}
     metrics["entropy"] = PairMetric(chosen.entropy + rejected.entropy, chosen.tokens + rejected.tokens)
-    metrics["mean_token_accuracy"] = PairMetric(chosen.correct, chosen.tokens)  # of chosen tokens, as TRL's
-    if output.router_loss is not None:  # of the batch, and so of each of its pairs
+    metrics["mean_token_accuracy"] = PairMetric(chosen.correct, chosen.tokens)  # on chosen tokens, as in TRL
+    if output.router_loss is not None:  # one value a batch, the same for all its pairs
         metrics["aux_loss"] = PairMetric(output.router_loss.expand_as(chosen.tokens), torch.ones_like(chosen.tokens))
     return metrics
 
@@ -75,7 +75,7 @@ class MetricMeans:
             self._sums[name] = self._sums.get(name, 0) + entries.sum(0)
 
     def take(self) -> dict[str, float]:
-        """The means over all processes, each of which must call; the sums are reset."""
+        """The means over all processes, which must all call this; resets the sums."""
         sums, self._sums = self._sums, {}
         if not sums:
             return {}
@@ -101,7 +101,7 @@ class DatasetMeans:
             self._tables[name].append(entries)
 
     def take(self) -> dict[str, float]:
-        """The means over the rows of all processes, each of which must call; what was added is forgotten."""
+        """The means over the rows of all processes, which must all call this; resets the rows."""
         if not self._rows:
             return {}
         rows = self._gather(torch.cat(self._rows), padding=-1)
@@ -112,7 +112,7 @@ class DatasetMeans:
         return _means(names, table[first[numbers >= 0]].sum(0))
 
     def _gather(self, values: Tensor, padding: int) -> Tensor:
-        """The entries of all processes, of which some may have fewer."""
+        """The entries of all processes; some may have fewer than others."""
         return self._accelerator.gather(self._accelerator.pad_across_processes(values, pad_index=padding))
 
 

@@ -18,25 +18,7 @@ from torch import Tensor
 from tdpo_ext import MarginLoss, TokenDivergence, TokenRows, checks, per_token
 from tdpo_ext.losses import Objective, check_label_smoothing, check_tdpo_options, dpo_margin_loss, tdpo_margin_loss
 
-
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    """The numbers in the formulas; each objective uses some (`NamedObjective.options`)."""
-
-    beta: float = 0.1
-    alpha: float = 0.5
-    label_smoothing: float = 0.0
-    simpo_gamma: float = 0.5
-
-    def check(self, name: str) -> None:
-        """Raises TypeError or ValueError where an option is out of range, or not one of the objective `name`."""
-        check_tdpo_options(self.beta, self.alpha, "tdpo2")
-        check_label_smoothing(self.label_smoothing)
-        checks.real("simpo_gamma", self.simpo_gamma, least=0)
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name not in OBJECTIVES[name].options and value != option.default:
-                raise ValueError(f"{option.name} is {value}, but the loss {name} does not use it: leave it unset")
+from ..options import ObjectiveOptions
 
 
 class NamedObjective(NamedTuple):
@@ -44,7 +26,7 @@ class NamedObjective(NamedTuple):
 
     Attributes:
         build: the objective with some options.
-        options: the fields of ObjectiveOptions that it uses.
+        options: the numbers of ObjectiveOptions that it uses.
         formula: the loss of a pair; see docs/objectives.md for the notation.
         source: where it comes from.
         columns: the token columns that the data must have.
@@ -135,6 +117,18 @@ OBJECTIVES = {
         kl_direction="reverse",
     ),
 }
+
+
+def check_objective_options(options: ObjectiveOptions) -> None:
+    """Raises TypeError or ValueError where an option is out of range, or set although the loss does not use it."""
+    check_tdpo_options(options.beta, options.alpha, "tdpo2")
+    check_label_smoothing(options.label_smoothing)
+    checks.real("simpo_gamma", options.simpo_gamma, least=0)
+    name, used = options.variant, ("variant", *OBJECTIVES[options.variant].options)
+    for option in fields(ObjectiveOptions):
+        value = getattr(options, option.name)
+        if option.name not in used and value != option.default:
+            raise ValueError(f"{option.name} is {value}, but the loss {name} does not use it: leave it unset")
 
 
 def objective_name(objective: Objective) -> str:

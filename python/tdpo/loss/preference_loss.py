@@ -68,18 +68,18 @@ class PreferenceLoss(abc.ABC):
         if sees_tokens(self.objective):
             return output.loss.expand(len(output.chosen.tokens))
         losses = self.objective(output.chosen, output.rejected)
-        if output.router_loss is not None:  # which is in the mean, not in what the objective gives
+        if output.router_loss is not None:  # the mean has it, the objective's values do not
             losses = losses + self.router_coefficient * output.router_loss
         return losses
 
     @staticmethod
     @abc.abstractmethod
     def _read(model: CausalLM, batch: dict[str, Tensor], **options: bool) -> ResponseRows:
-        """What the loss reads of a model."""
+        """The hidden states or logits that the loss needs from a model."""
 
     @abc.abstractmethod
     def _compare(self, rows: Tensor, ref_rows: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
-        """The output for what predicts the response tokens, of the policy and of the reference."""
+        """The output for the policy's and the reference's hidden states or logits at the response tokens."""
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .attention_masks import branch_masks
 from .sharding import full_tensor, is_sharded, stand_in
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def unwrap_peft(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: Any) -> PreTrainedModel:
     """The causal language model inside a peft model, its adapters still in place; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -46,15 +47,15 @@ class CausalLM:
         probed: the model that is run to find out what it can do, where `model` can't be run outside an engine.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     softcap: float | None
     logit_scale: float
     fallback_reason: str | None
-    probed: nn.Module | None = None
+    probed: PreTrainedModel | None = None
 
     @property
     def probe(self) -> CausalLM:
-        """The same, of the model that can be run to find out what it does."""
+        """The same model in a form that can be run to find out what it does."""
         return self if self.probed is None else replace(self, model=self.probed, probed=None)
 
     @classmethod

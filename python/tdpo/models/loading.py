@@ -63,10 +63,20 @@ def lora_config(options: ModelOptions) -> Any:
 def loaded_dtype(options: ModelOptions) -> str:
     """Float32 for weights that may be trained: most steps are smaller than the spacing of bfloat16 numbers.
 
-    And for the reference beside them, which must compute as the policy does to differ from it by nothing at first.
+    The reference gets the same, so that at first it equals the policy exactly.
     """
     frozen = options.lora_r > 0 or options.load_in_4bit
     return options.dtype if options.dtype != "auto" or frozen else "float32"
+
+
+def keep_quantized_weights_unpacked(model: Any) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights on a CPU when a model is evaluated.
+
+    Gradients through packed weights are wrong in bitsandbytes 0.50 (by a third, seen on a small Llama).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _load_model(options: ModelOptions, model_option: str, gguf_option: str) -> Any:
@@ -91,7 +101,7 @@ def _load_model(options: ModelOptions, model_option: str, gguf_option: str) -> A
 
 
 def _check_dense(options: ModelOptions, gguf_option: str) -> None:
-    """Refuses, beside a GGUF file, what loads the weights in any other form than whole and dense."""
+    """Refuses options that contradict a GGUF file's weights, which are loaded whole and dense."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     given = f"{gguf_option} is {getattr(options, gguf_option)}"
@@ -104,7 +114,7 @@ def _check_dense(options: ModelOptions, gguf_option: str) -> None:
 
 
 def _loaded(what: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
-    """What `load` reads from a folder or a hub.
+    """Calls `load` on a folder or a hub's name.
 
     Raises:
         ValueError: it is missing or damaged; the message names it.
@@ -129,7 +139,7 @@ def _loaded(what: str, load: Callable[..., Any], name: str, **options: Any) -> A
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether a name can be no hub's, which are NAME or OWNER/NAME."""
+    """Whether a name can only be a path: a hub's are NAME or OWNER/NAME."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
@@ -165,10 +175,10 @@ def load_gguf_model(folder: str | Path, gguf_file: str, **options: Any) -> PreTr
     _check_gguf(folder, gguf_file)
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    # Otherwise weights may stay in the file's blocks, where nothing can train them and no checkpoint can hold them.
+    # Otherwise weights may stay in the file's quantized blocks, which can be neither trained nor saved.
     dense = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, quantization_config=dense, **options)
-    model.gguf_file = gguf_file  # the folder alone, which the config names, does not tell which model this is
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, quantization_config=dense, **options)
+    model.gguf_file = gguf_file  # the config names the folder alone, which may hold several
     return model
 
 
@@ -181,7 +191,7 @@ def load_gguf_tokenizer(folder: str | Path, gguf_file: str, **options: Any) -> P
     _check_gguf(folder, gguf_file)
     from transformers import AutoTokenizer
 
-    if _holds_adapters(folder):  # and the tokenizer, as it was saved with them
+    if _holds_adapters(folder):  # the tokenizer was saved with them
         return AutoTokenizer.from_pretrained(folder, **options)
     return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, **options)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from tdpo_ext import checks
 
 
-def router_coefficient(model: nn.Module, wanted: float | None) -> float:
+def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
     """The weight of the load-balancing loss: `wanted`, or with None what the model's configuration says; 0 without one.
 
     Raises:
@@ -48,5 +49,5 @@ def router_loss(model: Any, router_logits: tuple[Tensor, ...], mask: Tensor | No
     return _function_of(model)(router_logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
-def _function_of(model: nn.Module) -> Any:
+def _function_of(model: PreTrainedModel) -> Any:
     return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)

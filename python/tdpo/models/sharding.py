@@ -1,22 +1,20 @@
-"""What engines do to models: DeepSpeed and FSDP partition weights, bitsandbytes quantizes and packs them."""
+"""How DeepSpeed, FSDP and tensor parallelism spread weights over processes, and what this process can see of them."""
 
 from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-
-if TYPE_CHECKING:
-    pass
+from transformers import PreTrainedModel
 
 _PROBED_LAYERS, _PROBED_VOCABULARY = 2, 64
 
 
 def is_partitioned(tensor: Any) -> bool:
-    """Whether DeepSpeed ZeRO-3 keeps a parameter in parts, of which this process holds one."""
+    """Whether DeepSpeed ZeRO-3 has split a parameter, so that this process holds one part."""
     return hasattr(tensor, "ds_id")
 
 
@@ -32,7 +30,7 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """A context, of all processes, in which parameters that ZeRO-3 partitions are whole; they must not be changed."""
+    """A context that all processes enter, where parameters that ZeRO-3 partitions are whole, to be read only."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         return nullcontext()
@@ -75,22 +73,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def keep_quantized_weights_unpacked(model: nn.Module) -> None:
-    """Keeps bitsandbytes from packing 4-bit weights on a CPU when a model is evaluated.
-
-    Gradients through packed weights are wrong in bitsandbytes 0.50 (by a third, seen on a small Llama).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def stand_in(model: Any) -> nn.Module:
+def stand_in(model: Any) -> PreTrainedModel:
     """A small model of the same class and options, with random weights, to probe where the weights are partitioned."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = min(text.num_hidden_layers, _PROBED_LAYERS)
-    if getattr(text, "layer_types", None):  # of each kind one, if there is room
+    if getattr(text, "layer_types", None):  # one of each kind, if there is room
         text.layer_types = (list(dict.fromkeys(text.layer_types)) * _PROBED_LAYERS)[: text.num_hidden_layers]
     text.vocab_size = _PROBED_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -1,1 +1,1 @@
-"""What a run leaves behind and goes on from: checkpoints, its record, logs, samples and the model card."""
+"""What a run writes and resumes from: checkpoints, its record, logs, samples and the model card."""

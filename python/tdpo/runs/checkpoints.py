@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,20 +11,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerState
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
+from ..config import TDPOConfig
 from ..files import check_manifest, write_manifest
 from ..models.sharding import local_values
 
-STAGING = "_checkpoint-being-written"  # a name that uploads to a hub leave out
+STAGING = "_checkpoint-being-written"  # uploads to a hub skip names that begin so
 
 
 def checkpoints_of(output_dir: str | Path) -> list[Path]:
     """The checkpoints in `output_dir`, damaged ones included, newest first."""
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
-    found = {path: int(match[1]) for path, match in steps.items() if match and path.is_dir()}
-    return sorted(found, key=lambda path: found[path], reverse=True)
+    return [Path(path) for path in reversed(sort_checkpoints(str(output_dir)))]
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -68,7 +66,7 @@ def _first_not_finite(model: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def atomic_checkpoint(args: TrainingArguments, accelerator: Accelerator, state: TrainerState) -> Iterator[str]:
+def atomic_checkpoint(args: TDPOConfig, accelerator: Accelerator, state: TrainerState) -> Iterator[str]:
     """Yields a staging folder to write a checkpoint in, then moves it to the output folder and removes old checkpoints.
 
     Raises:

@@ -32,24 +32,20 @@ def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
     return f"{what}: {', '.join(shown)}"
 
 
-class Progress(ProgressCallback):
-    """transformers' progress bar, with readable lines above it."""
+class Lines(PrinterCallback):
+    """Readable lines without a bar, with `disable_tqdm`."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
         if state.is_world_process_zero and logs:
             tqdm.write(readable(logs, state.global_step, state.max_steps), file=sys.stderr)
 
 
-class Lines(PrinterCallback):
-    """Readable lines without a bar, with `disable_tqdm`."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
-        if state.is_world_process_zero and logs:
-            print(readable(logs, state.global_step, state.max_steps), file=sys.stderr, flush=True)
+class Progress(Lines, ProgressCallback):
+    """transformers' progress bar, with readable lines above it."""
 
 
 class KLWarning:
-    """Says once that the mean KL of chosen responses is above a threshold; 0 never does."""
+    """Warns once when the mean KL of chosen responses is above a threshold; 0 never warns."""
 
     def __init__(self, threshold: float, learning_rate: float) -> None:
         self._threshold, self._learning_rate, self._given = threshold, learning_rate, False
@@ -66,7 +62,7 @@ class KLWarning:
 
 
 def show_readable_logs(trainer: Trainer) -> None:
-    """Puts these in the place of transformers' own; other callbacks stay."""
+    """Replaces transformers' own progress bar and printed logs; other callbacks stay."""
     for theirs, ours in {ProgressCallback: Progress, PrinterCallback: Lines}.items():
         if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
             trainer.remove_callback(theirs)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import yaml
-from torch import nn
+from huggingface_hub import ModelCardData
 from transformers import TrainerState
 
 from ..config import TDPOConfig
@@ -25,7 +25,7 @@ _METRICS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/re
 
 def model_card(
     args: TDPOConfig,
-    model: nn.Module,
+    model: Any,
     state: TrainerState,
     *,
     data: str | None,
@@ -45,30 +45,25 @@ def model_card(
         data, pairs: name and size of the training data, as far as they are known.
         processes: how many trained.
         finetuned_from: the base model (default: the name in the model's configuration).
-        tags, dataset, language, license, model_name: for a hub, beside the tags of every such model.
+        tags, dataset, language, license, model_name: for a hub; `tags` are added to those of every such model.
     """
-    base = finetuned_from or getattr(model.config, "_name_or_path", "")
-    more_tags = [tags] if isinstance(tags, str) else tags or []
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": list(dict.fromkeys(["tdpo", "preference-optimization", *more_tags])),
-    }
-    for_hub = {
-        "base_model": base,
-        "datasets": dataset,
-        "language": language,
-        "license": license,
-        "model_name": model_name,
-    }
-    front |= {name: value for name, value in for_hub.items() if value}
-    options = dict(_options(args))
-    for adapters in getattr(model, "peft_config", {}).values():
-        front["library_name"] = "peft"
+    base = finetuned_from or model.config._name_or_path or None
+    options, all_adapters = dict(_options(args)), getattr(model, "peft_config", {})
+    for adapters in all_adapters.values():
         options |= {"adapters": type(adapters).__name__, "rank": getattr(adapters, "r", None)}
+    front = ModelCardData(
+        library_name="peft" if all_adapters else "transformers",
+        tags=["tdpo", "preference-optimization", *([tags] if isinstance(tags, str) else tags or [])],
+        base_model=base,
+        datasets=dataset,
+        language=language,
+        license=license,
+        model_name=model_name,
+    )
     data = data or "preference pairs given in memory"
     rows = "" if pairs is None else f" ({pairs:,} pairs)"
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"---\n{front.to_yaml()}\n---",
         "# A model aligned by token-level direct preference optimization",
         f"Trained from `{base or 'a model given in memory'}` on `{data}`{rows} with tdpo_ext, for "
         f"{state.global_step} steps on {processes} process(es).",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..options import identity_options
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
-_ADAPTERS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+_NO_ADAPTER_OPTIONS = {"peft_version", "base_model_name_or_path"}  # the model is recorded under its own name
 
 
 class RunRecord(NamedTuple):
@@ -48,15 +49,16 @@ class RunRecord(NamedTuple):
             processes: how many.
             objective: the name of a loss of the user's own, or None.
         """
-        options = {name: _plain(getattr(args, name)) for name in identity_options()}
+        options = {name: getattr(args, name) for name in identity_options()}
         for adapters in getattr(model, "peft_config", {}).values():
-            options |= {f"adapters' {name}": _plain(getattr(adapters, name, None)) for name in _ADAPTERS}
+            described = adapters.to_dict()
+            options |= {f"adapters' {name}": described[name] for name in described.keys() - _NO_ADAPTER_OPTIONS}
         options |= {"dtype": dtypes, "processes": processes, "model": _name(model)}
         if ref_model is not None:
             options["ref_model"] = _name(ref_model)
         if objective is not None:
             options["objective"] = objective
-        return cls(options, tokens_digest(dataset))
+        return cls(json.loads(json.dumps(options, default=_plain)), tokens_digest(dataset))
 
     def check(self, checkpoint: str | Path, *, anyway: bool) -> None:
         """Compares this run with the one that wrote a checkpoint.
@@ -95,8 +97,5 @@ def _name(model: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """An option as JSON returns it."""
-    value = getattr(value, "value", value)  # of an enumeration
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
+    """An option that JSON has no form for."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -1,4 +1,4 @@
-"""Where an interrupted run goes on."""
+"""Where an interrupted run resumes, and whether a run is finished."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerState
 
 from ..config import TDPOConfig
-from ..files import check_manifest, read_manifest
-from .checkpoints import newest_good
+from ..files import check_manifest, read_json, read_manifest
+from .checkpoints import checkpoints_of, newest_good
 from .record import RunRecord
 
 logger = logging.getLogger(__name__)
 
 
 class ResumePoint(NamedTuple):
-    """A good checkpoint, what the trainer was at, and whether nothing is left to train."""
+    """A good checkpoint, the trainer's state in it, and whether nothing is left to train."""
 
     path: str
     state: TrainerState
@@ -53,11 +53,32 @@ def resume_point(args: TDPOConfig, record: RunRecord, wanted: str | bool, total_
     return ResumePoint(path, state, finished)
 
 
+def finished_steps(args: TDPOConfig, record: RunRecord, total_steps: int) -> int:
+    """The steps of a finished run whose model is saved in output_dir; 0 if there is none, or it can go on.
+
+    Raises:
+        ValueError: it is another run, or one to which steps would have to be added without a checkpoint.
+    """
+    state, can_go_on = Path(args.output_dir, "trainer_state.json"), bool(checkpoints_of(args.output_dir))
+    if not state.is_file() or (args.resume_anyway and not can_go_on):
+        return 0
+    saved = read_json(state)["global_step"]
+    if saved < total_steps and can_go_on:
+        return 0
+    record.check(args.output_dir, anyway=args.resume_anyway)
+    if saved < total_steps:
+        raise ValueError(
+            f"output_dir is {args.output_dir}, which holds a run of {saved} steps without checkpoints, so it can't be "
+            f"continued to {total_steps}; give another output_dir"
+        )
+    return saved
+
+
 def _checkpoint(output_dir: str | Path, wanted: str | bool) -> str:
     """The checkpoint `wanted`, or with True the newest good one in `output_dir`, after a check of its files.
 
     Raises:
-        ValueError: it is damaged or holds no optimizer; or there is none, or none that is good.
+        ValueError: it is damaged or holds no optimizer, or no checkpoint is good.
     """
     if isinstance(wanted, str):
         check_manifest(wanted)

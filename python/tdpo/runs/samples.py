@@ -4,47 +4,46 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-Sample = dict[str, str]  # the prompt, and a continuation by each model, by name
-Model = tuple[nn.Module, Callable[[], AbstractContextManager[Any]]]  # and the context in which it is run
+from ..config import TDPOConfig
+from ..precision import autocast
+
+Model = tuple[Any, AbstractContextManager[Any]]  # a model that generates, and the context to run it in
 
 
 @torch.no_grad()
-def continuations(
-    models: dict[str, Model],
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[dict[str, Any]],
-    tokens: int,
-) -> list[Sample]:
-    """Greedy continuations, of at most `tokens` tokens, of the prompts of tokenized rows."""
-    samples = []
-    for row in rows:
-        sample = {"prompt": tokenizer.decode(row["prompt_ids"])}
-        for name, (model, context) in models.items():
-            with context():
-                sample[name] = _continuation(model, tokenizer, row["prompt_ids"], tokens)
-        samples.append(sample)
-    return samples
+def show_samples(
+    models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TDPOConfig, name: str
+) -> None:
+    """Shows greedy continuations of a data set's first prompts on stderr, and in samples/NAME.json in output_dir.
 
-
-def show_samples(samples: list[Sample], path: Path) -> None:
-    """Writes samples to a JSON file, and to stderr for people."""
+    Args:
+        models: by the names that the samples show.
+        dataset: from `tokenize_preferences`.
+        args: `eval_samples` is the number of prompts, `eval_sample_tokens` the limit of a continuation.
+    """
+    prompts = [row["prompt_ids"] for row in dataset.select(range(min(args.eval_samples, len(dataset))))]
+    columns = {"prompt": tokenizer.batch_decode(prompts)}
+    for model_name, (model, context) in models.items():
+        with context, autocast(args):
+            columns[model_name] = [_continuation(model, tokenizer, ids, args.eval_sample_tokens) for ids in prompts]
+    samples = [dict(zip(columns, texts)) for texts in zip(*columns.values())]
+    path = Path(args.output_dir, "samples", f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(samples, indent=1))
     for sample in samples:
-        shown = "\n".join(f"{name:>10s}: {' '.join(text.split())}" for name, text in sample.items())
+        shown = "\n".join(f"{who:>10s}: {' '.join(text.split())}" for who, text in sample.items())
         print(f"{shown}\n", file=sys.stderr, flush=True)
 
 
-def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> str:
+def _continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> str:
     was_training = model.training
     model.eval()
     ids = torch.tensor([prompt or [tokenizer.eos_token_id]], device=model.device)
@@ -56,4 +55,4 @@ def _continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
         pad_token_id=tokenizer.eos_token_id,
     )
     model.train(was_training)
-    return tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)[0]

@@ -37,13 +37,13 @@ class StopAfterStep(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals in this context, and at its end raises what they stand for.
+        """Handles the signals in this context; a received one is raised at its end.
 
         Raises:
             KeyboardInterrupt, Terminated: a signal ended the training.
         """
         self.received = 0
-        if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
             yield
             return
         before = {kind: signal.getsignal(kind) for kind in _SIGNALS}

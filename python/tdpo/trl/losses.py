@@ -12,7 +12,8 @@ from trl import DPOConfig
 from tdpo_ext import MarginLoss, TokenDivergence, checks
 from tdpo_ext.losses import Objective, check_label_smoothing, logratio_margin
 
-from ..loss.objectives import OBJECTIVES, ObjectiveOptions, ipo, mean_logratio_margin, weighted_sum
+from ..loss.objectives import OBJECTIVES, check_objective_options, ipo, mean_logratio_margin, weighted_sum
+from ..options import ObjectiveOptions
 
 VARIANTS = ("tdpo2", "tdpo1", "dpo")  # of the loss that takes the place of "sigmoid"
 _COUPLED = {
@@ -35,8 +36,8 @@ def trl_objective(args: DPOConfig, *, alpha: float, variant: str) -> Objective:
             message names it.
     """
     checks.choice("variant", variant, VARIANTS)
-    options = ObjectiveOptions(beta=args.beta, alpha=alpha)
-    options.check(variant)
+    options = ObjectiveOptions(variant=variant, beta=args.beta, alpha=alpha)
+    check_objective_options(options)
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     weights = [1.0] * len(types) if args.loss_weights is None else list(args.loss_weights)
     if len(weights) != len(types):

@@ -25,8 +25,9 @@ from ..loss.metrics import MetricMeans, preference_metrics
 from ..loss.preference_loss import FusedLoss, why_not_fused
 from ..models.causal_lm import CausalLM
 from ..models.forward import patch_forward
+from ..models.loading import keep_quantized_weights_unpacked
 from ..models.routers import router_coefficient
-from ..models.sharding import is_sharded, keep_quantized_weights_unpacked
+from ..models.sharding import is_sharded
 from ..precision import WarnOfCoarseWeights, autocast
 from ..reference.reference import Reference
 from ..reference.second_model import SecondModel, ShardedModel

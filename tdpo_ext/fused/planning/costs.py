@@ -29,7 +29,7 @@ class MachineRates:
 
 
 # CPU: benchmarks/results/bench_rates.json (2 cores of an AMD EPYC with AVX-512), by whether weights have low precision;
-# the rate of memory is that of its bfloat16 fit, as the float32 one can't be told from nothing.
+# the rate of memory is that of the bfloat16 fit: in float32 its cost is lost in the noise.
 # GPU: an H100's data sheet; float32 products as bfloat16 ones in TF32, at half the rate.
 RATES = {
     ("cpu", True): MachineRates(products=205e9, weights=19e9, memory=50e9),

@@ -13,6 +13,7 @@ from peft import PeftModel
 from tdpo.cli import commands
 from tdpo.cli.main import main
 from tdpo.cli.parse import parse_options
+from tdpo.data.tokenize import tokenize_preferences
 from tdpo.models.loading import lora_config
 from tdpo.options import ModelOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,6 +78,19 @@ def test_cache_then_train(home, tmp_path):
     written = (tmp_path / "cache" / "train" / "00000.safetensors").stat().st_mtime_ns
     assert main(["train", *options, "--precompute_reference", "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
     assert (tmp_path / "cache" / "train" / "00000.safetensors").stat().st_mtime_ns == written
+
+
+def test_processes_tokenize_for_a_cache_too(home, tmp_path, monkeypatch):
+    asked = []
+
+    def record(*arguments, num_proc, **options):
+        asked.append(num_proc)
+        return tokenize_preferences(*arguments, **options)
+
+    monkeypatch.setattr("tdpo.policy.tokenize_preferences", record)
+    options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--eval_split", "train"]
+    assert main(["cache-reference", *options, "--dataset_num_proc", "3"]) == 0
+    assert asked == [3, 3]
 
 
 @pytest.mark.parametrize("precision", ["float32", "float8"])
@@ -295,6 +309,9 @@ def test_resuming_can_be_asked_for_and_refused(home, tmp_path, capsys):
     assert main(["train", *options, "--resume_from_checkpoint", "false"]) == 0
     assert main(["train", *options, "--resume_from_checkpoint", "true", "--max_steps", "6"]) == 0
     assert f"Resuming from {tmp_path / 'checkpoint-4'}, at step 4 of 6." in capsys.readouterr().err
+    older = str(tmp_path / "checkpoint-4")  # although the run is finished
+    assert main(["train", *options, "--resume_from_checkpoint", older, "--max_steps", "6"]) == 0
+    assert f"Resuming from {older}, at step 4 of 6." in capsys.readouterr().err
     assert main(["train", *options, "--resume_from_checkpoint", "false"]) == 2
     assert "resume_from_checkpoint is false, but output_dir" in capsys.readouterr().err
 

@@ -164,6 +164,8 @@ def finished_adapters(tmp_path_factory):
         ({"target_modules": ["c_proj"]}, "adapters' target_modules was ['c_attn'] and is ['c_proj']"),
         ({"use_rslora": True}, "adapters' use_rslora was False and is True"),
         ({"use_dora": True}, "adapters' use_dora was False and is True"),
+        ({"init_lora_weights": "gaussian"}, "adapters' init_lora_weights was True and is 'gaussian'"),
+        ({"rank_pattern": {"h.0": 3}}, "adapters' rank_pattern was {} and is {'h.0': 3}"),
     ],
 )
 def test_adapters_are_compared(changes, said, finished_adapters):
