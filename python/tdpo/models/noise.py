@@ -67,7 +67,7 @@ def _adapter_modules(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _configurations(module: nn.Module) -> Iterator[Any]:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):
         yield config
         if config.get_text_config() is not config:

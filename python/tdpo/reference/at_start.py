@@ -51,8 +51,9 @@ class AtStart(Reference):
 
     @contextmanager
     def whole_head(self) -> Iterator[Head]:
-        weight, bias = (
-            present if name not in self.initial.values else full_tensor(self.initial.values[name])
-            for name, present in zip(self.head, (self.weight, self.bias))
+        weight, bias = self.head
+        values = self.initial.values
+        yield (
+            full_tensor(values[weight]) if weight in values else self.weight,
+            full_tensor(values[bias]) if bias in values else self.bias,
         )
-        yield weight, bias

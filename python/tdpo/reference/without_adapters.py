@@ -28,7 +28,7 @@ def reference_digest(model: nn.Module) -> str:
     return weights_digest(model, with_adapters=not starts_without_adapters(model))
 
 
-def starts_without_adapters(model: nn.Module) -> bool:
+def starts_without_adapters(model: Any) -> bool:
     """Whether a policy starts as the model without its adapters, and trains nothing else.
 
     So it is with new LoRA adapters, whose product is 0. It is not with adapters that were trained before, with
