@@ -24,8 +24,9 @@ from .config import TDPOConfig
 from .data.collator import PreferenceCollator
 from .data.tokenize import padding_token
 from .files import check_manifest
+from .loss.identity import objective_name
 from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
-from .loss.objectives import TrainedObjective, objective_name
+from .loss.objectives import TrainedObjective
 from .loss.preference_loss import PreferenceLoss, choose_loss
 from .models.causal_lm import CausalLM
 from .models.forward import patch_forward
@@ -39,6 +40,7 @@ from .reference.cached_states import CachedStates
 from .reference.choose import choose_reference
 from .reference.reference import Reference
 from .reference.second_model import SecondModel
+from .reference.without_adapters import reference_digest
 from .runs import checkpoints
 from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
@@ -105,6 +107,9 @@ class TDPOTrainer(Trainer):
         collator = PreferenceCollator(
             padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
         )
+        # Before adapters are added, some of which start from a decomposition that is not the same on every machine.
+        models = {"model": model, "ref_model": ref_model}
+        self._weights = {name: reference_digest(given) for name, given in models.items() if given is not None}
         policy = prepare_policy(model, args, peft_config)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(policy)
@@ -297,6 +302,7 @@ class TDPOTrainer(Trainer):
             self.accelerator.unwrap_model(self.model),
             self.ref_model,
             self.train_dataset,
+            weights=self._weights,
             dtypes=self._trained_dtypes,
             processes=self.accelerator.num_processes,
             objective=self._own_objective,

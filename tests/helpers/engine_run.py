@@ -1,8 +1,9 @@
 """A run of the trainer on one of the engines, as a program: python -m helpers.engine_run OUT OPTIONS (JSON).
 
 Beside TDPOConfig's options: `engine`, zero2, zero3, tensor_parallel or none; `partitioned`, weights are partitioned
-while they are loaded; `adapters`, new or trained (before); `trains`, the name of what trains alone; `family` of the models; `reference`, false to have the policy as it starts. Prints
-RESULT and what the run logged. The models are read from folders FAMILY-0 and FAMILY-1 beside OUT.
+while they are loaded; `persistence_threshold`, of ZeRO-3; `adapters`, new or trained (before); `trains`, the name of
+what trains alone; `family` of the models; `reference`, false to have the policy as it starts. Prints RESULT and what
+the run logged. The models are read from folders FAMILY-0 and FAMILY-1 beside OUT.
 """
 
 import json
@@ -25,7 +26,10 @@ def deepspeed_config(stage, persistence_threshold):
     """Nothing is left to DeepSpeed's own compiled optimizers. Smaller parameters than the threshold stay gathered."""
     zero = {"stage": stage}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": persistence_threshold, "stage3_gather_16bit_weights_on_model_save": True}
+        zero |= {
+            "stage3_param_persistence_threshold": persistence_threshold,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
     automatic = (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
@@ -35,7 +39,18 @@ def deepspeed_config(stage, persistence_threshold):
     return {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(automatic, "auto")}
 
 
-def main(out, *, engine="", partitioned=False, adapters=None, trains=None, family="llama", reference=True, persistence_threshold=0, **options):
+def main(
+    out,
+    *,
+    engine="",
+    partitioned=False,
+    adapters=None,
+    trains=None,
+    family="llama",
+    reference=True,
+    persistence_threshold=0,
+    **options,
+):
     if engine.startswith("zero"):
         options["deepspeed"] = deepspeed_config(int(engine[-1]), persistence_threshold)
     loading = {"tp_plan": "auto"} if engine == "tensor_parallel" else {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -12,7 +13,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..config import TDPOConfig
 from ..data.load import load_preferences
 from ..data.tokenize import padding_token
-from ..models.loading import load_policy, load_reference, load_tokenizer, lora_config
+from ..models.loading import (
+    load_adapted_model,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    lora_config,
+    merges_adapters,
+    trains_adapters,
+)
 from ..options import ModelOptions, require
 from ..policy import tokenized
 from ..precision import autocast
@@ -26,8 +35,11 @@ from .parse import Options
 def _trainer(options: Options, *, train_dataset: Dataset | None, eval_dataset: Dataset | None) -> TDPOTrainer:
     models = options.models
     _ = options.training.device  # sets up the processes, among which DeepSpeed may partition what is loaded
+    policy = load_policy(models)
+    if train_dataset is not None and merges_adapters(models):
+        save_start(policy, Path(options.training.output_dir, "start"), options.training)
     return TDPOTrainer(
-        load_policy(models),
+        policy,
         load_reference(models),
         options.training,
         train_dataset=train_dataset,
@@ -44,7 +56,7 @@ def train(options: Options) -> None:
     """
     models, data, args = options
     require(models, "model")
-    if models.merge_adapters and models.lora_r == 0:
+    if models.merge_adapters and not trains_adapters(models):
         raise ValueError("merge_adapters is True, but there are no adapters to merge; set lora_r too")
     if models.merge_adapters and is_deepspeed_zero3_enabled():
         raise ValueError("merge_adapters is True, but ZeRO-3 partitions every model that is loaded: merge afterwards")
@@ -72,6 +84,18 @@ def train(options: Options) -> None:
     print(f"saved {out}")
 
 
+def save_start(policy: Any, folder: Path, args: TDPOConfig) -> None:
+    """Saves a policy that is not the checkpoint it was read from, so that adapters trained on it have a base."""
+    with args.main_process_first(desc="saving the policy as it starts"):
+        if args.should_save and not checkpoints_of(folder.parent):  # otherwise it is there
+            written = folder.with_name("_start-being-written")
+            shutil.rmtree(written, ignore_errors=True)
+            policy.save_pretrained(written)
+            shutil.rmtree(folder, ignore_errors=True)
+            written.rename(folder)
+    policy.name_or_path = policy.config._name_or_path = str(folder)
+
+
 def _checkpoint_wanted(args: TDPOConfig, interrupted: bool) -> str | bool:
     """A checkpoint's path, True for the newest, or False for none.
 
@@ -91,7 +115,7 @@ def _save_merged(models: ModelOptions, out: Path) -> None:
     """Merges the saved adapters into the policy as it started, in its own precision: never into 4-bit weights."""
     from peft import PeftModel
 
-    base = load_policy(replace(models, load_in_4bit=False, tp_plan=None))
+    base = load_adapted_model(models)
     PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
 
 

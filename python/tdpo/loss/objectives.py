@@ -6,10 +6,9 @@ margin that is linear in the tokens' values, it is a `MarginLoss`: pairs of any 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,25 +128,6 @@ def check_objective_options(options: ObjectiveOptions) -> None:
         value = getattr(options, option.name)
         if option.name not in used and value != option.default:
             raise ValueError(f"{option.name} is {value}, but the loss {name} does not use it: leave it unset")
-
-
-def objective_name(objective: Objective) -> str:
-    """What a user's own objective is called where it is defined, with the numbers that are bound to it."""
-    if isinstance(objective, MarginLoss):
-        return f"MarginLoss({objective_name(objective.margin)}, {objective_name(objective.link)})"
-    if isinstance(objective, functools.partial):
-        bound = [
-            *map(_bound, objective.args),
-            *(f"{name}={_bound(value)}" for name, value in objective.keywords.items()),
-        ]
-        return f"{objective_name(objective.func)}({', '.join(bound)})"
-    named = objective if hasattr(objective, "__qualname__") else type(objective)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _bound(value: Any) -> str:
-    """A bound argument, the same in every process: an object's own text may hold its address."""
-    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__qualname__
 
 
 def weighted_sum(objectives: Sequence[tuple[float, Objective]]) -> Objective:

@@ -5,7 +5,9 @@ Importing this loads neither torch nor transformers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,44 @@ from ..options import ModelOptions, require
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 def load_policy(options: ModelOptions) -> Any:
-    """The causal language model to train or to evaluate."""
-    return _load_model(options, "model", "gguf_file")
+    """The causal language model to train or to evaluate.
+
+    Adapters in the folder `model` are trained further; where `lora_r` asks for new ones, they are merged into the
+    weights.
+    """
+    merges = merges_adapters(options)
+    if merges and options.load_in_4bit:
+        raise ValueError(
+            f"load_in_4bit is True, but model, {options.model}, holds adapters, which would be merged into the weights "
+            "before lora_r adds others: leave lora_r out to train them, or merge them first"
+        )
+    model = _load_model(options, "model", "gguf_file")
+    if not merges:
+        return model
+    logger.warning("the adapters in %s are merged into the weights; lora_r adds new ones", options.model)
+    return model.merge_and_unload()
+
+
+def merges_adapters(options: ModelOptions) -> bool:
+    """Whether the policy's own adapters make place for new ones."""
+    return options.lora_r > 0 and _adapters_folder(require(options, "model")) is not None
+
+
+def trains_adapters(options: ModelOptions) -> bool:
+    """Whether adapters are trained: new ones or the policy's own."""
+    return options.lora_r > 0 or _adapters_folder(require(options, "model")) is not None
+
+
+def load_adapted_model(options: ModelOptions) -> Any:
+    """What the adapters of a policy were added to, in full precision."""
+    options = replace(options, load_in_4bit=False, tp_plan=None)
+    if options.lora_r > 0:
+        return load_policy(options)
+    return _load_weights(options, _base_of(require(options, "model")), "gguf_file")
 
 
 def load_reference(options: ModelOptions) -> Any:
@@ -40,7 +76,9 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name, trusted = require(options, "model"), {"trust_remote_code": options.trust_remote_code}
-    if options.gguf_file is not None:
+    if _adapters_folder(name) and not Path(name, "tokenizer_config.json").is_file():
+        name = _base_of(name)
+    if options.gguf_file is not None and not _adapters_folder(name):  # which have a tokenizer beside them
         return _loaded("tokenizer", load_gguf_tokenizer, name, gguf_file=options.gguf_file, **trusted)
     return _loaded("tokenizer", AutoTokenizer.from_pretrained, name, **trusted)
 
@@ -65,7 +103,7 @@ def loaded_dtype(options: ModelOptions) -> str:
 
     The reference gets the same, so that at first it equals the policy exactly.
     """
-    frozen = options.lora_r > 0 or options.load_in_4bit
+    frozen = trains_adapters(options) or options.load_in_4bit
     return options.dtype if options.dtype != "auto" or frozen else "float32"
 
 
@@ -80,10 +118,47 @@ def keep_quantized_weights_unpacked(model: Any) -> None:
 
 
 def _load_model(options: ModelOptions, model_option: str, gguf_option: str) -> Any:
+    """A model, and its adapters around it where the folder holds adapters."""
+    name = require(options, model_option)
+    folder = _adapters_folder(name)
+    if folder is None:
+        return _load_weights(options, name, gguf_option)
+    from peft import PeftModel
+
+    base = _load_weights(options, _base_of(name), gguf_option)
+    trained = model_option == "model"
+    return _loaded("adapters", lambda path: PeftModel.from_pretrained(base, path, is_trainable=trained), name)
+
+
+def _adapters_folder(name: str) -> Path | None:
+    """The folder of a hub's cache or of the disk that holds the adapters of this name; None where it names a model."""
+    if Path(name).exists() or _looks_like_path(name):
+        return Path(name) if Path(name, "adapter_config.json").is_file() else None
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    config = find_adapter_config_file(name)
+    return None if config is None else Path(config).parent
+
+
+def _base_of(name: str) -> str:
+    """The model that adapters were trained on.
+
+    Raises:
+        ValueError: their configuration does not name it.
+    """
+    base = read_json(Path(_adapters_folder(name) or name, "adapter_config.json")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"adapter_config.json of the adapters {name} does not name the model that they were trained on"
+        )
+    return base
+
+
+def _load_weights(options: ModelOptions, name: str, gguf_option: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    name, gguf_file = require(options, model_option), getattr(options, gguf_option)
+    gguf_file = getattr(options, gguf_option)
     loading: dict[str, Any] = {"dtype": loaded_dtype(options), "trust_remote_code": options.trust_remote_code}
     for option_name in ("attn_implementation", "tp_plan"):
         if getattr(options, option_name) is not None:
@@ -165,7 +240,7 @@ def load_gguf_model(folder: str | Path, gguf_file: str, **options: Any) -> PreTr
     """The causal language model of a GGUF file, with dense weights that can be trained and saved.
 
     Args:
-        folder: the folder that holds the file, a hub name, or a folder of adapters that were trained on the file.
+        folder: the folder that holds the file, or a hub name.
         gguf_file: its name.
         options: as `from_pretrained` takes them; without a `dtype` the weights are float32.
 
@@ -191,18 +266,12 @@ def load_gguf_tokenizer(folder: str | Path, gguf_file: str, **options: Any) -> P
     _check_gguf(folder, gguf_file)
     from transformers import AutoTokenizer
 
-    if _holds_adapters(folder):  # the tokenizer was saved with them
-        return AutoTokenizer.from_pretrained(folder, **options)
     return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, **options)
-
-
-def _holds_adapters(folder: str | Path) -> bool:
-    return Path(folder, "adapter_config.json").is_file()
 
 
 def _check_gguf(folder: str | Path, gguf_file: str) -> None:
     folder = Path(folder)
-    if folder.is_dir() and not _holds_adapters(folder) and not (folder / gguf_file).is_file():
+    if folder.is_dir() and not (folder / gguf_file).is_file():
         others = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
         raise ValueError(f"gguf_file is {gguf_file}, which is not in {folder}; GGUF files there: {others}")
     if find_spec("gguf") is None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.digest import weights_digest
 from ..models.sharding import is_partitioned
@@ -44,9 +44,10 @@ def starts_without_adapters(model: Any) -> bool:
         if hasattr(module, "_disable_adapters"):  # of any kind
             if not isinstance(module, LoraLayer):
                 return False
-            if not all(_adds_nothing(module, name) for name in module.active_adapters):
+            layer: Any = module
+            if not all(_adds_nothing(layer, name) for name in layer.active_adapters):
                 return False
-            added |= {id(p) for name, p in module.named_parameters() if not name.startswith("base_layer.")}
+            added |= {id(p) for name, p in layer.named_parameters() if not name.startswith("base_layer.")}
     return all(id(parameter) in added for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -54,10 +55,7 @@ def _adds_nothing(layer: Any, adapter: str) -> bool:
     """Whether an adapter leaves the output of a LoRA layer as it is, and can be told to do so by its matrices alone."""
     if layer.merged or layer.lora_bias.get(adapter) or adapter in layer.lora_variant:
         return False
-    matrices = [
-        factors[adapter].weight if isinstance(factors, nn.ModuleDict) else factors[adapter]
-        for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
-        if adapter in factors
-    ]
+    matrices: list[Tensor] = [factor[adapter].weight for factor in (layer.lora_A, layer.lora_B) if adapter in factor]
+    matrices += [layer.lora_embedding_A[adapter]] if adapter in layer.lora_embedding_A else []
     partitioned = any(map(is_partitioned, matrices))
     return not matrices or (not partitioned and any(not matrix.any() for matrix in matrices))

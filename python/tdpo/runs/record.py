@@ -19,6 +19,7 @@ from ..options import identity_options
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
+_WEIGHTS = "weights of "
 _NO_ADAPTER_OPTIONS = {"peft_version", "base_model_name_or_path"}  # the model is recorded under its own name
 
 
@@ -36,6 +37,7 @@ class RunRecord(NamedTuple):
         ref_model: nn.Module | None,
         dataset: Dataset,
         *,
+        weights: dict[str, str],
         dtypes: str,
         processes: int,
         objective: str | None,
@@ -45,6 +47,7 @@ class RunRecord(NamedTuple):
         Args:
             model, ref_model: unwrapped; the reference only where it is a second model.
             dataset: the tokenized training data.
+            weights: digests of the policy's weights as it starts ("model"), and of a reference's that was given.
             dtypes: of the weights that train.
             processes: how many.
             objective: the name of a loss of the user's own, or None.
@@ -54,6 +57,7 @@ class RunRecord(NamedTuple):
             described = adapters.to_dict()
             options |= {f"adapters' {name}": described[name] for name in described.keys() - _NO_ADAPTER_OPTIONS}
         options |= {"dtype": dtypes, "processes": processes, "model": _name(model)}
+        options |= {f"{_WEIGHTS}{name}": digest for name, digest in weights.items()}
         if ref_model is not None:
             options["ref_model"] = _name(ref_model)
         if objective is not None:
@@ -80,7 +84,11 @@ class RunRecord(NamedTuple):
     def _differences(self, before: dict[str, Any]) -> Iterator[str]:
         old, new = before["options"], self.options
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
+            if old.get(name) == new.get(name):
+                continue
+            if name.startswith(_WEIGHTS):  # digests tell nobody anything
+                yield f"the {name} are others than those that it started with"
+            else:
                 yield f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         if before["training data"] != self.training_data:
             yield "the training data, as tokens, are others"

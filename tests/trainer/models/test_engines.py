@@ -69,7 +69,11 @@ def test_two_processes_equal_one(name, tmp_path):
     case = CASES[name]
     parallel = case["engine"] == "tensor_parallel"
     two = run(tmp_path, 2, **case, per_device_train_batch_size=4 if parallel else 2, max_steps=4)
-    plain = {option: value for option, value in case.items() if option not in ("engine", "partitioned", "persistence_threshold")}
+    plain = {
+        option: value
+        for option, value in case.items()
+        if option not in ("engine", "partitioned", "persistence_threshold")
+    }
     one = run(tmp_path, 1, **plain, per_device_train_batch_size=4, max_steps=4)
     for quantity, values in one.items():
         assert two[quantity] == pytest.approx(values, rel=1e-5, abs=1e-6), quantity
