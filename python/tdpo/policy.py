@@ -24,11 +24,11 @@ def check_trainer_arguments(
     Raises:
         TypeError, ValueError: one has the wrong type, is missing, or has no meaning here; the message names it.
     """
+    if not isinstance(args, TDPOConfig):
+        raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
     for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
         if not isinstance(given, nn.Module):
             raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
-        if not isinstance(args, TDPOConfig):
-            raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
         check_attention(name, given, args)
     for name in _NEED_LOGITS:
         if others.get(name) is not None:

@@ -10,6 +10,13 @@ from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import make_preferences, make_trainer
 
 
+def test_prediction_on_data_without_a_cache_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, precompute_reference=True)
+    others = trainer.eval_dataset.select(range(2))
+    with pytest.raises(ValueError, match="this dataset was not given to the trainer, so it has no cache"):
+        trainer.predict(others)
+
+
 def two_models(path, **options):
     return make_trainer(path, model=make_model("gpt2", 0), ref_model=make_model("gpt2", 1), **options)
 

@@ -91,15 +91,15 @@ def _results(history: list[dict[str, float]]) -> Iterator[str]:
     training = [entry for entry in history if "loss" in entry]
     if training:
         yield "Last training step:"
-        yield _table([_row("step", training[-1], "")])
+        yield _table([_row(training[-1], "")])
     evaluations = [entry for entry in history if "eval_loss" in entry]
     if evaluations:
         yield "Evaluations (the accuracy of implicit rewards over the KL from the reference):"
-        yield _table([_row("step", entry, "eval_") for entry in evaluations])
+        yield _table([_row(entry, "eval_") for entry in evaluations])
 
 
-def _row(first: str, entry: dict[str, float], prefix: str) -> dict[str, str]:
-    row = {first: str(entry["step"])}
+def _row(entry: dict[str, float], prefix: str) -> dict[str, str]:
+    row = {"step": str(entry["step"])}
     return row | {name: f"{entry[prefix + name]:.4g}" for name in _METRICS if prefix + name in entry}
 
 
