@@ -15,6 +15,7 @@ from tdpo_ext.losses import Objective, sees_tokens
 
 from ..models.causal_lm import CausalLM, ResponseRows
 from ..models.routers import router_loss
+from ..models.sharding import gather_without_forward
 from ..reference.cached_states import CachedStates
 from ..reference.reference import Reference
 from .objectives import TrainedObjective
@@ -93,6 +94,7 @@ class FusedLoss(PreferenceLoss):
         policy, device_type = self.policy, hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+        gather_without_forward(policy.model.get_output_embeddings())
         with self.reference.whole_head() as (ref_weight, ref_bias):
             loss, chosen, rejected = linear_preference_loss(
                 self.objective,

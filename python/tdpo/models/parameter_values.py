@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .sharding import gathered, reshard, rewritten
+from .sharding import gathered, resharded, rewritten
 
 
 class ParameterValues:
@@ -41,15 +41,22 @@ class ParameterValues:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        reshard(self.model)
-        parameters = dict(named_parameters(self.model))
-        with rewritten(*(parameters[name] for name in self.values)):
-            for name in self.values:
-                self.values[name] = value = _laid_out_as(parameters[name], self.values[name])
-                stored, present = (t.to_local() if isinstance(t, DTensor) else t for t in (value, parameters[name]))
-                kept = present.clone()
-                present.copy_(stored)
-                stored.copy_(kept)
+        with resharded(self.model):
+            parameters = dict(named_parameters(self.model))
+            with rewritten(*(parameters[name] for name in self.values)):
+                for name in self.values:
+                    self.values[name] = value = _laid_out_as(parameters[name], self.values[name])
+                    _swap(_local(parameters[name]), _local(value))
+
+
+def _swap(some: Tensor, other: Tensor) -> None:
+    kept = some.clone()
+    some.copy_(other)
+    other.copy_(kept)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

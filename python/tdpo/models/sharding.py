@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 _PROBED_LAYERS, _PROBED_VOCABULARY = 2, 64
@@ -49,11 +51,22 @@ def rewritten(*parameters: Tensor) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
 
 
-def reshard(model: nn.Module) -> None:
-    """Frees the parameters that FSDP has gathered for a forward pass that no backward pass follows."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def gather_without_forward(module: nn.Module) -> None:
+    """Has FSDP gather the parameters of a module whose own forward, before which it would do so, is not called."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+
+
+@contextmanager
+def resharded(model: nn.Module) -> Iterator[None]:
+    """A context in which FSDP keeps no parameter gathered; what it has kept is gathered again from the new values."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    kept = [module for module in modules if not all(isinstance(p, DTensor) for p in module.parameters())]
+    for module in modules:
+        module.reshard()
+    yield
+    for module in kept:
+        module.unshard()
 
 
 def local_values(parameter: Tensor) -> Tensor:

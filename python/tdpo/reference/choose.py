@@ -8,12 +8,12 @@ from datasets import Dataset
 from torch import nn
 
 from ..config import TDPOConfig
-from ..models.causal_lm import CausalLM, unwrap_peft
+from ..models.causal_lm import CausalLM
 from ..models.sharding import is_sharded, whole_size
 from .at_start import AtStart
-from .cache import cache_reference
+from .cache import ReferenceCache, cache_reference
 from .cached_states import CachedStates
-from .reference import Reference
+from .reference import Reference, check_repeats
 from .second_model import SecondModel, copy_of
 from .without_adapters import WithoutAdapters, starts_without_adapters
 
@@ -38,17 +38,17 @@ def choose_reference(
     Raises:
         ValueError: the reference doesn't fit the policy, the data or the options; the message names what.
     """
-    reference: Reference
+    if ref_model is not None and not is_sharded(ref_model):
+        ref_model = ref_model.to(args.device)
+    start = policy if ref_model is None else CausalLM.of(ref_model)
+    if policy.vocab_size != start.vocab_size:
+        raise ValueError(f"ref_model has a vocabulary of {start.vocab_size} but model has {policy.vocab_size}")
+    check_repeats(start)
     if args.precompute_reference:
         splits = _splits_by_name(train_dataset, eval_dataset)
-        reference = _cache_splits(model if ref_model is None else ref_model, args, splits, pad_token_id)
-    elif ref_model is not None:
-        reference = SecondModel.of(ref_model if is_sharded(ref_model) else ref_model.to(args.device))
-    else:
-        reference = policy_at_start(policy, model)
-    if policy.vocab_size != reference.vocab_size:
-        raise ValueError(f"ref_model has a vocabulary of {reference.vocab_size} but model has {policy.vocab_size}")
-    return reference
+        caches = _cache_splits(model if ref_model is None else ref_model, args, splits, pad_token_id)
+        return CachedStates.beside(start, caches)
+    return policy_at_start(policy, model) if ref_model is None else SecondModel(**vars(start))
 
 
 def policy_at_start(policy: CausalLM, model: nn.Module) -> Reference:
@@ -84,17 +84,18 @@ def _splits_by_name(
     return {name: split for name, split in {"train": train_dataset, **evals}.items() if split is not None}
 
 
-def _cache_splits(model: Any, args: TDPOConfig, splits: dict[str, Dataset], pad_token_id: int) -> CachedStates:
+def _cache_splits(
+    model: Any, args: TDPOConfig, splits: dict[str, Dataset], pad_token_id: int
+) -> list[tuple[Dataset, ReferenceCache]]:
     """Fills or opens the cache of every split."""
-    if is_sharded(unwrap_peft(model)):
+    if is_sharded(model):
         raise ValueError(
             "precompute_reference needs the reference's weights whole, but DeepSpeed has partitioned them as they were "
             "loaded: set zero3_init_flag to false, or leave precompute_reference out"
         )
     with args.main_process_first(local=False, desc="caching the reference"):
         model = model.to(args.device)
-        caches = [
+        return [
             (split, cache_reference(args.reference_folder / name, model, split, pad_token_id, args.reference_dtype))
             for name, split in splits.items()
         ]
-    return CachedStates.beside(CausalLM.of(model), caches)
