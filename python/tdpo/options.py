@@ -139,6 +139,11 @@ class TDPOOptions(ObjectiveOptions):
         choices=("bfloat16", "float16", "float32", "float8"),
     )
 
+    audit: str = option(
+        "first",
+        "Compare the loss of two pairs with plain arithmetic before the first step (first), or never.",
+        choices=("first", "never"),
+    )
     eval_samples: int = option(
         0,
         "Number of evaluation prompts that policy and reference continue, side by side, at every evaluation.",

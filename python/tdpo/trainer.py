@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
+from .audit import Audit, AuditPassed, examples_to_audit, sequences_of
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
 from .data.tokenize import padding_token
@@ -84,6 +86,8 @@ class TDPOTrainer(Trainer):
     data_name: str | None = None  # how the model card names the training data
     was_finished = False  # the last call of `train` found the run finished
     _staging: str | None = None  # the folder of a checkpoint that is being written
+    _audit_due = False  # before the next step
+    _audit_alone = False  # and then there is none
     _new_tokens = 0  # this process has trained on since the last count
 
     def __init__(
@@ -135,6 +139,7 @@ class TDPOTrainer(Trainer):
         self._trained_dtypes = trained_dtypes(self.model)
         with autocast(args):
             self.reference, self.loss = self._set_up_loss(ref_model, trained)
+        self.reference_is_policy = ref_model is None  # as it starts
         self.ref_model = self.reference.model if isinstance(self.reference, SecondModel) else None
         patch_forward(self.model, self.loss)
 
@@ -165,11 +170,15 @@ class TDPOTrainer(Trainer):
         """With `precompute_reference`, batches also hold the hidden states in the cache of `dataset`."""
         collator = self.data_collator
         try:
-            if isinstance(self.reference, CachedStates):
-                self.data_collator = replace(collator, stored_hidden=self.reference.stored_hidden(dataset))
+            self.data_collator = self._collator_of(dataset)
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
             self.data_collator = collator
+
+    def _collator_of(self, dataset: Dataset) -> Any:
+        if not isinstance(self.reference, CachedStates):
+            return self.data_collator
+        return replace(self.data_collator, stored_hidden=self.reference.stored_hidden(dataset))
 
     # ---- loss and metrics of a batch ----
 
@@ -194,6 +203,8 @@ class TDPOTrainer(Trainer):
         Raises:
             FloatingPointError: the loss is not finite; the message names the rows of the batch.
         """
+        if self._audit_due:
+            self._audit(model, inputs["dataset_row"].tolist())
         loss = super().training_step(model, inputs, *arguments, **others)
         self._check_finite(loss, inputs)
         return loss
@@ -277,8 +288,45 @@ class TDPOTrainer(Trainer):
             if point.finished:
                 return self._finished(point)
             resume_from_checkpoint = point.path
+        self._audit_due = self.args.audit == "first"
         with self._stop.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def audit(self) -> str:
+        """Compares the loss with plain arithmetic on real pairs, as `train` does before its first step.
+
+        Returns:
+            What was found, in a line.
+
+        Raises:
+            AuditError: they differ; the message says what, and by how much.
+        """
+        self._audit_due = self._audit_alone = True
+        try:
+            super().train()
+        except AuditPassed as passed:
+            return str(passed)
+        finally:
+            self._audit_due = self._audit_alone = False
+        raise ValueError("train_dataset holds no pairs to audit")
+
+    def _audit(self, model: nn.Module, rows: list[int]) -> None:
+        """Audits the longest pair of a batch and one more."""
+        self._audit_due = False
+        assert self.train_dataset is not None
+        examples = examples_to_audit(self.train_dataset, rows)
+        audit = Audit(
+            self.loss,
+            self.model,
+            at_start=self.reference_is_policy and self.state.global_step == 0,
+            disabled_dropout=self.args.disable_dropout,
+        )
+        batch = self._prepare_inputs(self._collator_of(self.train_dataset)(examples))
+        found = audit.run(model, sequences_of(examples, self.args.device), batch, self.accelerator)
+        if self._audit_alone:
+            raise AuditPassed(found)
+        if self.args.should_save:
+            print(found, file=sys.stderr)
 
     def total_steps(self) -> int:
         """The optimizer steps of the whole run."""

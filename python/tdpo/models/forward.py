@@ -16,7 +16,7 @@ from torch import nn
 from .causal_lm import unwrap_peft
 
 
-def patch_forward(model: nn.Module, function: Callable[[Any], Any]) -> None:
+def patch_forward(model: nn.Module, function: Callable[[Any], Any] | None = None) -> None:
     """Makes `model(preference=batch)` return `function(batch)`, whatever wraps the model later."""
     causal_lm = unwrap_peft(model)
     causal_lm._plain_forward, causal_lm._preference_loss = causal_lm.forward, function  # type: ignore[assignment]

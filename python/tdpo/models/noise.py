@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,10 +12,31 @@ from torch.nn.modules.dropout import _DropoutNd
 from .causal_lm import unwrap_peft
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which every module of a model is in evaluation mode, and after which each is in its own again."""
-    training = [module for module in model.modules() if module.training]
+    return _evaluating(model.modules())
+
+
+def without_wanted_noise(model: nn.Module, *, disabled_dropout: bool) -> AbstractContextManager[None]:
+    """A context in which a model that is in training mode draws no random number that somebody has asked for.
+
+    That is the dropout of adapters, noise on embeddings and jitter of routers, and the model's own dropout unless it
+    was disabled.
+    """
+    if not disabled_dropout:
+        return evaluation_mode(model)
+    of_adapters = [module for layer in model.modules() for module in _adapter_modules(layer)]
+    noisy = [module for module in model.modules() if any(_is_noise(*item) for item in vars(module).items())]
+    return _evaluating([*of_adapters, *noisy])
+
+
+def _is_noise(name: str, value: Any) -> bool:
+    return ("jitter" in name or "neftune" in name) and bool(value)
+
+
+@contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +40,16 @@ class AtStart(Reference):
         return self.initial.in_place()
 
     def read_ahead(self, wrapper: nn.Module, batch: dict[str, Any], read: Read) -> dict[str, Any]:
-        """Where an engine gathers parameters, the first values must be there before: in a forward pass of its own."""
         if not is_sharded(self.initial.model):
             return batch
-        with torch.no_grad(), self.running(), evaluation_mode(self.model):
-            return {**batch, "ref_rows": wrapper(preference=lambda: read(self, batch).values)}
+        return {**batch, "ref_rows": self.call(wrapper, lambda _: read(self, batch).values)}
+
+    @torch.no_grad()
+    def call(self, wrapper: nn.Module, function: Callable[[Any], Any]) -> Any:
+        if not is_sharded(self.initial.model):
+            return super().call(wrapper, function)
+        with self.running(), evaluation_mode(self.model):  # before the engine gathers parameters
+            return wrapper(preference=lambda: function(self.model))
 
     def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
         return batch["ref_rows"] if "ref_rows" in batch else super().rows(batch, read)

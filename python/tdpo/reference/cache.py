@@ -109,6 +109,11 @@ class ReferenceCache:
             raise ValueError(_with_advice(folder, f"is not finished: {_rows_done(header)} of {header['rows']} rows"))
         return cls(folder, header, _response_offsets(dataset))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that hidden states are stored in."""
+        return _storage(self.header).dtype
+
     def hidden(self, row: int, side: str) -> Tensor:
         """The hidden states of one response, (tokens, D)."""
         number, sequence = row // _SHARD_ROWS, 2 * row + RESPONSES.index(side)

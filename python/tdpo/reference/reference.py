@@ -30,6 +30,19 @@ class Reference(CausalLM):
         """
         return batch
 
+    def call(self, wrapper: nn.Module, function: Callable[[Any], Any]) -> Any:
+        """What a function of the reference's model returns where that can be run, as an engine wants it.
+
+        Args:
+            wrapper: the policy, as an engine has wrapped it.
+        """
+
+        def inside() -> Any:
+            with self.running(), evaluation_mode(self.model):
+                return function(self.model)
+
+        return wrapper(preference=inside)
+
     def running(self) -> AbstractContextManager[Any]:
         """A context in which `model` is the reference."""
         return nullcontext()

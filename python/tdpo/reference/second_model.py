@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +45,14 @@ class ShardedModel(SecondModel):
     wrapper: Any = None
 
     def __post_init__(self) -> None:
-        patch_forward(self.model, lambda call: call["read"](self, call["batch"]).values)
+        patch_forward(self.model)
+
+    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
+        return self.call(self.wrapper, lambda _: read(self, batch).values)
 
     @torch.no_grad()
-    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
-        return self.wrapper(preference={"batch": batch, "read": read})
+    def call(self, wrapper: nn.Module, function: Callable[[Any], Any]) -> Any:
+        return self.wrapper(preference=lambda: function(self.model))
 
     @contextmanager
     def whole_head(self) -> Iterator[Head]:

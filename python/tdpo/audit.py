@@ -1,0 +1,240 @@
+"""The audit: before the first step, what the loss gives for real pairs against plain arithmetic.
+
+Plain arithmetic is each sequence alone, without padding, packing or shared prompts, through the model's own logits and
+a float32 log_softmax. The loss must give the same whatever the layout of its batches, the form of its reference and the
+way to its head, and its reference must stay what it is while the policy trains.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+
+from tdpo_ext import TokenDivergence
+
+from .data.rows import RESPONSES
+from .loss.preference_loss import PreferenceLoss
+from .models.noise import evaluation_mode, without_wanted_noise
+from .models.parameter_values import ParameterValues
+from .reference.cached_states import CachedStates
+from .reference.second_model import SecondModel
+
+_PLAIN_BYTES = 2**28  # of float32 logits; a few copies of them exist at a time
+
+# Differences that rounding explains, of a mean over a sequence's tokens, in nats, times one more than its size.
+_TOLERANCES = {
+    torch.float64: 1e-4,
+    torch.float32: 1e-4,
+    torch.float16: 0.01,
+    torch.bfloat16: 0.03,
+    torch.float8_e4m3fn: 0.1,
+}
+
+
+class AuditError(RuntimeError):
+    """The loss does not give what plain arithmetic gives. Nothing was trained."""
+
+
+class AuditPassed(Exception):
+    """Ends a training that was begun for its audit alone; its text is what was found."""
+
+
+class Sequence(NamedTuple):
+    """A prompt and a response.
+
+    Attributes:
+        ids: (T,), on the model's device.
+        first: the first response token that another predicts.
+    """
+
+    ids: Tensor
+    first: int
+
+    @property
+    def targets(self) -> Tensor:
+        return self.ids[self.first :]
+
+
+def examples_to_audit(dataset: Dataset, rows: list[int]) -> list[dict[str, Any]]:
+    """The longest pair of a batch and one more, from a tokenized dataset; `rows`: the batch's `dataset_row`."""
+    places = np.flatnonzero(np.isin(dataset.with_format("numpy")["dataset_row"], rows))[: len(rows)]
+    return sorted((dataset[int(place)] for place in places), key=lambda example: example["length"])[:-3:-1]
+
+
+def sequences_of(examples: list[dict[str, Any]], device: torch.device) -> list[Sequence]:
+    """The sequences of tokenized pairs, in the order of a batch's."""
+    return [
+        Sequence(torch.tensor(row["prompt_ids"] + row[f"{side}_ids"], device=device), max(len(row["prompt_ids"]), 1))
+        for side in RESPONSES
+        for row in examples
+    ]
+
+
+class _Sums(NamedTuple):
+    """Sums over each sequence's response tokens, (sequences,)."""
+
+    logps: Tensor
+    ref_logps: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Compares the loss of a policy, as it is, with plain arithmetic.
+
+    Attributes:
+        loss: of the policy.
+        adapted: the policy with its adapters.
+        at_start: the policy was not trained yet, and is its own reference.
+        disabled_dropout: the policy's own dropout must have no effect in training mode.
+    """
+
+    loss: PreferenceLoss
+    adapted: nn.Module
+    at_start: bool
+    disabled_dropout: bool
+
+    def run(
+        self, wrapper: nn.Module, sequences: list[Sequence], batch: dict[str, Any], accelerator: Accelerator
+    ) -> str:
+        """Compares, on all processes together; no random number of the training is used up.
+
+        Args:
+            wrapper: the policy as an engine has wrapped it, in training mode.
+            sequences: the chosen responses of some pairs, then the rejected ones.
+            batch: the same pairs, laid out as the training's batches are.
+
+        Returns:
+            What was found, in a line.
+
+        Raises:
+            AuditError: what differs, and by how much.
+        """
+        began = time.perf_counter()
+        with _random_numbers_kept(accelerator.device), torch.no_grad():
+            plain = self._plain(wrapper, sequences, accelerator)
+            with without_wanted_noise(self.adapted, disabled_dropout=self.disabled_dropout):
+                ours = self._of_loss(wrapper, batch)
+            moved = ours if self._reference_is_apart else self._of_loss_with_other_parameters(wrapper, batch)
+        lengths = torch.tensor([len(sequence.targets) for sequence in sequences], device=plain.logps.device)
+        differences = [_difference(*pair, lengths) for pair in (*zip(ours, plain), (moved.ref_logps, ours.ref_logps))]
+        table = accelerator.gather(torch.tensor([*differences, time.perf_counter() - began], device=lengths.device))
+        *found, seconds = table.view(-1, len(differences) + 1).max(0).values.tolist()
+        self._judge(found, accelerator)
+        return (
+            f"audit: {len(sequences) // 2} pairs against plain arithmetic: log-probabilities {max(found[:2]):.0e}, KL "
+            f"{found[2]:.0e} nats a token; {self._about_reference()}; {seconds:.1f} s"
+        )
+
+    def _judge(self, found: list[float], accelerator: Accelerator) -> None:
+        allowed = max(_TOLERANCES[dtype] for dtype in self._dtypes(accelerator))
+        said = (
+            "the policy's log-probabilities",
+            "the log-probabilities of the reference, which should be the policy as it starts,"
+            if self.at_start
+            else "the reference's log-probabilities",
+            "the KL",
+            "the reference's log-probabilities after a change of what trains",
+        )
+        wrong = [f"{name} differ by {value:.2g}" for name, value in zip(said, found) if not value <= allowed]
+        if wrong:
+            raise AuditError(
+                f"the audit failed, nothing was trained: against plain arithmetic {'; '.join(wrong)} nats a token "
+                f"({allowed:g} is allowed). Numbers of a training would be as wrong. Please report it with the model's "
+                "configuration; `audit: never` trains all the same"
+            )
+
+    def _dtypes(self, accelerator: Accelerator) -> list[torch.dtype]:
+        """The precisions that the two ways compute in, or that a cache stores."""
+        dtypes = [self.loss.policy.weight.dtype]
+        dtypes += [p.dtype for p in self.loss.policy.model.parameters() if p.is_floating_point()]
+        dtypes += [{"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)]
+        if isinstance(self.loss.reference, CachedStates):
+            dtypes += [cache.dtype for _, cache in self.loss.reference.caches]
+        return [dtype for dtype in set(dtypes) if dtype in _TOLERANCES] + [torch.float32]
+
+    @property
+    def _reference_is_apart(self) -> bool:
+        return isinstance(self.loss.reference, (SecondModel, CachedStates))
+
+    def _about_reference(self) -> str:
+        if self.at_start:
+            return "the reference is the policy"
+        if isinstance(self.loss.reference, CachedStates):
+            return "the cached reference, whose model is not here, was not compared"
+        return "the reference is itself"
+
+    # ---- the loss ----
+
+    def _of_loss(self, wrapper: nn.Module, batch: dict[str, Any]) -> _Sums:
+        output = self.loss.run(wrapper, batch)
+        both = TokenDivergence(*map(torch.cat, zip(output.chosen, output.rejected)))
+        return _Sums(both.logps, both.ref_logps, both.kl)
+
+    def _of_loss_with_other_parameters(self, wrapper: nn.Module, batch: dict[str, Any]) -> _Sums:
+        others = ParameterValues(self.adapted)
+        for value in others.values.values():
+            value.mul_(1.25).add_(0.01)
+        with others.in_place():
+            return self._of_loss(wrapper, batch)
+
+    # ---- plain arithmetic ----
+
+    def _plain(self, wrapper: nn.Module, sequences: list[Sequence], accelerator: Accelerator) -> _Sums:
+        """The sums of all sequences. Under an engine, all processes call the models equally often."""
+        size = max(len(sequence.targets) for sequence in sequences) * self.loss.policy.vocab_size * 4
+        chunks = accelerator.gather(torch.tensor([math.ceil(size / _PLAIN_BYTES)], device=accelerator.device)).max()
+        sums = [self._plain_sums(wrapper, sequence, int(chunks)) for sequence in sequences]
+        return _Sums(*map(torch.stack, zip(*sums)))
+
+    def _plain_sums(self, wrapper: nn.Module, sequence: Sequence, chunks: int) -> tuple[Tensor, ...]:
+        policy, reference = self.loss.policy.model, self.loss.reference
+        places = torch.arange(sequence.first, len(sequence.ids), device=sequence.ids.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=sequence.ids.device)
+        for chunk in places.tensor_split(chunks):
+            some = chunk if len(chunk) else places[:1]
+            with evaluation_mode(policy):
+                z = wrapper(preference=lambda: _log_softmax(policy, sequence.ids, some - 1))  # noqa: B023
+            if self.at_start or isinstance(reference, CachedStates):
+                r = z
+            else:
+                r = reference.call(wrapper, lambda model: _log_softmax(model, sequence.ids, some - 1))  # noqa: B023
+            p, q = (r, z) if self.loss.kl_direction == "forward" else (z, r)
+            kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
+            targets = sequence.ids[some][:, None]
+            values = torch.stack([z.gather(1, targets)[:, 0], r.gather(1, targets)[:, 0], kl])
+            sums += values[:, : len(chunk)].sum(1, dtype=torch.float64)
+        return tuple(sums)
+
+
+def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
+
+
+def _log_softmax(model: Any, ids: Tensor, rows: Tensor) -> Tensor:
+    """The log-probabilities that a model predicts at some tokens of a sequence alone, (rows, V), float32."""
+    forward = vars(model).get("_plain_forward", model)  # inside its own forward, which must not be entered again
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        logits = forward(input_ids=ids[None], use_cache=False, logits_to_keep=rows).logits[0]
+    else:
+        logits = forward(input_ids=ids[None], use_cache=False).logits[0][rows]
+    return torch.log_softmax(logits.float(), -1)
+
+
+def _difference(ours: Tensor, plain: Tensor, lengths: Tensor) -> float:
+    """The largest difference of a mean over a sequence's tokens, by one more than the mean itself."""
+    lengths = lengths.clamp(min=1)
+    difference = ((ours - plain).abs() / lengths / (1 + plain.abs() / lengths)).max()
+    return difference.nan_to_num(nan=math.inf).item()
