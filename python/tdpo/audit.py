@@ -45,8 +45,36 @@ class AuditError(RuntimeError):
     """The loss does not give what plain arithmetic gives. Nothing was trained."""
 
 
+class AuditReport(NamedTuple):
+    """What an audit found.
+
+    Attributes:
+        pairs: how many were compared.
+        logps, kl: the largest difference of log-probabilities and of KLs from plain arithmetic, of a sequence's mean
+            over tokens in nats, divided by one more than the mean itself.
+        reference: what was found of the reference.
+        seconds: that it took.
+    """
+
+    pairs: int
+    logps: float
+    kl: float
+    reference: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"audit: {self.pairs} pairs against plain arithmetic: log-probabilities {self.logps:.0e}, KL {self.kl:.0e}; "
+            f"{self.reference}; {self.seconds:.1f} s"
+        )
+
+
 class AuditPassed(Exception):
-    """Ends a training that was begun for its audit alone; its text is what was found."""
+    """Ends a training that was begun for its audit alone."""
+
+    def __init__(self, report: AuditReport) -> None:
+        super().__init__(str(report))
+        self.report = report
 
 
 class Sequence(NamedTuple):
@@ -106,16 +134,13 @@ class Audit:
 
     def run(
         self, wrapper: nn.Module, sequences: list[Sequence], batch: dict[str, Any], accelerator: Accelerator
-    ) -> str:
+    ) -> AuditReport:
         """Compares, on all processes together; no random number of the training is used up.
 
         Args:
             wrapper: the policy as an engine has wrapped it, in training mode.
             sequences: the chosen responses of some pairs, then the rejected ones.
             batch: the same pairs, laid out as the training's batches are.
-
-        Returns:
-            What was found, in a line.
 
         Raises:
             AuditError: what differs, and by how much.
@@ -131,10 +156,7 @@ class Audit:
         table = accelerator.gather(torch.tensor([*differences, time.perf_counter() - began], device=lengths.device))
         *found, seconds = table.view(-1, len(differences) + 1).max(0).values.tolist()
         self._judge(found, accelerator)
-        return (
-            f"audit: {len(sequences) // 2} pairs against plain arithmetic: log-probabilities {max(found[:2]):.0e}, KL "
-            f"{found[2]:.0e} nats a token; {self._about_reference()}; {seconds:.1f} s"
-        )
+        return AuditReport(len(sequences) // 2, max(found[:2]), found[2], self._about_reference(), seconds)
 
     def _judge(self, found: list[float], accelerator: Accelerator) -> None:
         allowed = max(_TOLERANCES[dtype] for dtype in self._dtypes(accelerator))
@@ -172,7 +194,7 @@ class Audit:
             return "the reference is the policy"
         if isinstance(self.loss.reference, CachedStates):
             return "the cached reference, whose model is not here, was not compared"
-        return "the reference is itself"
+        return "the reference too"
 
     # ---- the loss ----
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
-from .audit import Audit, AuditPassed, examples_to_audit, sequences_of
+from .audit import Audit, AuditPassed, AuditReport, examples_to_audit, sequences_of
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
 from .data.tokenize import padding_token
@@ -292,11 +292,8 @@ class TDPOTrainer(Trainer):
         with self._stop.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def audit(self) -> str:
+    def audit(self) -> AuditReport:
         """Compares the loss with plain arithmetic on real pairs, as `train` does before its first step.
-
-        Returns:
-            What was found, in a line.
 
         Raises:
             AuditError: they differ; the message says what, and by how much.
@@ -305,7 +302,7 @@ class TDPOTrainer(Trainer):
         try:
             super().train()
         except AuditPassed as passed:
-            return str(passed)
+            return passed.report
         finally:
             self._audit_due = self._audit_alone = False
         raise ValueError("train_dataset holds no pairs to audit")
