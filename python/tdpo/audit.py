@@ -64,8 +64,8 @@ class AuditReport(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"audit: {self.pairs} pairs against plain arithmetic: log-probabilities {self.logps:.0e}, KL {self.kl:.0e}; "
-            f"{self.reference}; {self.seconds:.1f} s"
+            f"audit: {self.pairs} pairs against plain arithmetic: log-probabilities {self.logps:.0e}, "
+            f"KL {self.kl:.0e}; {self.reference}; {self.seconds:.1f} s"
         )
 
 
@@ -150,6 +150,8 @@ class Audit:
             plain = self._plain(wrapper, sequences, accelerator)
             with without_wanted_noise(self.adapted, disabled_dropout=self.disabled_dropout):
                 ours = self._of_loss(wrapper, batch)
+            if self._reference_is_gone:
+                plain = plain._replace(ref_logps=ours.ref_logps, kl=ours.kl)
             moved = ours if self._reference_is_apart else self._of_loss_with_other_parameters(wrapper, batch)
         lengths = torch.tensor([len(sequence.targets) for sequence in sequences], device=plain.logps.device)
         differences = [_difference(*pair, lengths) for pair in (*zip(ours, plain), (moved.ref_logps, ours.ref_logps))]
@@ -178,8 +180,8 @@ class Audit:
 
     def _dtypes(self, accelerator: Accelerator) -> list[torch.dtype]:
         """The precisions that the two ways compute in, or that a cache stores."""
-        dtypes = [self.loss.policy.weight.dtype]
-        dtypes += [p.dtype for p in self.loss.policy.model.parameters() if p.is_floating_point()]
+        models = (self.loss.policy.model, self.loss.reference.model)
+        dtypes = [parameter.dtype for model in models for parameter in model.parameters()]
         dtypes += [{"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)]
         if isinstance(self.loss.reference, CachedStates):
             dtypes += [cache.dtype for _, cache in self.loss.reference.caches]
@@ -189,10 +191,14 @@ class Audit:
     def _reference_is_apart(self) -> bool:
         return isinstance(self.loss.reference, (SecondModel, CachedStates))
 
+    @property
+    def _reference_is_gone(self) -> bool:
+        return isinstance(self.loss.reference, CachedStates) and not self.at_start
+
     def _about_reference(self) -> str:
         if self.at_start:
             return "the reference is the policy"
-        if isinstance(self.loss.reference, CachedStates):
+        if self._reference_is_gone:
             return "the cached reference, whose model is not here, was not compared"
         return "the reference too"
 
@@ -227,7 +233,7 @@ class Audit:
             some = chunk if len(chunk) else places[:1]
             with evaluation_mode(policy):
                 z = wrapper(preference=lambda: _log_softmax(policy, sequence.ids, some - 1))  # noqa: B023
-            if self.at_start or isinstance(reference, CachedStates):
+            if self.at_start or self._reference_is_gone:
                 r = z
             else:
                 r = reference.call(wrapper, lambda model: _log_softmax(model, sequence.ids, some - 1))  # noqa: B023
