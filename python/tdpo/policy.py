@@ -8,16 +8,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
-from .precision import check_attention
+from .models.checks import check_models, check_policy
+from .precision import autocast, check_attention
 
 _NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
 _LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
 
 
 def check_trainer_arguments(
-    model: Any, ref_model: Any, args: Any, processing_class: Any, others: dict[str, Any]
+    model: Any, ref_model: Any, args: Any, processing_class: Any, peft_config: Any, others: dict[str, Any]
 ) -> None:
-    """The types of the arguments of `TDPOTrainer`.
+    """The types of the arguments of `TDPOTrainer`, and what its models are.
 
     Raises:
         TypeError, ValueError: one is of the wrong type, missing, or of no meaning; the message names it.
@@ -32,6 +33,21 @@ def check_trainer_arguments(
     for name in _NEED_LOGITS:
         if others.get(name) is not None:
             raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
+    with autocast(args):
+        check_models(model, ref_model, args, processing_class, peft_config)
+
+
+def check_prepared(
+    policy: nn.Module,
+    ref_model: nn.Module | None,
+    args: TDPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trains: bool,
+) -> None:
+    """The policy as `prepare_policy` made it; as `check_policy`."""
+    with autocast(args):
+        check_policy(policy, ref_model, tokenizer, trains=trains)
 
 
 def _check_processing_class(processing_class: Any) -> None:

@@ -33,7 +33,8 @@ from .models.forward import patch_forward
 from .models.probes import choose_layout
 from .models.routers import router_coefficient
 from .models.sharding import keep_quantized_weights_unpacked
-from .policy import check_trainer_arguments, default_learning_rate, prepare_policy
+from .models.sizes import check_token_ids
+from .policy import check_prepared, check_trainer_arguments, default_learning_rate, prepare_policy
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
 from .reference.choose import choose_reference
@@ -95,9 +96,11 @@ class TDPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
-        check_trainer_arguments(model, ref_model, args, processing_class, others)
+        check_trainer_arguments(model, ref_model, args, processing_class, peft_config, others)
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
+        policy = prepare_policy(model, args, peft_config)
+        check_prepared(policy, ref_model, args, processing_class, trains=train_dataset is not None)
         tokenize = functools.partial(
             tokenize_preferences,
             tokenizer=processing_class,
@@ -113,10 +116,10 @@ class TDPOTrainer(Trainer):
             eval_dataset = {name: tokenize(split) for name, split in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = tokenize(eval_dataset)
+        check_token_ids(train_dataset, eval_dataset, model=model, ref_model=ref_model)
         collator = PreferenceCollator(
             padding_token(processing_class), padding_free=args.padding_free, token_columns=trained.token_columns
         )
-        policy = prepare_policy(model, args, peft_config)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(policy)
         super().__init__(

@@ -13,7 +13,9 @@ from ..config import TDPOConfig
 from ..data.load import load_preferences
 from ..data.tokenize import padding_token, tokenize_preferences
 from ..files import read_json
+from ..models.checks import check_model
 from ..models.loading import load_policy, load_reference, load_tokenizer, lora_config
+from ..models.sizes import check_token_ids
 from ..options import ModelOptions, require
 from ..precision import autocast
 from ..reference.cache import cache_reference
@@ -143,11 +145,16 @@ def cache(options: Options) -> None:
     if data.eval_dataset is not None:
         splits["eval"] = (data.eval_dataset, data.eval_split)
     tokenizer = load_tokenizer(models)
-    model = (load_reference(models) or load_policy(models)).to(args.device)
+    reference = load_reference(models)
+    model = (load_policy(models) if reference is None else reference).to(args.device)
+    argument = "model" if reference is None else "ref_model"
+    with autocast(args):
+        check_model(argument, model, args, tokenizer)
     for name, (source, split) in splits.items():
         tokens = tokenize_preferences(
             load_preferences(source, split), tokenizer, args.max_length, args.max_prompt_length, args.overlong
         )
+        check_token_ids(tokens, **{argument: model})
         folder = args.reference_folder / name
         with autocast(args):
             cache_reference(folder, model, tokens, padding_token(tokenizer), args.reference_dtype)

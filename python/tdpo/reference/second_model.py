@@ -45,7 +45,10 @@ class ShardedModel(SecondModel):
     wrapper: Any = None
 
     def __post_init__(self) -> None:
-        patch_forward(self.model, lambda call: call["read"](self, call["batch"]).values)
+        patch_forward(self.model, self._read)
+
+    def _read(self, call: dict[str, Any]) -> Tensor:
+        return call["read"](self, call["batch"]).values
 
     @torch.no_grad()
     def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
