@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .adapters import check_active, check_adapters, check_new_adapters, has_adapters
 from .causal_lm import CausalLM, unwrap_peft
-from .sharding import is_sharded, is_tensor_parallel, stand_in
+from .sharding import is_sharded, is_tensor_parallel, keep_quantized_weights_unpacked, stand_in
 from .sizes import check_positions, check_vocabulary
 
 
@@ -65,11 +65,15 @@ def check_model(name: str, model: nn.Module, args: TrainingArguments, tokenizer:
     causal_lm = unwrap_peft(model)
     _check_decoder(name, causal_lm)
     _check_head(name, causal_lm)
-    check_positions(name, causal_lm, args.max_length)  # type: ignore[attr-defined]
+    check_positions(name, causal_lm, "max_length", args.max_length)  # type: ignore[attr-defined]
+    if getattr(args, "eval_samples", 0):
+        continued = args.max_prompt_length + args.eval_sample_tokens  # type: ignore[attr-defined]
+        check_positions(name, causal_lm, "max_prompt_length + eval_sample_tokens", continued)
     check_vocabulary(name, causal_lm, tokenizer)
     check_adapters(name, model)
     if _may_be_moved(causal_lm, args):
         model.to(args.device)
+    keep_quantized_weights_unpacked(causal_lm)  # before anything is evaluated
     _check_causal(name, _runnable(causal_lm))
 
 

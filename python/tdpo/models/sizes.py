@@ -13,24 +13,29 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.tokenize import TOKEN_IDS, padding_token
 from .causal_lm import unwrap_peft
+from .sharding import is_tensor_parallel
 
 logger = logging.getLogger(__name__)
 
 
-def check_positions(name: str, model: Any, max_length: int | None) -> None:
-    """Refuses lengths beyond a table of positions. Rotary positions go on, if not well, which is said."""
-    if max_length is None:
+def check_positions(name: str, model: Any, option: str, length: int | None) -> None:
+    """Refuses lengths beyond a table of positions. Rotary positions go on, if not well, which is said.
+
+    Args:
+        name: of the model's argument.
+        option, length: what sets the longest sequence, and its tokens; None has no limit.
+    """
+    if length is None:
         return
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    table = position_table(model)
-    if table is not None and max_length > table:
+    table, made_for = position_table(model), getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if table is not None and length > table:
         raise ValueError(
-            f"max_length is {max_length:,}, but {name} has {table:,} positions: set max_length to {table:,} or less"
+            f"{option} is {length:,}, but {name} has {table:,} positions: set {option} to {table:,} or less"
         )
-    if table is None and _is_rotary(model) and made_for is not None and max_length > made_for:
+    if _is_rotary(model) and made_for is not None and length > made_for:
         logger.warning(
-            "max_length is %d, but %s was made for %d positions: what it says of longer texts may be poor",
-            *(max_length, name, made_for),
+            "%s is %d, but %s was made for %d positions: what it says of longer texts may be poor",
+            *(option, length, name, made_for),
         )
 
 
@@ -78,8 +83,9 @@ def _embedded_ids(model: Any) -> int | None:
     """The number of token ids that a model both embeds and predicts; None where it doesn't say."""
     weights = [getattr(part, "weight", None) for part in (model.get_input_embeddings(), model.get_output_embeddings())]
     rows = [getattr(weight, "ds_shape", weight.shape)[0] for weight in weights if weight is not None]
-    quantized = getattr(model, "is_quantized", False)  # which packs weights in shapes of its own
-    return model.config.get_text_config().vocab_size if quantized else min(rows, default=None)
+    # Whose weights have shapes of their own.
+    packed = getattr(model, "is_quantized", False) or is_tensor_parallel(model)
+    return model.config.get_text_config().vocab_size if packed else min(rows, default=None)
 
 
 def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -75,6 +75,15 @@ def test_lengths_beyond_a_table_of_positions_are_refused(family):
             checked(*models, max_length=129)
 
 
+def test_samples_that_run_out_of_positions_are_refused(tmp_path):
+    options = {"max_length": 40, "max_prompt_length": 30, "eval_samples": 2, "eval_sample_tokens": 20}
+    message = r"^max_prompt_length \+ eval_sample_tokens is 50, but model has 48 positions"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=make_model("gpt2", n_positions=48), **options)
+    make_trainer(tmp_path, model=make_model("gpt2", n_positions=48), **{**options, "eval_samples": 0})
+    make_trainer(tmp_path, model=make_model("gpt2", n_positions=50), **options)
+
+
 OPEN_ENDED = {
     "llama": lambda: make_model("llama"),
     "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=4)),
