@@ -16,7 +16,13 @@ _LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
 
 
 def check_trainer_arguments(
-    model: Any, ref_model: Any, args: Any, processing_class: Any, peft_config: Any, others: dict[str, Any]
+    model: Any,
+    ref_model: Any,
+    args: Any,
+    processing_class: Any,
+    peft_config: Any,
+    train_dataset: Any,
+    others: dict[str, Any],
 ) -> None:
     """The types of the arguments of `TDPOTrainer`, and what its models are.
 
@@ -34,20 +40,7 @@ def check_trainer_arguments(
         if others.get(name) is not None:
             raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
     with autocast(args):
-        check_models(model, ref_model, args, processing_class, peft_config)
-
-
-def check_prepared(
-    policy: nn.Module,
-    ref_model: nn.Module | None,
-    args: TDPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    trains: bool,
-) -> None:
-    """The policy as `prepare_policy` made it; as `check_policy`."""
-    with autocast(args):
-        check_policy(policy, ref_model, tokenizer, trains=trains)
+        check_models(model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None)
 
 
 def _check_processing_class(processing_class: Any) -> None:
@@ -68,13 +61,21 @@ def _check_processing_class(processing_class: Any) -> None:
         raise TypeError(f"processing_class is {processing_class!r}; a tokenizer is needed")
 
 
-def prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.Module:
-    """The policy with its adapters and without dropout, as `args` say."""
+def prepare_policy(
+    model: nn.Module, ref_model: nn.Module | None, args: TDPOConfig, tokenizer: Any, peft_config: Any
+) -> nn.Module:
+    """The policy with its adapters and without dropout, as `args` say.
+
+    Raises:
+        ValueError: new adapters work outside the model, or the reference shares what they train.
+    """
     if peft_config is not None:
         from peft import get_peft_model
 
         set_seed(args.seed)  # seeds the adapters' weights
         model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        with autocast(args):
+            check_policy(model, ref_model, tokenizer, trains=True)
     if hasattr(model, "disable_adapter") and args.gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]
     if args.disable_dropout:

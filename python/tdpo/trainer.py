@@ -34,7 +34,7 @@ from .models.probes import choose_layout
 from .models.routers import router_coefficient
 from .models.sharding import keep_quantized_weights_unpacked
 from .models.sizes import check_token_ids
-from .policy import check_prepared, check_trainer_arguments, default_learning_rate, prepare_policy
+from .policy import check_trainer_arguments, default_learning_rate, prepare_policy
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
 from .reference.choose import choose_reference
@@ -96,11 +96,9 @@ class TDPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
-        check_trainer_arguments(model, ref_model, args, processing_class, peft_config, others)
+        check_trainer_arguments(model, ref_model, args, processing_class, peft_config, train_dataset, others)
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
-        policy = prepare_policy(model, args, peft_config)
-        check_prepared(policy, ref_model, args, processing_class, trains=train_dataset is not None)
         tokenize = functools.partial(
             tokenize_preferences,
             tokenizer=processing_class,
@@ -120,6 +118,7 @@ class TDPOTrainer(Trainer):
         collator = PreferenceCollator(
             padding_token(processing_class), padding_free=args.padding_free, token_columns=trained.token_columns
         )
+        policy = prepare_policy(model, ref_model, args, processing_class, peft_config)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(policy)
         super().__init__(

@@ -29,13 +29,16 @@ def check_models(
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     peft_config: Any = None,
+    *,
+    trains: bool = True,
 ) -> None:
-    """Policy and reference as they were given, before adapters are added.
+    """Policy and reference as they were given, before adapters are added, which change a model in place.
 
     Args:
         model, ref_model: the models; ref_model may be None.
         args, tokenizer: as in `check_model`.
         peft_config: of adapters that will be added to `model`, or None.
+        trains: as in `check_policy`.
 
     Raises:
         TypeError, ValueError: one isn't a causal language model that this loss can train.
@@ -45,7 +48,9 @@ def check_models(
     for name, given in {"model": model, "ref_model": ref_model}.items():
         if given is not None:
             check_model(name, given, args, tokenizer)
-    if peft_config is not None:
+    if peft_config is None:
+        check_policy(model, ref_model, tokenizer, trains=trains)
+    else:
         check_new_adapters(model, peft_config)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import peft
 import pytest
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tdpo.models.checks import check_policy
 
@@ -62,6 +63,13 @@ def test_adapters_upon_adapters_are_refused(tmp_path):
         with pytest.raises(ValueError, match="peft_config is given, but model has adapters already"):
             make_trainer(tmp_path, model=model, peft_config=config)
     make_trainer(tmp_path, model=wrapped.merge_and_unload(), peft_config=config)
+
+
+def test_data_that_are_refused_leave_a_model_without_adapters(tmp_path):
+    model, config = make_model("llama"), LoraConfig(**LORA)
+    with pytest.raises(ValueError, match="the dataset lacks rejected"):
+        make_trainer(tmp_path, model=model, peft_config=config, train_dataset=Dataset.from_list([{"chosen": "a"}]))
+    make_trainer(tmp_path, model=model, peft_config=config)
 
 
 def test_a_peft_config_must_be_one(tmp_path):
