@@ -20,9 +20,9 @@ from .causal_lm import unwrap_peft
 def patch_forward(model: nn.Module, function: Callable[[Any], Any]) -> None:
     """Makes `model(preference=batch)` return `function(batch)`, whatever wraps the model later.
 
-    Called again, it gives the model another function.
-    The model doesn't keep `function` (an object or a method) alive, and copies of the model don't have it: a model
-    outlives its trainers, which would otherwise leave their references with it.
+    Called again, it gives the model another function. The model doesn't keep `function` (an object or a method) alive,
+    and copies of the model don't have it: a model outlives its trainers, which would otherwise leave their references
+    with it.
     """
     causal_lm: Any = unwrap_peft(model)
     causal_lm._preference_loss = _Borrowed(function)

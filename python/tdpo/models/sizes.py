@@ -83,9 +83,9 @@ def _embedded_ids(model: Any) -> int | None:
     """The number of token ids that a model both embeds and predicts; None where it doesn't say."""
     weights = [getattr(part, "weight", None) for part in (model.get_input_embeddings(), model.get_output_embeddings())]
     rows = [getattr(weight, "ds_shape", weight.shape)[0] for weight in weights if weight is not None]
-    # Whose weights have shapes of their own.
-    packed = getattr(model, "is_quantized", False) or is_tensor_parallel(model)
-    return model.config.get_text_config().vocab_size if packed else min(rows, default=None)
+    if getattr(model, "is_quantized", False) or is_tensor_parallel(model):  # whose weights may have other shapes
+        return model.config.get_text_config().vocab_size
+    return min(rows, default=None)
 
 
 def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,13 +97,16 @@ def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizer
     rows = _embedded_ids(model)
     if rows is None:
         return
-    ids = {"padding token": padding_token(tokenizer), "bos_token": tokenizer.bos_token_id}
-    ids |= {"eos_token": tokenizer.eos_token_id}
+    ids = {
+        "padding token": padding_token(tokenizer),
+        "bos_token": tokenizer.bos_token_id,
+        "eos_token": tokenizer.eos_token_id,
+    }
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     words = {word: number for word, number in tokenizer.get_vocab().items() if number not in special}
     if words:
-        longest = max(words, key=words.__getitem__)
-        ids[f"token {longest!r}"] = words[longest]
+        last = max(words, key=words.__getitem__)
+        ids[f"token {last!r}"] = words[last]
     for what, number in ids.items():
         if number is not None and not 0 <= number < rows:
             raise ValueError(
