@@ -108,6 +108,13 @@ def test_a_reference_shares_nothing_that_trains(memory, tmp_path):
     trainer.train()  # what is shared is frozen
 
 
+def test_adapters_may_train_what_a_reference_shares(tmp_path):
+    model, reference = make_model("qwen2"), make_model("qwen2", 1)
+    reference.model.layers[0].self_attn.q_proj.bias = model.model.layers[0].self_attn.q_proj.bias
+    with pytest.raises(ValueError, match=r"^ref_model shares model.layers.0.self_attn.q_proj.bias with model"):
+        make_trainer(tmp_path, model, reference, peft_config=LoraConfig(**LORA, bias="all"))
+
+
 def test_a_generation_config_that_cannot_be_saved_is_refused(tmp_path):
     for name, value in {"temperature": 0.5, "top_p": 0.7}.items():
         model = make_model("llama")

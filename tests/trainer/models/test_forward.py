@@ -88,9 +88,10 @@ def test_trainers_that_are_gone_leave_nothing_with_the_model(again, tmp_path):
 
 def test_references_that_are_copies_carry_no_loss(tmp_path):
     model = make_model("llama")
-    make_trainer(tmp_path, model=model)
+    first = make_trainer(tmp_path, model=model)
     second = make_trainer(tmp_path, model=model)
     assert second.ref_model is not model
+    assert second.loss is not first.loss
     with pytest.raises(RuntimeError, match="no preference loss"):
         second.ref_model(preference={})
 

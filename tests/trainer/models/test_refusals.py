@@ -87,6 +87,10 @@ def test_trls_trainer_checks_sizes_adapters_and_references(tmp_path):
     reference.lm_head.weight = model.lm_head.weight
     with pytest.raises(ValueError, match=r"^ref_model shares lm_head.weight with model"):
         trl_trainer(tmp_path, model, reference)
+    model, reference = make_model("qwen2"), make_model("qwen2", 1)
+    reference.model.layers[0].self_attn.q_proj.bias = model.model.layers[0].self_attn.q_proj.bias
+    with pytest.raises(ValueError, match=r"^ref_model shares model.layers.0.self_attn.q_proj.bias with model"):
+        trl_trainer(tmp_path, model, reference, peft_config=LoraConfig(**LORA, bias="all"))
     with pytest.raises(ValueError, match="no parameter that trains: load its adapters with is_trainable=True"):
         trl_trainer(tmp_path, loaded(tmp_path), make_model("llama"))
     tokenizer = tokenizer_with(additional_special_tokens=["<image>"])

@@ -84,8 +84,14 @@ def test_samples_that_run_out_of_positions_are_refused(tmp_path):
     make_trainer(tmp_path, model=make_model("gpt2", n_positions=50), **options)
 
 
+def told(model, length):
+    model.config.max_seq_len = length
+    return model
+
+
 OPEN_ENDED = {
     "llama": lambda: make_model("llama"),
+    "llama that tells a length": lambda: told(make_model("llama"), 16),
     "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=4)),
     "falcon with alibi": lambda: t.FalconForCausalLM(
         t.FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True)
@@ -109,7 +115,7 @@ def test_positions_that_go_on_are_not(family, caplog):
         assert not caplog.records
         checked(model, max_length=300)
     warned = [record.getMessage() for record in caplog.records]
-    rotary = family in ("llama", "images beside it")
+    rotary = "llama" in family or family == "images beside it"
     assert (
         warned
         == ["max_length is 300, but model was made for 128 positions: what it says of longer texts may be poor"]
@@ -123,11 +129,15 @@ def test_special_tokens_beyond_the_embedding_are_refused(tokenizer):
     small.resize_token_embeddings(290)
     checked(small, tokenizer=tokenizer)
     message = "has the id 290, but model embeds 290 tokens: use the model's own tokenizer, or resize"
+    padded = {"pad_token": "<|end|>"}
     for name, said in {"pad_token": "padding token", "eos_token": "eos_token", "bos_token": "bos_token"}.items():
-        with pytest.raises(ValueError, match=f"the tokenizer's ({said}|padding token) {message}"):
-            checked(small, tokenizer=tokenizer_with(**{name: "<new>"}))
+        other = tokenizer_with(**{**padded, name: "<new>"})
+        with pytest.raises(ValueError, match=f"the tokenizer's {said} {message}"):
+            checked(small, tokenizer=other)
         with pytest.raises(ValueError, match="but ref_model embeds 290 tokens"):
-            checked(make_model("llama"), small, tokenizer=tokenizer_with(**{name: "<new>"}))
+            checked(make_model("llama"), small, tokenizer=other)
+    with pytest.raises(ValueError, match=f"the tokenizer's padding token {message}"):  # which is the end's
+        checked(small, tokenizer=tokenizer_with(eos_token="<new>"))
 
 
 def test_words_beyond_the_embedding_are_refused():
@@ -168,7 +178,7 @@ def test_token_ids_beyond_an_embedding_are_refused(split, tmp_path):
     """Of rows of token ids: those that the tokenizer has."""
     row = {"prompt_ids": [5, 6], "chosen_ids": [7, 9], "rejected_ids": [8, 9]}
     tokenizer = make_tokenizer()
-    data = Dataset.from_list([row, row, {**row, "chosen_ids": [7, len(tokenizer)]}])
+    data = Dataset.from_list([row, row, {**row, "chosen_ids": [len(tokenizer), 7]}])
     with pytest.raises(ValueError, match=f"row 2 of the dataset: 'chosen_ids' holds {len(tokenizer)}"):
         make_trainer(tmp_path, **{split: data})
     with pytest.raises(
