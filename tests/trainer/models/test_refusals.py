@@ -49,6 +49,16 @@ def test_the_command_line_says_it_in_one_line(command, home, capsys):
     assert refusal(capsys).startswith("max_length is 40, but ref_model has 32 positions")
 
 
+@pytest.mark.parametrize("command", ["train", "cache-reference"])
+def test_the_command_line_says_which_row_has_an_unknown_token(command, home, capsys):
+    cut(make_model("llama"), 290).save_pretrained(home / "model")
+    tokenizer_with(additional_special_tokens=["<image>"]).save_pretrained(home / "model")
+    rows = [*make_preferences(2), {"prompt": "a", "chosen": " good", "rejected": " bad <image>"}]
+    Dataset.from_list(rows).to_json(str(home / "data.jsonl"))
+    assert run(home, command) == 2
+    assert refusal(capsys).startswith("row 2 of the dataset has the token id 290 in 'rejected_ids'")
+
+
 def trl_trainer(path, model, ref_model=None, *, tokenizer=None, data=None, **options):
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     from tdpo.trl import TDPOTrainer as TRLTrainer
