@@ -9,17 +9,24 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
 from .data.tokenize import tokenize_preferences
+from .models.checks import check_models, check_policy
 from .models.noise import disable_dropout
-from .precision import check_attention
+from .precision import autocast, check_attention
 
 _NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
 _LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
 
 
 def check_trainer_arguments(
-    model: Any, ref_model: Any, args: Any, processing_class: Any, others: dict[str, Any]
+    model: Any,
+    ref_model: Any,
+    args: Any,
+    processing_class: Any,
+    peft_config: Any,
+    train_dataset: Any,
+    others: dict[str, Any],
 ) -> PreTrainedTokenizerBase:
-    """Checks the types of the arguments of `TDPOTrainer`; returns the tokenizer among them.
+    """Checks the arguments of `TDPOTrainer` and what its models are; returns the tokenizer among them.
 
     Raises:
         TypeError, ValueError: one has the wrong type, is missing, or has no meaning here; the message names it.
@@ -42,6 +49,8 @@ def check_trainer_arguments(
         )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is {processing_class!r}; a tokenizer is needed")
+    with autocast(args):
+        check_models(model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None)
     return processing_class
 
 
@@ -64,15 +73,21 @@ def tokenized(
     )
 
 
-def prepare_policy(model: nn.Module, args: TDPOConfig, peft_config: Any) -> nn.Module:
-    """The policy with its adapters and without dropout, as `args` say."""
+def prepare_policy(
+    model: nn.Module, ref_model: nn.Module | None, args: TDPOConfig, tokenizer: Any, peft_config: Any
+) -> nn.Module:
+    """The policy with its adapters and without dropout, as `args` say.
+
+    Raises:
+        ValueError: new adapters work outside the model, or the reference shares what they train.
+    """
     if peft_config is not None:
         from peft import get_peft_model
 
         set_seed(args.seed)  # seeds the adapters' weights
         model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
-    if hasattr(model, "disable_adapter") and args.gradient_checkpointing:
-        model.enable_input_require_grads()  # type: ignore[operator]
+        with autocast(args):
+            check_policy(model, ref_model, tokenizer, trains=True)
     if args.disable_dropout:
         disable_dropout(model)
     return model

@@ -36,6 +36,7 @@ from .models.loading import keep_quantized_weights_unpacked
 from .models.noise import configured_dropout
 from .models.probes import choose_layout
 from .models.routers import router_coefficient
+from .models.sizes import check_token_ids
 from .policy import check_trainer_arguments, default_learning_rate, prepare_policy, tokenized
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
@@ -103,18 +104,21 @@ class TDPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
-        tokenizer = check_trainer_arguments(model, ref_model, args, processing_class, others)
+        tokenizer = check_trainer_arguments(
+            model, ref_model, args, processing_class, peft_config, train_dataset, others
+        )
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
         train_dataset = tokenized(train_dataset, tokenizer, args, trained.token_columns)
         eval_dataset = tokenized(eval_dataset, tokenizer, args, trained.token_columns)
+        check_token_ids(train_dataset, eval_dataset, model=model, ref_model=ref_model)
         collator = PreferenceCollator(
             padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
         )
         # Before adapters are added, some of which start from a decomposition that is not the same on every machine.
         models = {"model": model, "ref_model": ref_model}
         self._weights = {name: reference_digest(given) for name, given in models.items() if given is not None}
-        policy = prepare_policy(model, args, peft_config)
+        policy = prepare_policy(model, ref_model, args, tokenizer, peft_config)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(policy)
         super().__init__(

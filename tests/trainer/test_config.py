@@ -121,7 +121,7 @@ def test_good_options(tmp_path):
 
 
 def test_bad_arguments_of_the_trainer_are_named(tmp_path):
-    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, max_length=64, max_prompt_length=32)
     good = {"model": make_model("gpt2"), "args": args, "processing_class": make_tokenizer()}
     plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     for name, value in {

@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..config import TDPOConfig
 from ..data.load import load_preferences
 from ..data.tokenize import padding_token
+from ..models.checks import check_model
 from ..models.loading import (
     load_adapted_model,
     load_policy,
@@ -22,6 +23,7 @@ from ..models.loading import (
     merges_adapters,
     trains_adapters,
 )
+from ..models.sizes import check_token_ids
 from ..options import ModelOptions, require
 from ..policy import tokenized
 from ..precision import autocast
@@ -141,9 +143,14 @@ def cache(options: Options) -> None:
     if data.eval_dataset is not None:
         splits["eval"] = (data.eval_dataset, data.eval_split)
     tokenizer = load_tokenizer(models)
-    model = (load_reference(models) or load_policy(models)).to(args.device)
+    reference = load_reference(models)
+    model = (load_policy(models) if reference is None else reference).to(args.device)
+    argument = "model" if reference is None else "ref_model"
+    with autocast(args):
+        check_model(argument, model, args, tokenizer)
     for name, (source, split) in splits.items():
         tokens = tokenized(load_preferences(source, split), tokenizer, args)
+        check_token_ids(tokens, **{argument: model})
         folder = args.reference_folder / name
         with autocast(args):
             cache_reference(folder, model, tokens, padding_token(tokenizer), args.reference_dtype)

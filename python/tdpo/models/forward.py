@@ -7,6 +7,7 @@ included, is computed there: `patch_forward` makes `model(preference=batch)` ret
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -17,11 +18,35 @@ from .causal_lm import unwrap_peft
 
 
 def patch_forward(model: nn.Module, function: Callable[[Any], Any] | None = None) -> None:
-    """Makes `model(preference=batch)` return `function(batch)`, whatever wraps the model later."""
-    causal_lm = unwrap_peft(model)
-    causal_lm._plain_forward, causal_lm._preference_loss = causal_lm.forward, function  # type: ignore[assignment]
-    # A bound method, so that a deep copy of the model forwards through itself.
-    causal_lm.forward = MethodType(_forward, causal_lm)
+    """Makes `model(preference=batch)` return `function(batch)`, whatever wraps the model later.
+
+    Called again, it gives the model another function. The model doesn't keep `function` (an object or a method) alive,
+    and copies of the model don't have it: a model outlives its trainers, which would otherwise leave their references
+    with it.
+    """
+    causal_lm: Any = unwrap_peft(model)
+    causal_lm._preference_loss = _Borrowed(function)
+    if "_plain_forward" not in vars(causal_lm):  # of the first trainer; what wraps it since then stays around it
+        causal_lm._plain_forward = causal_lm.forward
+        # A bound method, so that a deep copy of the model forwards through itself.
+        causal_lm.forward = MethodType(_forward, causal_lm)
+
+
+class _Borrowed:
+    """A function that belongs to somebody else."""
+
+    def __init__(self, function: Callable[[Any], Any] | None) -> None:
+        reference = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref
+        self._reference = (lambda: None) if function is None else reference(function)
+
+    def __call__(self, batch: Any) -> Any:
+        function = self._reference()
+        if function is None:
+            raise RuntimeError("this model has no preference loss: its trainer is gone, or it is a copy")
+        return function(batch)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Borrowed:
+        return _Borrowed(None)
 
 
 def _forward(self, *args: Any, preference: Any = None, **kwargs: Any) -> Any:

@@ -24,10 +24,12 @@ from ..data.collator import predicted_responses
 from ..loss.metrics import MetricMeans, preference_metrics
 from ..loss.preference_loss import FusedLoss, why_not_fused
 from ..models.causal_lm import CausalLM
+from ..models.checks import check_model, check_models, check_policy
 from ..models.forward import patch_forward
 from ..models.loading import keep_quantized_weights_unpacked
 from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded
+from ..models.sizes import check_token_ids
 from ..precision import WarnOfCoarseWeights, autocast
 from ..reference.reference import Reference
 from ..reference.second_model import SecondModel, ShardedModel
@@ -86,10 +88,18 @@ class TDPOTrainer(DPOTrainer):
             raise TypeError("processing_class is a processor of images; only text is supported: give its tokenizer")
         if isinstance(ref_model, str):
             ref_model = _load_reference(ref_model, model, args)
+        tokenizer, loaded = others.get("processing_class"), isinstance(model, nn.Module)
+        if loaded and args is not None and tokenizer is not None:  # otherwise TRL makes them
+            with autocast(args):
+                check_models(model, ref_model, args, tokenizer, others.get("peft_config"))
         super().__init__(model, ref_model, args, *positional, **others)
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
         keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
+        with autocast(self.args):
+            check_model("model", self.model, self.args, self._tokenizer)
+            check_policy(self.model, self.ref_model, self._tokenizer, trains=True)
+        check_token_ids(self.train_dataset, self.eval_dataset, model=self.model)
         self.add_callback(WarnOfCoarseWeights())
         with autocast(self.args):
             policy = CausalLM.of(self.model)

@@ -1,0 +1,155 @@
+"""What a model has room for: positions against `max_length`, token ids against its embeddings."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data.tokenize import TOKEN_IDS, padding_token
+from .causal_lm import unwrap_peft
+from .sharding import is_tensor_parallel
+
+logger = logging.getLogger(__name__)
+
+
+def check_positions(name: str, model: Any, option: str, length: int | None) -> None:
+    """Refuses lengths beyond a table of positions. Rotary positions go on, if not well, which is said.
+
+    Args:
+        name: of the model's argument.
+        option, length: what sets the longest sequence, and its tokens; None has no limit.
+    """
+    if length is None:
+        return
+    table, made_for = position_table(model), getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if table is not None and length > table:
+        raise ValueError(
+            f"{option} is {length:,}, but {name} has {table:,} positions: set {option} to {table:,} or less"
+        )
+    if _is_rotary(model) and made_for is not None and length > made_for:
+        logger.warning(
+            "%s is %d, but %s was made for %d positions: what it says of longer texts may be poor",
+            *(option, length, name, made_for),
+        )
+
+
+def position_table(model: Any) -> int | None:
+    """The tokens that a model's table of positions is good for; None where positions are computed or there are none."""
+    if _is_rotary(model):
+        return None
+    config = model.config.get_text_config()
+    sizes = [*_learned_positions(model, config), *_fixed_positions(model, config)]
+    return min(sizes, default=getattr(config, "max_seq_len", None))  # of MPT, which makes its table in every call
+
+
+def _is_rotary(model: nn.Module) -> bool:
+    return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+
+
+_POSITIONS = re.compile(r"(^|_)(pos|position|positions|wpe)(_|$)")
+
+
+def _learned_positions(model: Any, config: Any) -> Iterator[int]:
+    """The sizes of embeddings of positions, whose first rows some families leave to padding."""
+    for name, module in _text_parts(model, config, model.named_modules()):
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(name.rpartition(".")[2]):
+            padding = 0 if module.padding_idx is None else module.padding_idx + 1
+            yield module.num_embeddings - getattr(module, "offset", padding)
+
+
+def _fixed_positions(model: Any, config: Any) -> Iterator[int]:
+    """The sizes of tables of sines; those that grow when they must are not called positions."""
+    for name, table in _text_parts(model, config, model.named_buffers()):
+        if table.ndim == 2 and len(table) > 1 and _POSITIONS.search(name.rpartition(".")[2]):
+            yield len(table)
+
+
+def _text_parts(model: Any, config: Any, named: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Of named parts those that read text: all, or in a model of images too those beside its token embedding."""
+    if config is model.config:
+        return named
+    embedding = model.get_input_embeddings()
+    place = next((name for name, module in model.named_modules() if module is embedding), "").rpartition(".")[0]
+    return ((name, part) for name, part in named if name.startswith(place))
+
+
+def _embedded_ids(model: Any) -> int | None:
+    """The number of token ids that a model both embeds and predicts; None where it doesn't say."""
+    weights = [getattr(part, "weight", None) for part in (model.get_input_embeddings(), model.get_output_embeddings())]
+    rows = [getattr(weight, "ds_shape", weight.shape)[0] for weight in weights if weight is not None]
+    if getattr(model, "is_quantized", False) or is_tensor_parallel(model):  # whose weights may have other shapes
+        return model.config.get_text_config().vocab_size
+    return min(rows, default=None)
+
+
+def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses ids without an embedding.
+
+    Special tokens other than those of padding, beginning and end may have none, since text alone doesn't use them (of
+    images, in the tokenizer that a family shares): `check_token_ids` sees whether the data do.
+    """
+    rows = _embedded_ids(model)
+    if rows is None:
+        return
+    ids = {
+        "padding token": padding_token(tokenizer),
+        "bos_token": tokenizer.bos_token_id,
+        "eos_token": tokenizer.eos_token_id,
+    }
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    words = {word: number for word, number in tokenizer.get_vocab().items() if number not in special}
+    if words:
+        last = max(words, key=words.__getitem__)
+        ids[f"token {last!r}"] = words[last]
+    for what, number in ids.items():
+        if number is not None and not 0 <= number < rows:
+            raise ValueError(
+                f"the tokenizer's {what} has the id {number}, but {name} embeds {rows:,} tokens: {_RESIZE}"
+            )
+
+
+def check_token_ids(*datasets: Dataset | dict[str, Dataset] | None, **models: nn.Module | None) -> None:
+    """The token ids of tokenized datasets, some of which may have come as token ids.
+
+    Args:
+        datasets: with the columns of `TOKEN_IDS`, or those of them that they have; or dicts of such; or None.
+        models: those that read them, by the names of their arguments.
+
+    Raises:
+        ValueError: a model has no embedding for an id; the message names the row and the column.
+    """
+    splits = (split for given in datasets for split in (given.values() if isinstance(given, dict) else [given]))
+    sizes = {name: _embedded_ids(unwrap_peft(model)) for name, model in models.items() if model is not None}
+    for dataset in splits:
+        if isinstance(dataset, Dataset):  # streams are not read ahead
+            for name, rows in sizes.items():
+                if rows is not None:
+                    _check_ids(dataset, name, rows)
+
+
+def _check_ids(dataset: Dataset, name: str, rows: int) -> None:
+    columns = [column for column in TOKEN_IDS if column in dataset.column_names]
+    first = 0
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for column in columns:
+            lists = batch[column].combine_chunks()
+            ids = lists.flatten().to_numpy(zero_copy_only=False)
+            (wrong,) = ((ids < 0) | (ids >= rows)).nonzero()
+            if len(wrong):
+                ends = lists.value_lengths().to_numpy(zero_copy_only=False).cumsum()
+                row = first + int(ends.searchsorted(wrong[0], side="right"))
+                raise ValueError(
+                    f"row {dataset[row].get('dataset_row', row)} of the dataset has the token id {ids[wrong[0]]} in "
+                    f"{column!r}, but {name} embeds {rows:,} tokens: {_RESIZE}"
+                )
+        first += len(lists)
+
+
+_ROWS_AT_ONCE = 1000
+_RESIZE = "use the model's own tokenizer, or resize the model's embeddings (resize_token_embeddings)"
