@@ -201,7 +201,7 @@ def _few_tokens(model: CausalLM, changed: bool = False) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _runnable(model: nn.Module) -> CausalLM:
+def _runnable(model: Any) -> CausalLM:
     """The model, or a small one of its kind where an engine has spread its weights."""
     return CausalLM(stand_in(model) if is_sharded(model) else model, None, 1.0, None)
 

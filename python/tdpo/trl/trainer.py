@@ -10,7 +10,9 @@ Every option of DPOConfig does what TRL says, or is refused by name (`REFUSED`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import create_model_from_path, use_adapter
 
+from tdpo_ext import checks
+
+from ..audit import Audit, Sequence
 from ..data.collator import predicted_responses
 from ..loss.metrics import MetricMeans, preference_metrics
 from ..loss.preference_loss import FusedLoss, why_not_fused
@@ -31,9 +36,9 @@ from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded
 from ..models.sizes import check_token_ids
 from ..precision import WarnOfCoarseWeights, autocast
+from ..reference.choose import policy_at_start
 from ..reference.reference import Reference
 from ..reference.second_model import SecondModel, ShardedModel
-from ..reference.without_adapters import WithoutAdapters
 from .losses import trl_objective
 
 # Options that have no meaning for these losses, and the values that leave them unused.
@@ -57,6 +62,8 @@ class TDPOTrainer(DPOTrainer):
     Args:
         model, ref_model: loaded, or the name of a folder or of a hub's model.
         alpha, variant: as in `tdpo_ext.tdpo_loss`; the variant "dpo" is `tdpo_ext.dpo_loss`, and so TRL's own.
+        audit: "first" compares the loss of two pairs with plain arithmetic before the first step (see `tdpo.audit`),
+            "never" does not.
         others: DPOTrainer's.
 
     Raises:
@@ -77,8 +84,10 @@ class TDPOTrainer(DPOTrainer):
         *positional: Any,
         alpha: float = 0.5,
         variant: str = "tdpo2",
+        audit: str = "first",
         **others: Any,
     ) -> None:
+        checks.choice("audit", audit, ("first", "never"))
         if args is not None:
             _check_options(args)
             trl_objective(args, alpha=alpha, variant=variant)  # refuses what it can't be, before models are loaded
@@ -115,13 +124,20 @@ class TDPOTrainer(DPOTrainer):
         )
         patch_forward(self.model, self._tdpo)
         self.data_collator = _WithResponseRows(self.data_collator)
+        self._audit_due = audit == "first"
+        self._reference_is_policy = ref_model is None
         self._means = {mode: MetricMeans(self.accelerator) for mode in ("train", "eval")}
         self._new_tokens = 0
 
     def _reference(self, policy: CausalLM) -> Reference:
-        """TRL's reference, in its form for our loss."""
+        """TRL's reference, in its form for our loss; where TRL would take adapters out, the policy as it starts."""
         if self.ref_model is None:
-            return WithoutAdapters(**vars(policy), adapted=self.model)
+            holds_all_that_trains = "ref" in getattr(self.model, "peft_config", {}) and all(
+                ".default." in name for name, parameter in self.model.named_parameters() if parameter.requires_grad
+            )
+            if holds_all_that_trains:
+                return RefAdapter(**vars(policy), adapted=self.model)
+            return policy_at_start(policy, self.model)
         reference = SecondModel.of(self.accelerator.unwrap_model(self.ref_model))
         sharded = is_sharded(reference.model)
         return ShardedModel(**vars(reference), wrapper=self.ref_model) if sharded else reference
@@ -129,6 +145,32 @@ class TDPOTrainer(DPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self._audit_due:
+            self._audit_due = False
+            self._audit(model, self._prepare_inputs(inputs))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _audit(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Audits the longest pair of a batch and one more."""
+        lengths = batch["attention_mask"].sum(1).view(2, -1).sum(0)
+        pairs = lengths.argsort(descending=True)[:2]
+        rows = torch.cat([pairs, pairs + len(lengths)])
+        some = {name: batch[name][rows] for name in ("input_ids", "attention_mask", "completion_mask")}
+        sequences = []
+        for ids, tokens, response in zip(*(some[name] for name in some)):
+            kept = tokens.bool()
+            sequences.append(Sequence(ids[kept], max(1, int(response[kept].argmax()))))
+        audit = Audit(
+            self._tdpo,
+            self.model,
+            at_start=self._reference_is_policy and self.state.global_step == 0,
+            disabled_dropout=self.args.disable_dropout,
+        )
+        report = audit.run(model, sequences, with_response_rows(some), self.accelerator)
+        if self.accelerator.is_main_process:
+            print(report, file=sys.stderr)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         output = self._tdpo.run(model, inputs)
@@ -175,18 +217,32 @@ def _load_reference(name: str, policy: Any, args: DPOConfig | None) -> nn.Module
     return create_model_from_path(name, **options)
 
 
+@dataclass(frozen=True)
+class RefAdapter(Reference):
+    """The policy's own model with TRL's adapter "ref", a copy of what trains as it starts."""
+
+    adapted: Any = None
+
+    def running(self) -> AbstractContextManager[Any]:
+        return use_adapter(self.adapted, "ref")
+
+
 @dataclass
 class _WithResponseRows:
-    """TRL's padded batches, and beside them what `PreferenceCollator` says of response tokens, found on the host."""
+    """TRL's padded batches with their response rows, found on the host."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(examples)
-        input_ids = batch["input_ids"]
-        sequences, length = input_ids.shape
-        responses = predicted_responses(
-            input_ids, batch["completion_mask"].bool(), torch.arange(sequences, device=input_ids.device) * length
-        )
-        lengths = {"row_lengths": responses["cu_seqlens"].diff().tolist()}
-        return {**batch, **responses, **lengths, "num_tokens": int(batch["attention_mask"].sum())}
+        return with_response_rows(self.collate(examples))
+
+
+def with_response_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """A padded batch of TRL, and beside it what `PreferenceCollator` says of response tokens."""
+    input_ids = batch["input_ids"]
+    sequences, length = input_ids.shape
+    responses = predicted_responses(
+        input_ids, batch["completion_mask"].bool(), torch.arange(sequences, device=input_ids.device) * length
+    )
+    lengths = {"row_lengths": responses["cu_seqlens"].diff().tolist()}
+    return {**batch, **responses, **lengths, "num_tokens": int(batch["attention_mask"].sum())}
