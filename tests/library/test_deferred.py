@@ -173,6 +173,31 @@ def test_token_weights_of_packed_rows(way, plans):
     assert_gradients_match(grads, whole, 1e-11)
 
 
+def test_a_block_without_a_gradient_between_others(plans):
+    """What is kept of a pair then has a gap, though no block lost some of its rows only."""
+    width, budget, _ = WAYS["kept"]
+    case = make_case(torch.float64, pairs=1, tokens=150, width=width, ignored=0.0)
+
+    @per_token
+    def margin(chosen, rejected):
+        return chosen.sum(chosen.columns["weight"] * chosen.logratio) - rejected.sum(rejected.logratio)
+
+    objective, weights = MarginLoss(margin, torch.nn.functional.softplus), torch.ones(2, 150, dtype=torch.float64)
+    for _ in range(2):  # the second time without the second block
+        results = [
+            loss_and_gradients(
+                linear_preference_loss, case, objective, logits_budget=size, token_columns={"weight": weights}
+            )
+            for size in (budget, 1 << 30)
+        ]
+        plan = plans[-2]
+        assert plan.deferred
+        assert plan.keeps_dz
+        assert 2 * plan.rows <= 150
+        assert_gradients_match(results[0][2], results[1][2], 1e-11)
+        weights[0, plan.rows : 2 * plan.rows] = 0
+
+
 def test_gradients_accumulate(plans):
     case = make_case(pairs=2, tokens=150)
     tensors = case.tensors()

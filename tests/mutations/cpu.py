@@ -74,7 +74,14 @@ MUTATIONS = [
         "check_value(true,",
         OPS,
     ),
-    ("mass below a peak of the policy forgotten", STATE, "sums.bregman = sums.other_sum() * other;", "", PEAKED),
+    (
+        "mass below a peak of the policy forgotten",
+        STATE,
+        "sums.bregman = sums.other_sum() * other;",
+        "sums.bregman = X{};",
+        PEAKED,
+    ),
+    ("a gap without mass left", STATE, "sums.gap = X{};", "", PEAKED),
     ("a KL below zero", STATE, "kl = kl < 0 ? 0 : kl;", "", PEAKED),
     (
         "a reference that rises alone",
