@@ -41,7 +41,7 @@ TESTS = {
         "test_deferred.py",
     ],
 }
-BESIDE = ("tests", "tools", "benchmarks", "examples")  # what tests read beside the packages
+BESIDE = ("tests", "tools", "benchmarks", "examples", "docs")  # what tests read beside the packages
 CONFIGURATION = """
 [tool.mutmut]
 source_paths = {packages}

@@ -15,7 +15,16 @@ from tdpo_ext import eager
 @pytest.mark.parametrize("variant", ["tdpo2", "tdpo1", "dpo"])
 def test_training_raises_margins(variant, tmp_path):
     trainer = make_trainer(tmp_path, variant=variant, max_steps=12)
+    row = trainer.train_dataset[0]
+
+    def preference():
+        """The logit of the chosen response's first token over that of the rejected one's."""
+        logits = trainer.model(input_ids=torch.tensor([row["prompt_ids"]])).logits[0, -1]
+        return (logits[row["chosen_ids"][0]] - logits[row["rejected_ids"][0]]).item()
+
+    before = preference()
     trainer.train()
+    assert preference() > before + 0.5
     first, last = trainer.state.log_history[0], trainer.state.log_history[11]
     assert last["rewards/margins"] > first["rewards/margins"] + 0.05
     assert last["loss"] < first["loss"]
@@ -134,8 +143,12 @@ def test_tokens_are_counted_through_resumption(tmp_path):
 
 @pytest.mark.parametrize("logging_steps", [1, 5])
 def test_every_token_of_an_epoch_is_counted_once(logging_steps, tmp_path):
-    """Prompts with each of their responses, whether a log or a checkpoint comes first, and after a resumption too."""
+    """Prompts with each of their responses, whether a log or a checkpoint comes first, and after a resumption too.
+
+    Those of evaluations don't count.
+    """
     epoch = {**FOUR_STEPS, "max_steps": 6, "logging_steps": logging_steps, "logging_strategy": "steps"}
+    epoch |= {"eval_strategy": "steps", "eval_steps": 2}
     unbroken, resumed = (make_trainer(tmp_path, **epoch) for _ in range(2))
     assert len(unbroken.get_train_dataloader()) == 6
     tokens = sum(

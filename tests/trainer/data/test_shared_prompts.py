@@ -4,7 +4,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
-from tdpo import PreferenceCollator
 from tdpo.models.attention_masks import branch_mask
 
 from helpers.model_families import SMALL, make_model
@@ -14,23 +13,6 @@ ROWS = [
     {"prompt_ids": [1, 2], "chosen_ids": [3, 9], "rejected_ids": [4, 5, 9]},
     {"prompt_ids": [], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
 ]
-
-
-def test_layouts():
-    plain = PreferenceCollator(0)(ROWS)
-    padded = PreferenceCollator(0, shared_prompts=True)(ROWS)
-    assert padded["input_ids"].tolist() == [[1, 2, 3, 9, 4, 5, 9], [7, 9, 8, 9, 0, 0, 0]]
-    assert padded["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 0, 1, 0, 0, 0]]
-    assert padded["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2], [4, 4, 5, 5, -1, -1, -1]]
-    assert padded["rows"].tolist() == [1, 2, 7, 1, 4, 5, 9]
-    packed = PreferenceCollator(0, padding_free=True, shared_prompts=True)(ROWS)
-    assert packed["input_ids"].tolist() == [[1, 2, 3, 9, 4, 5, 9, 7, 9, 8, 9]]
-    assert packed["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2, 4, 4, 5, 5]]
-    assert packed["rows"].tolist() == [1, 2, 7, 1, 4, 5, 9]
-    for batch in (padded, packed):
-        assert "attention_mask" not in batch
-        for name in ("targets", "cu_seqlens", "row_lengths", "num_tokens"):
-            assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(plain[name])), name
 
 
 def test_the_mask_of_branches():
