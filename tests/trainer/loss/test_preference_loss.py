@@ -60,6 +60,7 @@ def test_every_sum_is_that_of_the_models_own_logits(pair, direction, tmp_path):
         )
     tokens = eager.token_divergence(logits, ref_logits, batch["targets"], kl_direction=direction)
     expected = [torch.stack([part.sum() for part in values.split(batch["row_lengths"])]) for values in tokens]
+    assert not any(values.requires_grad for side in (output.chosen, output.rejected) for values in side)
     found = [torch.cat(sides) for sides in zip(output.chosen, output.rejected)]
     for name, ours, truth in zip(tokens._fields, found, expected):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5, msg=name)
