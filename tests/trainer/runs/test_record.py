@@ -81,6 +81,16 @@ def test_every_option_that_shapes_the_training_is_compared(name, finished, tmp_p
     assert said in str(refused.value)
 
 
+def test_processes_and_dtypes_are_compared(finished, tmp_path):
+    written = json.loads((finished / "checkpoint-4" / "run.json").read_text())
+    written["options"] |= {"processes": 2, "dtype": "bfloat16"}
+    (tmp_path / "run.json").write_text(json.dumps(written))
+    record = make_trainer(tmp_path / "out", **FOUR_STEPS).record
+    said = r"another run: dtype was 'bfloat16' and is 'float32'; processes was 2 and is 1\. Restore"
+    with pytest.raises(ValueError, match=said):
+        record.check(tmp_path, anyway=False)
+
+
 def named(model, name):
     model.config._name_or_path = name
     return model

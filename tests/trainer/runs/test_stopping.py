@@ -4,10 +4,13 @@ import contextlib
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
 from tdpo.runs.checkpoints import checkpoints_of
-from tdpo.runs.stopping import Terminated
+from tdpo.runs.stopping import StopAfterStep, Terminated
 
 from helpers.trainer_cases import losses, make_trainer
 
@@ -151,3 +154,31 @@ def test_training_in_a_thread_leaves_signals_alone(tmp_path):
     thread.start()
     thread.join()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("received", [True, False])
+def test_a_step_ends_with_the_checkpoint_that_anyone_wants(saves, wanted, received):
+    stop = StopAfterStep(Accelerator(cpu=True), saves=saves)
+    control = SimpleNamespace(should_save=wanted, should_training_stop=False)
+    with pytest.raises(Terminated) if received else contextlib.nullcontext(), stop.listening():
+        if received:
+            send(signal.SIGTERM)
+        stop.on_step_end(None, None, control)
+    assert control.should_training_stop == received
+    assert control.should_save == (wanted or (received and saves))
+    assert stop.received == (signal.SIGTERM if received else 0)
+
+
+@pytest.mark.parametrize("here", [0, int(signal.SIGINT)])
+@pytest.mark.parametrize("elsewhere", [0, int(signal.SIGTERM)])
+def test_all_processes_stop_where_one_was_told_to(here, elsewhere):
+    def gather(received):
+        return torch.cat([received, torch.tensor([elsewhere])])
+
+    stop = StopAfterStep(SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather), saves=True)
+    stop.received, control = here, SimpleNamespace(should_save=False, should_training_stop=False)
+    stop.on_step_end(None, None, control)
+    assert control.should_training_stop == control.should_save == bool(here or elsewhere)
+    assert stop.received == max(here, elsewhere)
