@@ -115,12 +115,14 @@ def test_streamed(name):
     torch.testing.assert_close(tensors["weight"].grad, truth[1]["weight"])
 
 
-@pytest.mark.parametrize("empty", [0, 2, 5, 7])  # of the sequences, chosen ones first
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("short", [0, 2, 5, 7])  # of the sequences, chosen ones first
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_response_without_tokens(name, empty):
-    """Its sums are zero, and so are its means over tokens."""
+def test_a_response_of_no_or_one_token(name, short, left):
+    """Without tokens its sums are zero, and so are its means over tokens."""
     case, weight = make_weighted_case()
-    case.labels[empty] = -100
+    case.labels[short, left:] = -100
+    case.labels[short, :left] = 7
     found = fused(name, case, weight)
     truth = truth_of(name, case, weight)
     assert truth[0].isfinite()
@@ -182,6 +184,7 @@ def test_weighted_sums():
     same = weighted_sum([(0.5, dpo), (2.0, again)])
     assert isinstance(same, MarginLoss)
     torch.testing.assert_close(loss_of(same), 0.5 * loss_of(dpo) + 2.0 * loss_of(again))
+    torch.testing.assert_close(loss_of(weighted_sum([(2.0, dpo)])), 2.0 * loss_of(dpo))
     other = weighted_sum([(0.5, dpo), (2.0, ipo)])
     assert not isinstance(other, MarginLoss)
     torch.testing.assert_close(loss_of(other), 0.5 * loss_of(dpo) + 2.0 * loss_of(ipo))
