@@ -30,7 +30,7 @@ TESTS = {
     "tdpo_ext.fused.chunked": ["test_any_batch.py", "test_deferred.py", "test_linear.py"],
     "tdpo_ext.fused.heads": ["test_linear_inputs.py", "test_bad_arguments.py", "test_linear.py"],
     "tdpo_ext.fused.objective_gradient": ["test_any_batch.py", "test_per_token.py", "test_deferred.py"],
-    "tdpo_ext.fused.planning.costs": ["test_plan.py", "test_deferred.py"],
+    "tdpo_ext.fused.planning.costs": ["test_costs.py", "test_plan.py"],
     "tdpo_ext.fused.planning.sizes": ["test_plan.py"],
     "tdpo_ext.fused.rows": ["test_linear_inputs.py", "test_no_waits.py", "test_per_token.py", "test_any_batch.py"],
     "tdpo_ext.losses": ["test_losses.py", "test_objectives.py", "test_bad_arguments.py", "test_per_token.py"],
@@ -41,7 +41,7 @@ TESTS = {
         "test_deferred.py",
     ],
 }
-BESIDE = ("tests", "tools", "benchmarks", "examples")  # what tests read beside the packages
+BESIDE = ("tests", "tools", "benchmarks", "examples", "docs")  # what tests read beside the packages
 CONFIGURATION = """
 [tool.mutmut]
 source_paths = {packages}

@@ -24,6 +24,7 @@ SETTINGS = {
     "max_prompt_length": 16,
     "save_strategy": "no",
 }
+FOUR_STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}  # with a checkpoint at half-way
 
 
 def make_preferences(rows=24):

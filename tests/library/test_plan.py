@@ -71,6 +71,13 @@ def test_no_chunk_exceeds_the_budget():
     assert plan.bytes <= plan.budget
 
 
+def test_chunks_are_evened_out():
+    plan = make_plan([2] * 10, SIZES, 18 * SIZES.whole_row)
+    assert isinstance(plan, ChunkedPlan)
+    assert plan.chunks == (WholePairs(0, 5), WholePairs(5, 10))
+    assert plan.rows == 10
+
+
 def test_plans_cover_all_pairs_within_the_budget():
     """Plans of any lengths and budget; those of long pairs, of each kind, are among them."""
     draw, kinds = random.Random(0), Counter()
@@ -206,6 +213,15 @@ def test_pairs_shorter_than_a_block_can_be_deferred():
     # Blocks of a longer pair have 64 rows or more.
     assert isinstance(make_plan([200], SIZES, 63 * SIZES.whole_row, can_defer=True), StreamingPlan)
     assert isinstance(make_plan([200], SIZES, 64 * SIZES.whole_row, can_defer=True), ChunkedPlan)
+
+
+def test_a_low_precision_pair_whose_dz_is_kept_whole_takes_one_product():
+    """There is room for the dz of 2 x width rows where dW is not summed beside."""
+    plan = make_plan([128], LOW_PRECISION, 64 * LOW_PRECISION.row_without_dz, can_defer=True)
+    assert isinstance(plan, ChunkedPlan)
+    assert plan.dz_rows == 128
+    assert plan.steps.gradient_products == 1
+    assert not plan.sums_weight
 
 
 def test_memory_is_spent_where_a_plan_is_three_percent_faster():

@@ -5,6 +5,7 @@
 
 STATE = "csrc/row_state.h"
 OPS, PEAKED, REVERSE = ([f"library/test_{name}.py"] for name in ("ops", "peaked_rows", "reverse_kl"))
+ROWS = "csrc/cpu/row_kernels.cpp"
 
 MUTATIONS = [
     (
@@ -53,7 +54,7 @@ MUTATIONS = [
     ("reverse KL in base 2", STATE, "kReverse ? kLn2 : -1", "kReverse ? 1 : -1", REVERSE),
     (
         "a slice's first label missed",
-        "csrc/cpu/row_kernels.cpp",
+        ROWS,
         "if (label >= begin && label < end) {",
         "if (label > begin && label < end) {",
         OPS,
@@ -72,5 +73,49 @@ MUTATIONS = [
         "check_value(same_memory(out, logits) || !may_overlap(out, logits),",
         "check_value(true,",
         OPS,
+    ),
+    (
+        "mass below a peak of the policy forgotten",
+        STATE,
+        "sums.bregman = sums.other_sum() * other;",
+        "sums.bregman = X{};",
+        PEAKED,
+    ),
+    ("a gap without mass left", STATE, "sums.gap = X{};", "", PEAKED),
+    ("a KL below zero", STATE, "kl = kl < 0 ? 0 : kl;", "", PEAKED),
+    (
+        "a reference that rises alone",
+        ROWS,
+        "if (z_max > state.z_max || r_max > state.r_max)",
+        "if (z_max > state.z_max)",
+        PEAKED,
+    ),
+    (
+        "a policy that rises alone",
+        ROWS,
+        "if (z_max > state.z_max || r_max > state.r_max)",
+        "if (r_max > state.r_max)",
+        PEAKED,
+    ),
+    (
+        "rows without upstream gradient computed",
+        ROWS,
+        "if (params.labels[row] == params.ignore_index || (logps_grad == Real(0) && kl_grad == Real(0))) {",
+        "if (params.labels[row] == params.ignore_index) {",
+        ["library/test_divergence.py"],
+    ),
+    (
+        "blocks of any size reused",
+        "csrc/cpu/memory.cpp",
+        "block->bytes >= bytes && block->bytes <= 2 * bytes &&",
+        "block->bytes >= bytes &&",
+        ["library/test_plan.py"],
+    ),
+    (
+        "float16 ties rounded up",
+        "csrc/cpu/simd.h",
+        "bits + 0xfffu + ((bits >> 13) & 1u) -",
+        "bits + 0x1000u -",
+        ["library/test_build.py::test_cpp_tests"],
     ),
 ]

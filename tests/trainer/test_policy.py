@@ -1,8 +1,8 @@
-"""The policy before it is trained: its dropout, and adapters below checkpointed layers."""
+"""The policy: its dropout, adapters and default learning rate."""
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 from helpers.model_families import make_model
 from helpers.trainer_cases import make_trainer
@@ -59,3 +59,36 @@ def test_the_reference_never_drops(tmp_path):
     first, second = (trainer.model(preference=batch).chosen for _ in range(2))
     assert torch.equal(first.ref_logps, second.ref_logps)
     assert not torch.equal(first.logps, second.logps)
+
+
+def test_the_seed_covers_new_adapters(tmp_path):
+    weights = []
+    for seed in (1, 1, 2):
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        trainer = make_trainer(tmp_path, model=make_model("llama", len(weights)), peft_config=config, seed=seed)
+        weights.append(next(p for name, p in trainer.model.named_parameters() if "lora_A" in name))
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_default_learning_rates(adapters, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if adapters else None
+    trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, learning_rate=None)
+    trainer.create_optimizer()
+    assert trainer.args.learning_rate == (1e-5 if adapters else 1e-6)
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.args.learning_rate
+
+
+def test_adapters_train_and_are_saved(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
+    trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, **options)
+    parameters = dict(trainer.model.named_parameters())
+    before = {name: parameter.clone() for name, parameter in parameters.items()}
+    trainer.train()
+    changed = {name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in parameters if "lora_" in name}
+    loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path / "checkpoint-4")
+    for name, value in loaded.state_dict().items():
+        torch.testing.assert_close(value, trainer.model.state_dict()[name], msg=name)

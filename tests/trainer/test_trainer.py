@@ -1,119 +1,30 @@
-"""The trainer on tiny models: the fused path against logits, resumption, metrics, and bad input."""
+"""The trainer on tiny models: its steps, metrics, resumption and counts of tokens, and options of transformers."""
 
 import copy
-import warnings
+import json
 
 import pytest
 import torch
 from datasets import Dataset
-from tdpo import CausalLM
-from tdpo.loss.preference_loss import FusedLoss, LogitsLoss
 
-from helpers.model_families import FAMILIES, make_model
-from helpers.trainer_cases import losses, make_trainer
+from helpers.model_families import make_model
+from helpers.trainer_cases import FOUR_STEPS, losses, make_preferences, make_trainer
 from tdpo_ext import eager
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fused_loss_equals_the_logits_path(family, tmp_path):
-    trainer = make_trainer(tmp_path, model=make_model(family, 0), ref_model=make_model(family, 1))
-    assert isinstance(trainer.loss, FusedLoss)
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.model.eval()
-    fused = trainer.model(preference=batch)
-    fused.loss.backward()
-    grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-    trainer.model.zero_grad()
-    plain = LogitsLoss(trainer.loss.policy, trainer.reference, trainer.loss.objective)(batch)
-    plain.loss.backward()
-    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(fused.chosen.kl, plain.chosen.kl, rtol=1e-4, atol=1e-5)
-    for ours, theirs in ((fused.chosen, plain.chosen), (fused.rejected, plain.rejected)):
-        assert torch.equal(ours.correct, theirs.correct)
-        assert torch.equal(ours.tokens, theirs.tokens)
-    for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_logits_path_equals_the_oracle(tmp_path):
-    models = {"model": make_model("gpt2", 0), "ref_model": make_model("gpt2", 1)}
-    trainer = make_trainer(tmp_path, **models, shared_prompts="never")
-    batch = next(iter(trainer.get_train_dataloader()))
-    loss = trainer.model(preference=batch).loss
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    labels = torch.full_like(batch["input_ids"], -100)
-    labels.view(-1)[batch["rows"]] = batch["targets"]
-    divergence = eager.token_divergence(
-        trainer.model(**inputs).logits.double(), trainer.ref_model(**inputs).logits.double(), labels
-    )
-    expected = trainer.loss.objective(*divergence.per_sequence().chunk(2)).mean()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_copy_of_the_policy_stands_alone(tmp_path):
-    trainer = make_trainer(tmp_path, model=make_model("llama", 0), ref_model=make_model("llama", 1))
-    batch = next(iter(trainer.get_train_dataloader()))
-    other = copy.deepcopy(trainer.model)
-    before = trainer.model(preference=batch).loss
-    with torch.no_grad():
-        other.lm_head.weight.mul_(2)
-    assert torch.equal(trainer.model(preference=batch).loss, before)
-    with pytest.raises(RuntimeError, match="no preference loss"):
-        other(preference=batch)
-    tokens = torch.tensor([[1, 2, 3]])
-    assert not torch.equal(other(input_ids=tokens).logits, trainer.model(input_ids=tokens).logits)
-
-
-class ScaledHead(torch.nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-
-    def forward(self, hidden):
-        return 2 * self.head(hidden)
-
-
-def test_unknown_heads_fall_back_with_one_warning(tmp_path):
-    model = make_model("llama")
-    model.lm_head = ScaledHead(model.lm_head)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = make_trainer(tmp_path, model=model)
-    ours = [str(warning.message) for warning in caught if "fused" in str(warning.message)]
-    assert len(ours) == 1
-    assert "ScaledHead" in ours[0]
-    trainer.train()
-    assert len(losses(trainer)) == 6
-
-
-def test_scaled_logits_are_noticed():
-    model = make_model("llama")
-    forward = model.forward
-
-    def scaled(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = 1.5 * output.logits
-        return output
-
-    model.forward = scaled
-    assert "not a linear" in CausalLM.of(model).fallback_reason
-
-
-def test_why_a_model_cannot_be_tried_is_said():
-    model = make_model("llama")
-
-    def broken(*args, **kwargs):
-        raise RuntimeError("shape '[32, 0]' is invalid")
-
-    model.forward = broken
-    reason = CausalLM.of(model).fallback_reason
-    assert reason == "its backbone or its logits can't be tried on two tokens: shape '[32, 0]' is invalid"
 
 
 @pytest.mark.parametrize("variant", ["tdpo2", "tdpo1", "dpo"])
 def test_training_raises_margins(variant, tmp_path):
     trainer = make_trainer(tmp_path, variant=variant, max_steps=12)
+    row = trainer.train_dataset[0]
+
+    def preference():
+        """The logit of the chosen response's first token over that of the rejected one's."""
+        logits = trainer.model(input_ids=torch.tensor([row["prompt_ids"]])).logits[0, -1]
+        return (logits[row["chosen_ids"][0]] - logits[row["rejected_ids"][0]]).item()
+
+    before = preference()
     trainer.train()
+    assert preference() > before + 0.5
     first, last = trainer.state.log_history[0], trainer.state.log_history[11]
     assert last["rewards/margins"] > first["rewards/margins"] + 0.05
     assert last["loss"] < first["loss"]
@@ -213,3 +124,93 @@ def test_reference_with_another_vocabulary(tmp_path):
     other.resize_token_embeddings(310)
     with pytest.raises(ValueError, match="ref_model"):
         make_trainer(tmp_path, ref_model=other)
+
+
+def test_tokens_are_counted_through_resumption(tmp_path):
+    make_trainer(tmp_path / "first", **FOUR_STEPS).train()
+    unbroken = make_trainer(tmp_path, **{**FOUR_STEPS, "logging_steps": 4})
+    unbroken.train()
+    counted = [entry["num_tokens"] for entry in unbroken.state.log_history if "loss" in entry]
+    trainer = make_trainer(tmp_path, **FOUR_STEPS)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    entries = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 4
+    assert sorted(set(entries)) == entries
+    assert entries[-1] == counted[-1]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["num_input_tokens_seen"] == entries[-1]
+
+
+@pytest.mark.parametrize("logging_steps", [1, 5])
+def test_every_token_of_an_epoch_is_counted_once(logging_steps, tmp_path):
+    """Prompts with each of their responses, whether a log or a checkpoint comes first, and after a resumption too.
+
+    Those of evaluations don't count.
+    """
+    epoch = {**FOUR_STEPS, "max_steps": 6, "logging_steps": logging_steps, "logging_strategy": "steps"}
+    epoch |= {"eval_strategy": "steps", "eval_steps": 2}
+    unbroken, resumed = (make_trainer(tmp_path, **epoch) for _ in range(2))
+    assert len(unbroken.get_train_dataloader()) == 6
+    tokens = sum(
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in unbroken.train_dataset
+    )
+    unbroken.train()
+    assert unbroken.state.num_input_tokens_seen == tokens
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.num_input_tokens_seen == tokens
+
+
+def test_tokens_that_transformers_counts_are_not_counted_twice(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, include_num_input_tokens_seen="all")
+    trainer.train()
+    padded = [batch["input_ids"].numel() for batch in trainer.get_train_dataloader()][:2]
+    counted = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
+    assert 0 < counted[0] < counted[1] == trainer.state.num_input_tokens_seen <= 2 * max(padded)
+
+
+def test_rows_are_grouped_by_length(tmp_path):
+    spreads = []
+    for strategy in ("random", "group_by_length"):
+        options = {"train_sampling_strategy": strategy, "per_device_train_batch_size": 6}
+        trainer = make_trainer(tmp_path, train_dataset=make_preferences(144), **options)
+        order = list(trainer._get_train_sampler())
+        batches = [trainer.train_dataset[order[first : first + 6]]["length"] for first in range(0, len(order), 6)]
+        spreads.append(sum(max(lengths) - min(lengths) for lengths in batches))
+    assert 2 * spreads[1] < spreads[0]
+
+
+SCHEDULE = {"lr_scheduler_type": "linear", "warmup_steps": 3, "learning_rate": 3e-4, "max_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("plain"), model=make_model("llama"), **SCHEDULE)
+    trainer.train()
+    return trainer.state.log_history
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"optim": "rmsprop"}, {"gradient_checkpointing": True}])
+def test_training_options(options, tmp_path, plain_run):
+    trainer = make_trainer(tmp_path, model=make_model("llama"), **SCHEDULE, **options)
+    seen = []
+
+    def record(module, arguments, output):
+        seen.append(output.dtype)
+
+    trainer.model.model.layers[0].mlp.up_proj.register_forward_hook(record)
+    trainer.train()
+    log = trainer.state.log_history
+    assert log[11]["rewards/margins"] > log[0]["rewards/margins"] + 0.02
+    assert [entry["learning_rate"] for entry in log[:4]] == pytest.approx([0, 1e-4, 2e-4, 3e-4])
+    losses, plain = ([entry["loss"] for entry in entries[:12]] for entries in (log, plain_run))
+    if "bf16" in options:
+        assert seen == 12 * [torch.bfloat16]
+        assert losses == pytest.approx(plain, rel=0.05)
+        assert losses != plain
+    elif "optim" in options:
+        assert type(trainer.optimizer.optimizer).__name__ == "RMSprop"
+        assert losses[:2] == plain[:2]  # the first update has a learning rate of zero
+        assert losses[2:] != plain[2:]
+    else:
+        assert seen == 24 * [torch.float32]  # once more for the backward of every step
+        assert losses == pytest.approx(plain, rel=1e-5)

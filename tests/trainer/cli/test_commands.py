@@ -93,6 +93,15 @@ def test_processes_tokenize_for_a_cache_too(home, tmp_path, monkeypatch):
     assert asked == [3, 3]
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_cache_is_computed_in_what_training_runs_in(bf16, home, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(commands, "cache_reference", lambda *_: found.append(torch.is_autocast_enabled("cpu")))
+    options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--bf16", str(bf16)]
+    assert main(["cache-reference", *options, "--eval_split", "train"]) == 0
+    assert found == [bf16, bf16]
+
+
 @pytest.mark.parametrize("precision", ["float32", "float8"])
 def test_a_cache_has_the_precision_that_was_asked_for(precision, home, tmp_path, capsys):
     """Training reads it as it is; in another precision it is another cache."""

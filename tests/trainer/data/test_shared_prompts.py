@@ -4,9 +4,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
-from tdpo import CausalLM, PreferenceCollator
 from tdpo.models.attention_masks import branch_mask
-from tdpo.models.probes import keeps_branches_apart
 
 from helpers.model_families import SMALL, make_model
 from helpers.trainer_cases import make_trainer
@@ -15,23 +13,6 @@ ROWS = [
     {"prompt_ids": [1, 2], "chosen_ids": [3, 9], "rejected_ids": [4, 5, 9]},
     {"prompt_ids": [], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
 ]
-
-
-def test_layouts():
-    plain = PreferenceCollator(0)(ROWS)
-    padded = PreferenceCollator(0, shared_prompts=True)(ROWS)
-    assert padded["input_ids"].tolist() == [[1, 2, 3, 9, 4, 5, 9], [7, 9, 8, 9, 0, 0, 0]]
-    assert padded["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 0, 1, 0, 0, 0]]
-    assert padded["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2], [4, 4, 5, 5, -1, -1, -1]]
-    assert padded["rows"].tolist() == [1, 2, 7, 1, 4, 5, 9]
-    packed = PreferenceCollator(0, padding_free=True, shared_prompts=True)(ROWS)
-    assert packed["input_ids"].tolist() == [[1, 2, 3, 9, 4, 5, 9, 7, 9, 8, 9]]
-    assert packed["segments"].tolist() == [[0, 0, 1, 1, 2, 2, 2, 4, 4, 5, 5]]
-    assert packed["rows"].tolist() == [1, 2, 7, 1, 4, 5, 9]
-    for batch in (padded, packed):
-        assert "attention_mask" not in batch
-        for name in ("targets", "cu_seqlens", "row_lengths", "num_tokens"):
-            assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(plain[name])), name
 
 
 def test_the_mask_of_branches():
@@ -111,30 +92,3 @@ def test_with_a_cache_and_with_adapters(options, tmp_path):
     assert results[0].chosen.kl.min() > 1e-4
     for mine, other in zip((*results[0].chosen, *results[0].rejected), (*results[1].chosen, *results[1].rejected)):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-
-
-def without_masks(model):
-    """A model that takes no notice of masks, and so mixes branches."""
-    backbone = model.model.forward
-    model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
-    return model
-
-
-@pytest.mark.parametrize("mixes", ["model", "ref_model"])
-def test_models_that_mix_branches_get_separate_sequences(mixes, tmp_path):
-    models = {"model": make_model("llama"), "ref_model": make_model("llama", 1)}
-    without_masks(models[mixes])
-    trainer = make_trainer(tmp_path, **models)
-    assert not trainer.data_collator.shared_prompts
-    with pytest.raises(ValueError, match=f"shared_prompts is 'always', but {mixes} mixes responses to one prompt"):
-        make_trainer(tmp_path, **models, shared_prompts="always")
-
-
-def test_what_takes_no_mask_is_not_tried():
-    model = make_model("llama")
-    assert keeps_branches_apart(CausalLM.of(model))
-    for attribute, value in {"_attn_implementation": "flash_attention_2", "layer_types": ["linear_attention"]}.items():
-        before = getattr(model.config, attribute, None)
-        setattr(model.config, attribute, value)
-        assert not keeps_branches_apart(CausalLM(model, None, 1.0, None))
-        setattr(model.config, attribute, before)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict
-from tdpo import PreferenceCollator, load_preferences, tokenize_preferences
+from tdpo import load_preferences, tokenize_preferences
 from tdpo.data.tokenize import padding_token
 from tokenizers.processors import TemplateProcessing
 
@@ -41,24 +41,6 @@ def test_tokenization(tokenizer):
     assert row["chosen_ids"] == [*tokenizer(" good fun")["input_ids"], tokenizer.eos_token_id]
     assert len(row["rejected_ids"]) == 9
     assert row["rejected_ids"][-1] == tokenizer.eos_token_id
-
-
-def test_collator_puts_chosen_first():
-    rows = [
-        {"prompt_ids": [1, 2], "chosen_ids": [3, 9], "rejected_ids": [4, 5, 9]},
-        {"prompt_ids": [], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
-    ]
-    batch = PreferenceCollator(pad_token_id=0)(rows)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 0], [7, 9, 0, 0, 0], [1, 2, 4, 5, 9], [8, 9, 0, 0, 0]]
-    assert batch["attention_mask"].sum(-1).tolist() == [4, 2, 5, 2]
-    assert batch["cu_seqlens"].tolist() == [0, 2, 3, 6, 7]
-    assert batch["rows"].tolist() == [1, 2, 5, 11, 12, 13, 15]
-    assert batch["targets"].tolist() == [3, 9, 9, 4, 5, 9, 9]
-    packed = PreferenceCollator(pad_token_id=0, padding_free=True)(rows)
-    assert packed["input_ids"].tolist() == [[1, 2, 3, 9, 7, 9, 1, 2, 4, 5, 9, 8, 9]]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 0, 1]]
-    assert packed["targets"].tolist() == batch["targets"].tolist()
-    assert packed["rows"].tolist() == [1, 2, 4, 7, 8, 9, 11]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Every objective that has a name, against float64 autograd of its formula on materialised logits."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from tdpo.loss.objectives import OBJECTIVES, ObjectiveOptions, weighted_sum
+from tdpo.loss.objectives import OBJECTIVES, ObjectiveOptions, objective_name, weighted_sum
 from torch.nn.functional import logsigmoid
 
 from helpers.distributed import run_on_ranks
@@ -114,12 +115,14 @@ def test_streamed(name):
     torch.testing.assert_close(tensors["weight"].grad, truth[1]["weight"])
 
 
-@pytest.mark.parametrize("empty", [0, 2, 5, 7])  # of the sequences, chosen ones first
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("short", [0, 2, 5, 7])  # of the sequences, chosen ones first
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_response_without_tokens(name, empty):
-    """Its sums are zero, and so are its means over tokens."""
+def test_a_response_of_no_or_one_token(name, short, left):
+    """Without tokens its sums are zero, and so are its means over tokens."""
     case, weight = make_weighted_case()
-    case.labels[empty] = -100
+    case.labels[short, left:] = -100
+    case.labels[short, :left] = 7
     found = fused(name, case, weight)
     truth = truth_of(name, case, weight)
     assert truth[0].isfinite()
@@ -181,6 +184,7 @@ def test_weighted_sums():
     same = weighted_sum([(0.5, dpo), (2.0, again)])
     assert isinstance(same, MarginLoss)
     torch.testing.assert_close(loss_of(same), 0.5 * loss_of(dpo) + 2.0 * loss_of(again))
+    torch.testing.assert_close(loss_of(weighted_sum([(2.0, dpo)])), 2.0 * loss_of(dpo))
     other = weighted_sum([(0.5, dpo), (2.0, ipo)])
     assert not isinstance(other, MarginLoss)
     torch.testing.assert_close(loss_of(other), 0.5 * loss_of(dpo) + 2.0 * loss_of(ipo))
@@ -193,3 +197,41 @@ def test_the_document_has_every_objective():
         assert f"`{objective.formula}`" in row
         assert objective.source in row
         assert all(f"`{option}`" in row for option in objective.options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tdpo2", {"beta": 0.0}, "beta is 0"),
+        ("tdpo2", {"alpha": -0.1}, "alpha is -0.1"),
+        ("dpo", {"label_smoothing": 0.5}, "label_smoothing is 0.5"),
+        ("simpo", {"simpo_gamma": -1.0}, "simpo_gamma is -1"),
+        ("tdpo1", {"alpha": 0.7}, "alpha is 0.7, but the loss tdpo1 does not use it: leave it unset"),
+        ("tdpo2", {"label_smoothing": 0.1}, "label_smoothing is 0.1, but the loss tdpo2 does not use it"),
+        ("dpo", {"simpo_gamma": 0.7}, "simpo_gamma is 0.7, but the loss dpo does not use it"),
+    ],
+)
+def test_options_out_of_range_or_without_a_use_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveOptions(**options).check(name)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_defaults_and_its_own_options_are_those_of_an_objective(name):
+    ObjectiveOptions().check(name)
+    ObjectiveOptions(**{option: getattr(OPTIONS, option) for option in OBJECTIVES[name].options}).check(name)
+
+
+class Scaled:
+    def __call__(self, chosen, rejected):
+        return chosen.logps
+
+
+def test_names_of_objectives():
+    """The same in every process: no addresses."""
+    here = __name__
+    assert objective_name(dpo) == f"{here}.dpo"
+    assert objective_name(Scaled()) == f"{here}.Scaled"
+    bound = functools.partial(dpo, 0.5, Scaled(), label="x", flag=None)
+    assert objective_name(bound) == f"{here}.dpo(0.5, Scaled, label='x', flag=None)"
+    assert objective_name(MarginLoss(dpo, torch.exp)) == f"MarginLoss({here}.dpo, {objective_name(torch.exp)})"

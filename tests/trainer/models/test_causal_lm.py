@@ -1,4 +1,4 @@
-"""What a model multiplies its logits by, wherever its configuration says it."""
+"""A model's head: what it multiplies its logits by, and why it can't be used."""
 
 import pytest
 from tdpo import CausalLM
@@ -35,3 +35,27 @@ def test_the_scale_of_logits_is_read_and_tried(name, value, scale, obeyed):
         assert causal_lm.logit_scale == scale
     else:
         assert "not a linear" in causal_lm.fallback_reason
+
+
+def test_scaled_logits_are_noticed():
+    model = make_model("llama")
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 1.5 * output.logits
+        return output
+
+    model.forward = scaled
+    assert "not a linear" in CausalLM.of(model).fallback_reason
+
+
+def test_why_a_model_cannot_be_tried_is_said():
+    model = make_model("llama")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("shape '[32, 0]' is invalid")
+
+    model.forward = broken
+    reason = CausalLM.of(model).fallback_reason
+    assert reason == "its backbone or its logits can't be tried on two tokens: shape '[32, 0]' is invalid"

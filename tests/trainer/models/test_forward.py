@@ -107,3 +107,16 @@ def test_copies_forward_through_themselves(tmp_path):
     assert torch.equal(model(input_ids=TOKENS).logits, 2 * before)
     trainer_of_the_copy = make_trainer(tmp_path, model=other, max_steps=1)
     trainer_of_the_copy.train()
+
+
+def test_a_copy_of_the_policy_stands_alone(tmp_path):
+    trainer = make_trainer(tmp_path, model=make_model("llama", 0), ref_model=make_model("llama", 1))
+    batch = next(iter(trainer.get_train_dataloader()))
+    other = copy.deepcopy(trainer.model)
+    before = trainer.model(preference=batch).loss
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    assert torch.equal(trainer.model(preference=batch).loss, before)
+    with pytest.raises(RuntimeError, match="no preference loss"):
+        other(preference=batch)
+    assert not torch.equal(other(input_ids=TOKENS).logits, trainer.model(input_ids=TOKENS).logits)

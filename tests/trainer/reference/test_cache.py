@@ -17,7 +17,6 @@ from tdpo import (
     cache_reference,
     tokenize_preferences,
 )
-from tdpo.files import allocate
 from tdpo.reference import cache as reference_cache
 from tdpo.reference.stored_states import STORED_STATES
 
@@ -286,21 +285,6 @@ def test_a_full_disk_is_a_clear_error_and_the_cache_resumes(tmp_path, tokens, mo
     expected = responses(cache_reference(tmp_path / "other", model, tokens, 0), tokens)
     cache_reference(tmp_path, model, tokens, 0)
     assert all(map(torch.equal, opened(tmp_path, model, tokens), expected))
-
-
-@pytest.mark.parametrize("way", ["posix_fallocate", "none", "not supported"])
-def test_space_is_reserved(way, tmp_path, monkeypatch):
-    if way == "none":
-        monkeypatch.delattr(os, "posix_fallocate")
-    if way == "not supported":
-
-        def unsupported(*arguments):
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-        monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    allocate(tmp_path / "file", 3_000_000)
-    assert (tmp_path / "file").stat().st_size == 3_000_000
-    assert (tmp_path / "file").stat().st_blocks * 512 >= 3_000_000  # a sparse file has none
 
 
 PEAK = """

@@ -1,4 +1,4 @@
-"""Training killed in the middle of a step or of a checkpoint, then resumed: the loss curve of an unbroken run."""
+"""Killed runs end like unbroken ones once they resume; finished runs stay as they are unless they go on."""
 
 import json
 import signal
@@ -7,7 +7,7 @@ import pytest
 from tdpo.runs.checkpoints import STAGING, last_checkpoint
 
 from helpers.model_families import make_model
-from helpers.trainer_cases import losses, make_trainer, run_python
+from helpers.trainer_cases import FOUR_STEPS, losses, make_trainer, run_python
 
 
 def make_saving_trainer(out):
@@ -85,3 +85,30 @@ def test_killed_and_resumed(when, killed, unbroken):
     state = json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["global_step"] == 8
     assert not (out / STAGING).exists()
+
+
+def test_a_finished_run_is_loaded_and_left_as_it_is(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    trainer = make_trainer(finished, **FOUR_STEPS)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.was_finished
+    assert trainer.state.global_step == 4
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    other = make_trainer(finished, **FOUR_STEPS)
+    other.train(resume_from_checkpoint=str(finished / "checkpoint-2"))
+    assert not other.was_finished
+    assert f"Resuming from {finished / 'checkpoint-2'}, at step 2 of 4." in capsys.readouterr().err
+    for name, value in other.model.state_dict().items():  # what was loaded is what was trained
+        assert value.equal(trainer.model.state_dict()[name]), name
+
+
+def test_a_run_that_goes_on_is_no_longer_finished(tmp_path):
+    trainer = make_trainer(tmp_path, **{**FOUR_STEPS, "max_steps": 2})
+    trainer.train()
+    assert not trainer.was_finished
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.was_finished
+    trainer.args.max_steps = 4
+    trainer.train(resume_from_checkpoint=True)
+    assert not trainer.was_finished
+    assert trainer.state.global_step == 4

@@ -1,9 +1,12 @@
 """Samples of evaluation prompts: how many, from which models, and where they are written."""
 
+import contextlib
 import json
 
 import pytest
+import torch
 from peft import LoraConfig
+from tdpo.runs.samples import continuations
 
 from helpers.model_families import make_model
 from helpers.trainer_cases import make_preferences, make_trainer
@@ -44,3 +47,20 @@ def test_a_reference_of_which_only_the_head_is_left_is_not_sampled(adapters, tmp
     trainer = make_trainer(tmp_path, **options, **SAMPLES)
     trainer.evaluate()
     assert [set(sample) for sample in samples_of(tmp_path)["eval-step-0.json"]] == 2 * [{"prompt", "policy"}]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_models_are_sampled_in_evaluation_mode_and_left_in_their_own(training, tokenizer):
+    model, seen, end = make_model("gpt2").train(training), [], tokenizer.eos_token_id
+
+    def generate(*, input_ids, do_sample, max_new_tokens, **options):
+        seen.append((model.training, input_ids.tolist(), do_sample, max_new_tokens))
+        return torch.cat([input_ids, torch.tensor([[5, end]])], dim=1)
+
+    model.generate = generate
+    rows = [{"prompt_ids": []}, {"prompt_ids": [7, 8]}]
+    samples = continuations({"policy": (model, contextlib.nullcontext)}, tokenizer, rows, 3)
+    # An empty prompt begins behind the end of another text.
+    assert seen == [(False, [[end]], False, 3), (False, [[7, 8]], False, 3)]
+    assert model.training == training
+    assert samples == [{"prompt": prompt, "policy": tokenizer.decode([5])} for prompt in ("", tokenizer.decode([7, 8]))]

@@ -1,0 +1,22 @@
+"""Files: their space, digests and manifests."""
+
+import errno
+import os
+
+import pytest
+from tdpo.files import allocate
+
+
+@pytest.mark.parametrize("way", ["posix_fallocate", "none", "not supported"])
+def test_space_is_reserved(way, tmp_path, monkeypatch):
+    if way == "none":
+        monkeypatch.delattr(os, "posix_fallocate")
+    if way == "not supported":
+
+        def unsupported(*arguments):
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    allocate(tmp_path / "file", 3_000_000)
+    assert (tmp_path / "file").stat().st_size == 3_000_000
+    assert (tmp_path / "file").stat().st_blocks * 512 >= 3_000_000  # a sparse file has none
