@@ -116,8 +116,8 @@ class TDPOTrainer(Trainer):
             padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
         )
         # Before adapters are added, some of which start from a decomposition that is not the same on every machine.
-        models = {"model": model, "ref_model": ref_model}
-        self._weights = {name: reference_digest(given) for name, given in models.items() if given is not None}
+        self._weights = {"model": reference_digest(model)}
+        self._weights["ref_model"] = self._weights["model"] if ref_model is None else reference_digest(ref_model)
         policy = prepare_policy(model, ref_model, args, tokenizer, peft_config)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(policy)

@@ -47,7 +47,7 @@ class RunRecord(NamedTuple):
         Args:
             model, ref_model: unwrapped; the reference only where it is a second model.
             dataset: the tokenized training data.
-            weights: digests of the policy's weights as it starts ("model"), and of a reference's that was given.
+            weights: digests of the policy's weights as it starts ("model") and of the reference's ("ref_model").
             dtypes: of the weights that train.
             processes: how many.
             objective: the name of a loss of the user's own, or None.

@@ -11,8 +11,8 @@ Every option of DPOConfig does what TRL says, or is refused by name (`REFUSED`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,8 @@ class TDPOTrainer(DPOTrainer):
         if loaded and args is not None and tokenizer is not None:  # otherwise TRL makes them
             with autocast(args):
                 check_models(model, ref_model, args, tokenizer, others.get("peft_config"))
-        super().__init__(model, ref_model, args, *positional, **others)
+        with _plainly_initialised(model):
+            super().__init__(model, ref_model, args, *positional, **others)
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
         keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
@@ -215,6 +216,25 @@ def _load_reference(name: str, policy: Any, args: DPOConfig | None) -> nn.Module
         options.setdefault("dtype", policy.dtype)
         options.setdefault("attn_implementation", policy.config._attn_implementation)
     return create_model_from_path(name, **options)
+
+
+@contextmanager
+def _plainly_initialised(model: Any) -> Iterator[None]:
+    """A context for TRL's copy of trained adapters, which it makes by their configuration and then fills.
+
+    Made by an initialisation such as PiSSA, the copy would move a part of the model's weights into itself.
+    """
+    configs = list(getattr(model, "peft_config", {}).values())
+    initialisations = [getattr(config, "init_lora_weights", None) for config in configs]
+    for config in configs:
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        for config, initialisation in zip(configs, initialisations):
+            if hasattr(config, "init_lora_weights"):
+                config.init_lora_weights = initialisation
 
 
 @dataclass(frozen=True)

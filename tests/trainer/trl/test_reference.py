@@ -1,10 +1,10 @@
-"""The reference of TRL's trainer with our loss is the policy as it starts, and an audit says so before the first step."""
+"""In TRL's trainer too, the reference is the policy as it starts, and an audit says so before the first step."""
 
 import copy
 import math
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from tdpo.audit import AuditError
 from tdpo.reference import choose
 
@@ -19,8 +19,8 @@ from tdpo.trl.trainer import RefAdapter
 
 
 def biased():
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, bias="all", fan_in_fan_out=True, init_lora_weights=False)
-    return get_peft_model(make_model("gpt2"), config)
+    """A Phi, which has biases."""
+    return with_trained_adapters(make_model("phi"), bias="all")
 
 
 POLICIES = {
