@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,7 +47,7 @@ def choose_layout(
     shared_prompts: str,
     padding_free: bool,
     routed: bool,
-    max_length: int,
+    max_length: int | None,
 ) -> Any:
     """The collator, told to share prompts where the models allow it and `shared_prompts` asks for it.
 
@@ -71,9 +72,7 @@ def choose_layout(
         """The first model that is not shown to have in this layout the states of each sequence alone."""
         for name, model in models.items():
             if layout not in shown[name].layouts or not agrees_with_padding(model, layout):
-                return (
-                    f"{name} ({type(model.model).__name__} with attention {model.model.config._attn_implementation!r})"
-                )
+                return name
         return None
 
     for name, model in models.items():
@@ -82,8 +81,8 @@ def choose_layout(
             raise ValueError(f"{name}: {problem}")
     if padding_free and (mixing := refusing("packed")):
         raise ValueError(
-            f"padding_free is True, but {mixing} is not shown to keep packed sequences apart; choose another "
-            "attn_implementation, or padding"
+            f"padding_free is True, but {mixing} mixes packed sequences, or is not shown to keep them apart "
+            f"({_kind(models[mixing])}); choose another attn_implementation, or padding"
         )
     if not isinstance(collator, PreferenceCollator):
         return collator
@@ -93,17 +92,22 @@ def choose_layout(
             return replace(collator, shared_prompts=True)
         if shared_prompts == "always":
             raise ValueError(
-                f"shared_prompts is 'always', but {mixing} is not shown to keep responses to one prompt apart"
+                f"shared_prompts is 'always', but {mixing} mixes responses to one prompt, or is not shown to keep them "
+                f"apart ({_kind(models[mixing])})"
             )
     return collator if padding_free else replace(collator, row_by_row=refusing("padded") is not None)
 
 
-def depends_on_the_batch(model: CausalLM, max_length: int) -> str | None:
+def _kind(model: CausalLM) -> str:
+    return f"{type(model.model).__name__} with attention {model.model.config._attn_implementation!r}"
+
+
+def depends_on_the_batch(model: CausalLM, max_length: int | None) -> str | None:
     """Why a sequence's states are not its own in a padded batch, such as by rope that scales with the longest row.
 
     Args:
         model: any.
-        max_length: tokens of the longest sequence.
+        max_length: tokens of the longest sequence; None has no limit.
 
     Returns:
         The reason; None if they are its own.
@@ -118,21 +122,31 @@ def depends_on_the_batch(model: CausalLM, max_length: int) -> str | None:
     return None if "padded" in shown.layouts else "its hidden states depend on the other rows of a batch"
 
 
-def _unfit(model: CausalLM, shown: Shown, max_length: int) -> str | None:
+def _unfit(model: CausalLM, shown: Shown, max_length: int | None) -> str | None:
     """Why no layout gives the states of each sequence alone."""
     if not shown.repeats:
         return (
-            f"what {type(model.model).__name__} computes depends on the sequences that it has read before, as rope does "
+            f"what {type(model.model).__name__} computes depends on the sequences that it has read before, as by rope "
             f"that grows with the longest one: set max_length, {max_length}, to what it was trained for"
         )
     return None
 
 
-def shown_of(model: CausalLM, max_length: int) -> Shown:
+def shown_of(model: CausalLM, max_length: int | None) -> Shown:
     """What a stand-in shows, whose sequences reach beyond all windows; without one, the model on a few tokens."""
+
+    def of_stand_in(*, all_windows: bool) -> Shown:
+        longest = sys.maxsize if max_length is None else max_length
+        small = scaled_down(model.probe.model, longest=longest, all_windows=all_windows)
+        return _try(replace(model.probe, model=small), 3 * TOKENS)
+
     try:
-        small = replace(model.probe, model=scaled_down(model.probe.model, longest=max_length))
-        return _try(small, 3 * TOKENS)
+        shown = of_stand_in(all_windows=True)
+        if "padded" in shown.layouts and shown.repeats:
+            return shown
+        # In rows of one sequence, nothing that is longer than the longest of them matters.
+        near = of_stand_in(all_windows=False)
+        return Shown(shown.layouts - {"padded"} | near.layouts & {"padded"}, near.repeats)
     except _CANT:
         shown = _try(model.probe, 3)
         return replace(shown, layouts=shown.layouts & {"padded"})
@@ -158,10 +172,15 @@ def _try(model: CausalLM, reach: int) -> Shown:
     pairs = _pairs(model, reach)
     sequences = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for side in RESPONSES for row in pairs]
     prompts = [len(row["prompt_ids"]) for _ in RESPONSES for row in pairs]
+
+    def states_of(ids: Tensor) -> Tensor:
+        return _read(model, {"input_ids": ids[None].to(model.weight.device)})[0]
+
     with evaluating(model.model), torch.autocast(model.weight.device.type, enabled=False):
-        alone = [_read(model, {"input_ids": ids[None].to(model.weight.device)})[0] for ids in sequences]
-        again = [_read(model, {"input_ids": ids[None].to(model.weight.device)})[0] for ids in reversed(sequences)]
-        repeats = all(map(_equal_to_rounding, again, reversed(alone)))
+        alone = [states_of(ids) for ids in sequences]
+        # Once more, the longest first: what grows with the longest sequence so far is not what it was.
+        order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number]))
+        repeats = all(_equal_to_rounding(states_of(sequences[number]), alone[number]) for number in order)
         predicting = torch.cat([states[max(prompt, 1) - 1 : -1] for states, prompt in zip(alone, prompts)])
         layouts = set()
         for layout in LAYOUTS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ _LAYERS = (
     "num_blocks",
 )
 
-# What the integers of a configuration count, by their names, and the most of it in a stand-in; the first match holds, and
-# None keeps a number. Whatever matches nothing may be a window under a name of its own, and is counted in tokens.
+# What the integers of a configuration count, by their names, and the most of it in a stand-in; the first match holds,
+# and None keeps a number. Whatever matches nothing may be a window under a name of its own, and is counted in tokens.
 _COUNTS: list[tuple[str, int | None]] = [
     (r"_ids?$|_id_|index$|_idx$|seed|chunk_size_(feed|lm)|pretraining_tp|type_vocab|axial|patch|image|temporal", None),
     (r"vocab", 64),
@@ -47,16 +48,17 @@ _COUNTS: list[tuple[str, int | None]] = [
 ]
 
 
-def small_config(config: Any, *, longest: int = 0) -> Any:
+def small_config(config: Any, *, longest: int = 0, all_windows: bool = True) -> Any:
     """A configuration of few layers, small widths and short windows, otherwise as `config`.
 
     Args:
         config: of any model.
-        longest: tokens of the longest sequence that matters. Where it is beyond the positions at which rope changes, these
-            are few.
+        longest: tokens of the longest sequence that matters. Where rope changes before, it changes early.
+        all_windows: shorten windows of `longest` tokens or more too: rows of several sequences reach beyond them.
     """
     full = config.to_dict()
-    small = _shrunk(full, _covering(config.get_text_config().to_dict()))
+    windows = sys.maxsize if all_windows else longest
+    small = _shrunk(full, _covering(config.get_text_config().to_dict()), windows)
     for part, whole in ((small, full), (small.get("text_config"), full.get("text_config"))):
         if isinstance(part, dict) and isinstance(part.get("rope_parameters"), dict):
             _shrink_rope(part, whole, longest)
@@ -78,7 +80,7 @@ def _covering(text: dict[str, Any]) -> tuple[int, int]:
     return layers, min(layers, max(fewest, 2), _MOST_LAYERS)
 
 
-def _shrunk(values: dict[str, Any], kept: tuple[int, int]) -> dict[str, Any]:
+def _shrunk(values: dict[str, Any], kept: tuple[int, int], windows: int) -> dict[str, Any]:
     layers, fewer = kept
     heads = next((values[name] for name in ("num_attention_heads", "n_head") if isinstance(values.get(name), int)), 0)
     small: dict[str, Any] = {}
@@ -86,27 +88,29 @@ def _shrunk(values: dict[str, Any], kept: tuple[int, int]) -> dict[str, Any]:
         if name in ("id2label", "label2id", "rope_parameters"):
             small[name] = value
         elif name == "per_layer_config" and isinstance(value, dict):
-            small[name] = {layer: _shrunk(own, kept) for layer, own in value.items() if int(layer) < fewer}
+            small[name] = {layer: _shrunk(own, kept, windows) for layer, own in value.items() if int(layer) < fewer}
         elif isinstance(value, dict):
-            small[name] = _shrunk(value, kept)
+            small[name] = _shrunk(value, kept, windows)
         elif isinstance(value, list) and len(value) == layers and layers > 0:
-            small[name] = [_fewer(name, item) for item in value[:fewer]]
+            small[name] = [_fewer(name, item, windows) for item in value[:fewer]]
         elif name in _LAYERS:
             small[name] = min(value, fewer) if isinstance(value, int) else value
         elif re.search(r"key_value_heads|kv_heads", name) and isinstance(value, int) and 1 < value < heads:
             small[name] = 2
         else:
-            small[name] = _fewer(name, value)
+            small[name] = _fewer(name, value, windows)
     return small
 
 
-def _fewer(name: str, value: Any) -> Any:
+def _fewer(name: str, value: Any, windows: int) -> Any:
     if not isinstance(value, int) or isinstance(value, bool):
         return value
-    most = next((most for pattern, most in _COUNTS if re.search(pattern, name)), TOKENS)
     if re.search(r"(pad|bos|eos)_token_id", name):
         return value % 3
-    return value if most is None else min(value, most)
+    for pattern, most in _COUNTS:
+        if re.search(pattern, name):
+            return value if most is None else min(value, most)
+    return min(value, TOKENS) if value < windows else value
 
 
 def _shrink_rope(config: dict[str, Any], full: dict[str, Any], longest: int) -> None:
@@ -125,15 +129,16 @@ def _shrink_rope(config: dict[str, Any], full: dict[str, Any], longest: int) -> 
         limit = "max_position_embeddings" if "dynamic" in kind else limits.get(kind, "")
         for place, whole in ((rope, rope), (config, full)):
             if limit in whole:
-                place[limit] = 2 * TOKENS if whole[limit] < longest else whole[limit]
+                place[limit] = 2 * TOKENS if whole[limit] < longest else POSITIONS
 
 
-def scaled_down(model: Any, *, longest: int = 0) -> nn.Module:
-    """A small model of the same class and options with random weights, in float32."""
+def scaled_down(model: Any, *, longest: int, all_windows: bool) -> nn.Module:
+    """A model with the `small_config` of another, of its class, with random weights in float32."""
     weight = next(iter(model.parameters()))
+    config = small_config(model.config, longest=longest, all_windows=all_windows)
     with torch.random.fork_rng([] if weight.device.type == "cpu" else [weight.device], device_type=weight.device.type):
         torch.manual_seed(0)
-        small = type(model)(small_config(model.config, longest=longest)).to(weight.device, torch.float32).eval()
+        small = type(model)(config).to(weight.device, torch.float32).eval()
         enliven(small)
     return small
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
-from tdpo import CausalLM, PreferenceCollator
+from tdpo import PreferenceCollator
 from tdpo.models.attention_masks import branch_mask
-from tdpo.models.probes import keeps_branches_apart
 
 from helpers.model_families import SMALL, make_model
 from helpers.trainer_cases import make_trainer
@@ -111,30 +110,3 @@ def test_with_a_cache_and_with_adapters(options, tmp_path):
     assert results[0].chosen.kl.min() > 1e-4
     for mine, other in zip((*results[0].chosen, *results[0].rejected), (*results[1].chosen, *results[1].rejected)):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-
-
-def without_masks(model):
-    """A model that takes no notice of masks, and so mixes branches."""
-    backbone = model.model.forward
-    model.model.forward = lambda *args, attention_mask=None, **kwargs: backbone(*args, **kwargs)
-    return model
-
-
-@pytest.mark.parametrize("mixes", ["model", "ref_model"])
-def test_models_that_mix_branches_get_separate_sequences(mixes, tmp_path):
-    models = {"model": make_model("llama"), "ref_model": make_model("llama", 1)}
-    without_masks(models[mixes])
-    trainer = make_trainer(tmp_path, **models)
-    assert not trainer.data_collator.shared_prompts
-    with pytest.raises(ValueError, match=f"shared_prompts is 'always', but {mixes} mixes responses to one prompt"):
-        make_trainer(tmp_path, **models, shared_prompts="always")
-
-
-def test_what_takes_no_mask_is_not_tried():
-    model = make_model("llama")
-    assert keeps_branches_apart(CausalLM.of(model))
-    for attribute, value in {"_attn_implementation": "flash_attention_2", "layer_types": ["linear_attention"]}.items():
-        before = getattr(model.config, attribute, None)
-        setattr(model.config, attribute, value)
-        assert not keeps_branches_apart(CausalLM(model, None, 1.0, None))
-        setattr(model.config, attribute, before)
