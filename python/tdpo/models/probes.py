@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -135,10 +137,42 @@ def _unfit(model: CausalLM, shown: Shown, max_length: int | None) -> str | None:
 def shown_of(model: CausalLM, max_length: int | None) -> Shown:
     """What a stand-in shows, whose sequences reach beyond all windows; without one, the model on a few tokens."""
 
+    probe = model.probe
+    subject = _Subject(
+        type(probe.model),
+        repr(probe.model.config.to_dict()) + probe.model.config._attn_implementation,
+        probe.weight.device,
+        sys.maxsize if max_length is None else max_length,
+        probe.fallback_reason,
+        copy.deepcopy(probe.model.config),
+    )
+    shown = _shown_by_stand_in(subject)
+    if shown is None:
+        shown = _try(probe, 3)
+        return replace(shown, layouts=shown.layouts & {"padded"})
+    return shown
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What a stand-in stands for: all that has an influence on what it shows."""
+
+    kind: type
+    options: str
+    device: torch.device
+    longest: int
+    fallback_reason: str | None
+    config: Any = field(compare=False)
+
+
+@functools.lru_cache(maxsize=32)
+def _shown_by_stand_in(subject: _Subject) -> Shown | None:
+    """What stand-ins show; None where there is none."""
+
     def of_stand_in(*, all_windows: bool) -> Shown:
-        longest = sys.maxsize if max_length is None else max_length
-        small = scaled_down(model.probe.model, longest=longest, all_windows=all_windows)
-        return _try(replace(model.probe, model=small), 3 * TOKENS)
+        lengths = {"longest": subject.longest, "all_windows": all_windows}
+        small = scaled_down(subject.kind, subject.config, subject.device, **lengths)
+        return _try(CausalLM(small, None, 1.0, subject.fallback_reason), 3 * TOKENS)
 
     try:
         shown = of_stand_in(all_windows=True)
@@ -148,8 +182,7 @@ def shown_of(model: CausalLM, max_length: int | None) -> Shown:
         near = of_stand_in(all_windows=False)
         return Shown(shown.layouts - {"padded"} | near.layouts & {"padded"}, near.repeats)
     except _CANT:
-        shown = _try(model.probe, 3)
-        return replace(shown, layouts=shown.layouts & {"padded"})
+        return None
 
 
 @torch.no_grad()

@@ -74,6 +74,8 @@ def _covering(text: dict[str, Any]) -> tuple[int, int]:
     for name, value in text.items():
         if isinstance(value, list) and len(value) == layers:
             kinds = [repr(item) for item in value]
+            if len(set(kinds)) == len(kinds):  # the layers' own numbers
+                continue
             fewest = max(fewest, *(kinds.index(kind) + 1 for kind in set(kinds)))
         elif isinstance(value, int) and re.search(r"pattern|interval|period|every", name):
             fewest = max(fewest, value)
@@ -132,15 +134,21 @@ def _shrink_rope(config: dict[str, Any], full: dict[str, Any], longest: int) -> 
                 place[limit] = 2 * TOKENS if whole[limit] < longest else POSITIONS
 
 
-def scaled_down(model: Any, *, longest: int, all_windows: bool) -> nn.Module:
-    """A model with the `small_config` of another, of its class, with random weights in float32."""
-    weight = next(iter(model.parameters()))
-    config = small_config(model.config, longest=longest, all_windows=all_windows)
-    with torch.random.fork_rng([] if weight.device.type == "cpu" else [weight.device], device_type=weight.device.type):
+def scaled_down(kind: Any, config: Any, device: torch.device, *, longest: int, all_windows: bool) -> nn.Module:
+    """A model of a class with the `small_config` of a configuration, with random weights in float32.
+
+    Args:
+        kind: the class.
+        config: the configuration of a model of this class.
+        device: where it is made.
+        longest, all_windows: as in `small_config`.
+    """
+    small = small_config(config, longest=longest, all_windows=all_windows)
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(0)
-        small = type(model)(config).to(weight.device, torch.float32).eval()
-        enliven(small)
-    return small
+        model = kind(small).to(device, torch.float32).eval()
+        enliven(model)
+    return model
 
 
 @torch.no_grad()
