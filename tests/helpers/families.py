@@ -121,7 +121,7 @@ def make_tokenizer():
     )
 
 
-def make_rows(reach: int = 3 * TOKENS, seed: int = 7) -> list[dict[str, list[int]]]:
+def make_rows(reach: int = 6 * TOKENS, seed: int = 7) -> list[dict[str, list[int]]]:
     """Pairs that reach beyond the windows of the models: a long prompt, short ones before a long response, none."""
     draw = torch.Generator().manual_seed(seed)
     lengths = [(3, 4, 2), (2 * reach, 5, 9), (1, 2 * reach + 3, 4), (5, 2, reach), (0, 3, 6)]

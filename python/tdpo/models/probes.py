@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,8 @@ from .stand_ins import TOKENS, scaled_down
 
 # What the code of a model raises that can't be built or run in a way.
 _CANT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+
+_REACH = 6 * TOKENS  # the longest sequences of a probe have more than twice as many tokens
 
 # The options of PreferenceCollator for each layout.
 LAYOUTS = {
@@ -172,10 +175,13 @@ def _shown_by_stand_in(subject: _Subject) -> Shown | None:
     def of_stand_in(*, all_windows: bool) -> Shown:
         lengths = {"longest": subject.longest, "all_windows": all_windows}
         small = scaled_down(subject.kind, subject.config, subject.device, **lengths)
-        return _try(CausalLM(small, None, 1.0, subject.fallback_reason), 3 * TOKENS)
+        return _try(CausalLM(small, None, 1.0, subject.fallback_reason), _REACH)
 
     try:
         shown = of_stand_in(all_windows=True)
+        selected = _selected_keys(subject.config.get_text_config())
+        if selected is not None:  # among near-equal keys by rounding, which any layout changes: no probe can tell
+            return Shown(frozenset({"padded"} if selected >= subject.longest else ()), shown.repeats)
         if "padded" in shown.layouts and shown.repeats:
             return shown
         # In rows of one sequence, nothing that is longer than the longest of them matters.
@@ -183,6 +189,17 @@ def _shown_by_stand_in(subject: _Subject) -> Shown | None:
         return Shown(shown.layouts - {"padded"} | near.layouts & {"padded"}, near.repeats)
     except _CANT:
         return None
+
+
+def _selected_keys(config: Any) -> int | None:
+    """How many keys sparse attention selects for a query; None where it attends to all."""
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int)}
+    counts = [
+        value * (numbers.get("index_block_size", 1) if "block" in name else 1)
+        for name, value in numbers.items()
+        if re.search(r"index.*(top_?k|budget)|keep_window", name)
+    ]
+    return min(counts, default=None)
 
 
 @torch.no_grad()

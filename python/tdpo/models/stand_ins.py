@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-TOKENS = 8  # the most of anything that is counted in tokens
+TOKENS = 4  # the most of anything that is counted in tokens
 POSITIONS = 512
 _HEADS, _HEAD_DIM = 4, 16
 _MOST_LAYERS = 12
@@ -35,8 +35,11 @@ _COUNTS: list[tuple[str, int | None]] = [
     (r"vocab", 64),
     (r"position|n_ctx|seq_len|context_length|max_length", POSITIONS),
     (r"first_k|num_dense|num_kv_shared|group", 1),
-    (r"layer|pattern|interval|period|offset|(^|_)step|cycle|loop|pass|multiple|divisib|factor|num_blocks|hash", None),
-    (r"per_tok|moe_.*topk|moe_k$", 2),
+    (
+        r"layer|pattern|interval|period|offset|(^|_)step|cycle|loop|pass|multiple|divisib|factor|(^|_)num_blocks|hash",
+        None,
+    ),
+    (r"per_tok|moe_.*topk|moe_k$|blocks$", 2),
     (r"expert", 4),
     (r"intermediate|ffn|dff|dim_ff|feed_forward|d_inner", 48),
     (r"mamba.*heads", 2 * _HEADS),
@@ -131,7 +134,7 @@ def _shrink_rope(config: dict[str, Any], full: dict[str, Any], longest: int) -> 
         limit = "max_position_embeddings" if "dynamic" in kind else limits.get(kind, "")
         for place, whole in ((rope, rope), (config, full)):
             if limit in whole:
-                place[limit] = 2 * TOKENS if whole[limit] < longest else POSITIONS
+                place[limit] = 4 * TOKENS if whole[limit] < longest else POSITIONS
 
 
 def scaled_down(kind: Any, config: Any, device: torch.device, *, longest: int, all_windows: bool) -> nn.Module:
