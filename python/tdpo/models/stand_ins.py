@@ -17,6 +17,7 @@ from torch import nn
 TOKENS = 4  # the most of anything that is counted in tokens
 POSITIONS = 512
 _HEADS, _HEAD_DIM = 4, 16
+_ON_CPUS = ("sdpa", "eager")  # implementations of attention; others are replaced by what the class has of these
 _MOST_LAYERS = 12
 _LAYERS = (
     "num_hidden_layers",
@@ -66,7 +67,8 @@ def small_config(config: Any, *, longest: int = 0, all_windows: bool = True) -> 
         if isinstance(part, dict) and isinstance(part.get("rope_parameters"), dict):
             _shrink_rope(part, whole, longest)
     result = type(config).from_dict(small)
-    result._attn_implementation = config._attn_implementation
+    if config._attn_implementation in _ON_CPUS:
+        result._attn_implementation = config._attn_implementation
     return result
 
 
@@ -137,19 +139,18 @@ def _shrink_rope(config: dict[str, Any], full: dict[str, Any], longest: int) -> 
                 place[limit] = 4 * TOKENS if whole[limit] < longest else POSITIONS
 
 
-def scaled_down(kind: Any, config: Any, device: torch.device, *, longest: int, all_windows: bool) -> nn.Module:
-    """A model of a class with the `small_config` of a configuration, with random weights in float32.
+def scaled_down(kind: Any, config: Any, *, longest: int, all_windows: bool) -> nn.Module:
+    """A model of a class with the `small_config` of a configuration, with random weights in float32, on the CPU.
 
     Args:
         kind: the class.
         config: the configuration of a model of this class.
-        device: where it is made.
         longest, all_windows: as in `small_config`.
     """
     small = small_config(config, longest=longest, all_windows=all_windows)
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(0)
-        model = kind(small).to(device, torch.float32).eval()
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)  # and not those of other devices, which are not restored
+        model = kind(small).float().eval()
         enliven(model)
     return model
 
