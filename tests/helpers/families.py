@@ -37,6 +37,7 @@ _OPTIONS: dict[str, dict] = {
     "mistral": {"sliding_window": 4096},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 8},
     "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 4},
+    "rwkv": {"rescale_every": 0},  # otherwise evaluation changes the weights, and a copy of them is another model
     "xmod": {"default_language": "en_XX"},
 }
 

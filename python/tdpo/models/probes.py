@@ -16,11 +16,12 @@ from ..data.collator import PreferenceCollator
 from ..data.rows import RESPONSES
 from .attention_masks import takes_any_mask
 from .causal_lm import CausalLM, evaluating
-from .stand_ins import TOKENS, scaled_down
+from .stand_ins import TOKENS, scaled_down, shaken
 
 # What the code of a model raises that can't be built or run in a way.
 _CANT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
+_MOST_TOLERANCE = 1e-2  # of what rounding is allowed to change in a stand-in, by the spread of its states
 _REACH = 6 * TOKENS  # the longest sequences of a probe have more than twice as many tokens
 
 # The options of PreferenceCollator for each layout.
@@ -175,8 +176,9 @@ def _shown_by_stand_in(subject: _Subject) -> Shown | None:
 
     def of_stand_in(*, all_windows: bool) -> Shown:
         lengths = {"longest": subject.longest, "all_windows": all_windows}
-        small = scaled_down(subject.kind, subject.config, **lengths)
-        return _try(CausalLM(small, None, 1.0, subject.fallback_reason), _REACH)
+        small, other = (scaled_down(subject.kind, subject.config, **lengths) for _ in range(2))
+        model = CausalLM(small, None, 1.0, subject.fallback_reason)
+        return _try(model, _REACH, replace(model, model=shaken(other)))
 
     try:
         shown = of_stand_in(all_windows=True)
@@ -212,31 +214,43 @@ def agrees_with_padding(model: CausalLM, layout: str) -> bool:
     with evaluating(probe.model):
         try:
             pairs = _pairs(probe, 2)[:2]
-            return _equal_to_rounding(_states(probe, pairs, layout), _states(probe, pairs, "padded"), 1e-3)
+            difference = _difference(_states(probe, pairs, layout), padded := _states(probe, pairs, "padded"))
+            low = torch.is_autocast_enabled(padded.device.type) or padded.dtype not in (torch.float32, torch.float64)
+            return difference <= (0.02 if low else 1e-3)
         except _CANT:
             return False
 
 
 @torch.no_grad()
-def _try(model: CausalLM, reach: int) -> Shown:
-    """What sequences of up to thrice `reach` tokens show. Raises what the model does where it can't run them alone."""
+def _try(model: CausalLM, reach: int, rounded: CausalLM | None = None) -> Shown:
+    """What sequences of up to thrice `reach` tokens show. Raises what the model does where it can't run them alone.
+
+    Args:
+        model: is run.
+        reach: tokens of the longest response.
+        rounded: the model with other rounding, by which differences are judged.
+    """
     pairs = _pairs(model, reach)
     sequences = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for side in RESPONSES for row in pairs]
     prompts = [len(row["prompt_ids"]) for _ in RESPONSES for row in pairs]
 
-    def states_of(ids: Tensor) -> Tensor:
+    def alone(model: CausalLM, ids: Tensor) -> Tensor:
         return _read(model, {"input_ids": ids[None].to(model.weight.device)})[0]
 
     with evaluating(model.model), torch.autocast(model.weight.device.type, enabled=False):
-        alone = [states_of(ids) for ids in sequences]
+        states = [alone(model, ids) for ids in sequences]
+        tolerance = 1e-4
+        if rounded is not None:
+            changes = [_difference(alone(rounded, ids), states[number]) for number, ids in enumerate(sequences)]
+            tolerance = min(max(10 * max(changes), tolerance), _MOST_TOLERANCE)
         # Once more, the longest first: what grows with the longest sequence so far is not what it was.
         order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number]))
-        repeats = all(_equal_to_rounding(states_of(sequences[number]), alone[number]) for number in order)
-        predicting = torch.cat([states[max(prompt, 1) - 1 : -1] for states, prompt in zip(alone, prompts)])
+        repeats = all(_difference(alone(model, sequences[number]), states[number]) <= tolerance for number in order)
+        predicting = torch.cat([some[max(prompt, 1) - 1 : -1] for some, prompt in zip(states, prompts)])
         layouts = set()
         for layout in LAYOUTS:
             try:
-                if _equal_to_rounding(_states(model, pairs, layout), predicting):
+                if _difference(_states(model, pairs, layout), predicting) <= tolerance:
                     layouts.add(layout)
             except _CANT:
                 continue
@@ -269,9 +283,7 @@ def _pairs(model: CausalLM, reach: int) -> list[dict[str, Any]]:
     return [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), of_pair)) for of_pair in tokens]
 
 
-def _equal_to_rounding(some: Tensor, others: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether states differ by no more than the order of summation explains; `tolerance` is that of float32."""
-    rounded = torch.is_autocast_enabled(others.device.type) or others.dtype not in (torch.float32, torch.float64)
-    tolerance = 0.02 if rounded else tolerance
-    spread = others.std().item() if others.numel() > 1 else 0.0
-    return torch.allclose(some, others, rtol=tolerance, atol=tolerance * spread)
+def _difference(some: Tensor, others: Tensor) -> float:
+    """The largest difference of states, by their spread; infinite where one is not finite."""
+    largest = ((some.float() - others.float()).abs() / (others.float().std() + others.float().abs())).max()
+    return float("inf") if largest.isnan() else largest.item()

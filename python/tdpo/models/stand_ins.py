@@ -161,3 +161,12 @@ def enliven(model: nn.Module) -> None:
     for parameter in model.parameters():
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
         parameter.add_(torch.randn_like(parameter) / fan_in**0.5)
+
+
+@torch.no_grad()
+def shaken(model: nn.Module) -> nn.Module:
+    """The model, its weights changed by about as much as rounding changes what is computed with them."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
+    return model
