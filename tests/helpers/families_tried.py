@@ -5,14 +5,17 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
 from tdpo import TDPOConfig, TDPOTrainer
+from tdpo.models.stand_ins import shaken
 
 from helpers import families
 
-TOLERANCE = 2e-3  # relative, in float32; the errors that layouts have made were 1e-2 and more
+TOLERANCE = 2e-3  # relative, in float32, or five times what rounding changes, but no more than MOST
+MOST = 2e-2
 LAYOUTS = {
     "padded": {"shared_prompts": "never"},
     "packed": {"shared_prompts": "never", "padding_free": True},
@@ -36,7 +39,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def one_line(error: BaseException, most: int = 160) -> str:
+def one_line(error: BaseException, most: int = 260) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= most else text[: most - 3] + "..."
 
@@ -51,34 +54,47 @@ def make_trainer(policy, reference, folder: str, **options) -> TDPOTrainer:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """Those of all weights, which are left without."""
+    found = {f"d {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
 
 
-def differences(trainer: TDPOTrainer, plain: tuple, right: dict[str, torch.Tensor]) -> list[str]:
-    """What the trainer's loss of all rows gives otherwise than plain arithmetic does."""
+def plain_values(policy: torch.nn.Module, reference: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Loss, sums and gradients by plain arithmetic, by their names."""
+    loss, *sides = families.plain_loss(policy, reference, families.make_rows())
+    loss.backward()
+    return named(loss, *sides) | gradients(policy)
+
+
+def named(loss: torch.Tensor, *sides: Any) -> dict[str, torch.Tensor]:
+    sums = {
+        f"{name}/{side}": getattr(values, name).detach()
+        for side, values in zip(("chosen", "rejected"), sides)
+        for name in ("logps", "ref_logps", "kl")
+    }
+    return {"loss": loss.detach(), **sums}
+
+
+def errors(some: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative errors; those of small gradients are relative to the gradient of all weights."""
+    total = torch.stack([value.norm() for name, value in right.items() if name.startswith("d ")]).norm().item()
+    found = {}
+    for name, value in right.items():
+        least = 1e-3 * total if name.startswith("d ") else 1e-2
+        difference = (some.get(name, torch.zeros_like(value)) - value).norm() / value.norm().clamp_min(least)
+        found[name] = float("inf") if difference.isnan() else difference.item()
+    return found
+
+
+def trainer_values(trainer: TDPOTrainer) -> dict[str, torch.Tensor]:
+    """The same, of all rows in one batch of the trainer."""
     rows = trainer.train_dataset
     batch = trainer.data_collator([rows[number] for number in range(len(rows))])
     trainer.model.eval()
     output = trainer.loss(batch)
     output.loss.backward()
-    mine, (loss, *sides) = gradients(trainer.model), plain
-    found = []
-
-    def compare(name: str, some: torch.Tensor, others: torch.Tensor, least: float) -> None:
-        error = ((some - others).norm() / others.norm().clamp_min(least)).item()
-        if not error <= TOLERANCE:
-            found.append(f"{name} {error:.0e} off")
-
-    compare("loss", output.loss.detach(), loss.detach(), 1e-3)
-    for side, some, others in zip(("chosen", "rejected"), (output.chosen, output.rejected), sides):
-        for name in ("logps", "ref_logps", "kl"):
-            compare(f"{name}/{side}", getattr(some, name), getattr(others, name).detach(), 1e-2)
-    total = torch.stack([grad.norm() for grad in right.values()]).norm().item()
-    for name, grad in right.items():
-        compare(f"gradient of {name}", mine.get(name, torch.zeros_like(grad)), grad, 1e-3 * total)
-    return found
+    return named(output.loss, output.chosen, output.rejected) | gradients(trainer.model)
 
 
 def try_family(name: str) -> Outcome:
@@ -87,13 +103,13 @@ def try_family(name: str) -> Outcome:
     try:
         policy = families.make_family(name)
         reference = families.perturbed(policy)
-        plain = families.plain_loss(policy, reference, families.make_rows())
-        plain[0].backward()
+        right = plain_values(policy, reference)
+        models = [shaken(families.copied(model)) for model in (policy, reference)]
+        rounding = max(errors(plain_values(*models), right).values())
     except Exception as error:  # whatever a family's code raises
         outcome.left_out = f"{type(error).__name__}: {one_line(error)}"
         return outcome
-    outcome.kind, right = type(policy).__name__, gradients(policy)
-    plain = (plain[0].detach(), *plain[1:])
+    outcome.kind, allowed = type(policy).__name__, max(TOLERANCE, min(5 * rounding, MOST))
     with tempfile.TemporaryDirectory() as folder:
         for layout, options in LAYOUTS.items():
             try:
@@ -105,9 +121,9 @@ def try_family(name: str) -> Outcome:
                 continue
             outcome.from_logits = trainer.loss.policy.fallback_reason or ""
             outcome.row_by_row |= trainer.data_collator.row_by_row
-            wrong = differences(trainer, plain, right)
+            wrong = {name: size for name, size in errors(trainer_values(trainer), right).items() if not size <= allowed}
             outcome.layouts.append(layout)
-            outcome.wrong += [f"{layout}: {text}" for text in wrong[:3]]
+            outcome.wrong += [f"{layout}: {name} {size:.0e} off" for name, size in list(wrong.items())[:3]]
         if not outcome.refused and getattr(policy.config.get_text_config(), "router_aux_loss_coef", None):
             try:  # with the load-balancing loss that is the default
                 trainer = make_trainer(policy, reference, folder)

@@ -62,8 +62,8 @@ def test_a_cap_is_noticed_at_small_logits(name, dtype):
 
 
 def test_a_small_difference_is_noticed():
-    """A thousandth: less than a twentieth of the spread, which the probe used to forgive."""
-    model = patched(lambda logits: logits + 1e-3 * logits.square())
+    """A thousandth, where the probe used to forgive a twentieth of the spread."""
+    model = patched(lambda logits: 1.001 * logits)
     assert "not a linear" in CausalLM.of(model).fallback_reason
 
 
