@@ -132,9 +132,9 @@ def _unfit(model: CausalLM, shown: Shown, max_length: int | None) -> str | None:
     """Why no layout gives the states of each sequence alone."""
     if not shown.repeats:
         return (
-            f"what {type(model.model).__name__} computes for a sequence depends on chance, or on the sequences that it has "
-            f"read before, as by rope that grows with the longest one: set max_length, {max_length}, to what it was "
-            "trained for"
+            f"what {type(model.model).__name__} computes for a sequence depends on chance, or on the sequences that it "
+            f"has read before, as by rope that grows with the longest one: set max_length, {max_length}, to what it "
+            "was trained for"
         )
     return None
 

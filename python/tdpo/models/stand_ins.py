@@ -18,7 +18,7 @@ TOKENS = 4  # the most of anything that is counted in tokens
 POSITIONS = 512
 _HEADS, _HEAD_DIM = 4, 16
 _ON_CPUS = ("sdpa", "eager")  # implementations of attention; others are replaced by what the class has of these
-_MOST_LAYERS = 12
+_MOST_LAYERS = 24
 _LAYERS = (
     "num_hidden_layers",
     "n_layer",
@@ -73,7 +73,11 @@ def small_config(config: Any, *, longest: int = 0, all_windows: bool = True) -> 
 
 
 def _covering(text: dict[str, Any]) -> tuple[int, int]:
-    """How many layers there are, and how many of the first ones hold one of each kind."""
+    """How many layers there are, and how many of the first ones hold one of each kind.
+
+    Raises:
+        ValueError: they are too many for a small model.
+    """
     layers = next((text[name] for name in _LAYERS if isinstance(text.get(name), int)), 2)
     fewest = 2
     for name, value in text.items():
@@ -84,7 +88,9 @@ def _covering(text: dict[str, Any]) -> tuple[int, int]:
             fewest = max(fewest, *(kinds.index(kind) + 1 for kind in set(kinds)))
         elif isinstance(value, int) and re.search(r"pattern|interval|period|every", name):
             fewest = max(fewest, value)
-    return layers, min(layers, max(fewest, 2), _MOST_LAYERS)
+    if fewest > _MOST_LAYERS:
+        raise ValueError(f"only more than {_MOST_LAYERS} layers would hold one of each kind")
+    return layers, min(layers, fewest)
 
 
 def _shrunk(values: dict[str, Any], kept: tuple[int, int], windows: int) -> dict[str, Any]:
