@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Cohere; Falcon-H1; Granite, which divides, HyperCLOVA X, which multiplies, and MiniCPM 3; Inkling; Muse
 _SCALES = ("logit_scale", "lm_head_multiplier", "logits_scaling", "logits_mup_width_multiplier", "output_multiplier")
-_LOUDNESS = (0.0, 1.0, 30.0, 200.0)  # spreads of the logits that the head is tried at; 0 leaves them as they are
+_LOUDNESS = (0.0, 200.0)  # spreads of the logits that the head is tried at; 0 leaves them as they are
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -77,7 +77,7 @@ class CausalLM:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """Inspects a model and, on a few tokens, compares its own logits with those formed from its hidden states."""
+        """Inspects a model and, on two tokens, compares its own logits with those formed from its hidden states."""
         model = unwrap_peft(model)
         probed = stand_in(model) if is_sharded(model) else model
         head, softcap, scale, reason = model.get_output_embeddings(), None, 1.0, None
@@ -142,11 +142,11 @@ class CausalLM:
 def _how_logits_are_made(model: CausalLM) -> tuple[float | None, float] | str:
     """The cap and the scale of a model's logits, of those that its configuration tells; or why there are none.
 
-    The model's logits for a few tokens are compared with those formed from its hidden states: as they are, and with the
+    The model's logits for two tokens are compared with those formed from its hidden states: as they are, and with the
     head's input multiplied, since a cap shows at large logits alone.
     """
     weight, bias = full_tensor(model.weight), None if model.bias is None else full_tensor(model.bias)
-    tokens = torch.tensor([[1, 2, 3, 4]], device=weight.device) % model.vocab_size
+    tokens = torch.tensor([[1, 2]], device=weight.device) % model.vocab_size
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
         with evaluating(model.model):
@@ -157,7 +157,7 @@ def _how_logits_are_made(model: CausalLM) -> tuple[float | None, float] | str:
                 actual = full_tensor(model.logits(**batch)).float()
             linear = nn.functional.linear(hidden * factors[:, None], weight, bias)
     except (AttributeError, TypeError, RuntimeError) as error:
-        return f"its backbone or its logits can't be tried on a few tokens: {' '.join(str(error).split())}"
+        return f"its backbone or its logits can't be tried on two tokens: {' '.join(str(error).split())}"
     tolerance = 2e-5 if linear.dtype in (torch.float32, torch.float64) else 2 * torch.finfo(linear.dtype).eps
     config, linear = model.model.config.get_text_config(), linear.float()
     for softcap in _softcaps(config):
