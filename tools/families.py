@@ -64,7 +64,7 @@ def page(outcomes: list[Outcome]) -> str:
     built = [o for o in outcomes if not o.left_out]
     trains = [o for o in built if not o.refused or o.layouts]
     counts = {
-        "families, of which some in several configurations": len(outcomes),
+        "families and variants of them": len(outcomes),
         "built": len(built),
         "train": len(trains),
         "with the fused loss": sum(not o.from_logits for o in trains),
