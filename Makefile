@@ -18,7 +18,7 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo test sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo $(VENV)/data
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -71,6 +71,11 @@ test-nightly: $(VENV)/dev
 		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_any_batch.py
 	$(BIN)/python tests/soak/run.py
 	$(BIN)/python benchmarks/report
+
+# Every family of causal language models of the installed transformers, small, in every layout against plain arithmetic:
+# writes docs/families.md, and fails where a number is wrong. Takes minutes.
+families: $(VENV)/dev
+	$(BIN)/python tools/families.py --out docs/families.md
 
 # How many small changes of a module its tests notice: of MODULES, or of those in docs/reliability.md again (half an hour).
 mutations: $(VENV)/dev

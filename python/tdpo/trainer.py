@@ -154,13 +154,14 @@ class TDPOTrainer(Trainer):
         policy, datasets = CausalLM.of(self.model), (self.train_dataset, self.eval_dataset)
         pad_token_id = padding_token(self.processing_class)
         reference = choose_reference(policy, self.model, ref_model, args, *datasets, pad_token_id)
-        coefficient = router_coefficient(policy.model, args.router_aux_loss_coef)
+        coefficient = router_coefficient(policy, args.router_aux_loss_coef)
         self.data_collator = choose_layout(
             self.data_collator,
             {"model": policy, **({} if isinstance(reference, CachedStates) else {"ref_model": reference})},
             shared_prompts=args.shared_prompts,
             padding_free=args.padding_free,
             routed=coefficient > 0,
+            max_length=args.max_length,
         )
         if isinstance(reference, SecondModel):  # probed before it is sharded
             reference = reference.prepared(self.accelerator)

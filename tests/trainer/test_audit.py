@@ -43,8 +43,8 @@ def sees_everything(config, dtype, *, positions, segments):
 
 
 def probes_that_pass(patch):
-    for name in ("keeps_branches_apart", "isolates_packed_sequences"):
-        patch.setattr(probes, name, lambda *models, **options: True)
+    patch.setattr(probes, "shown_of", lambda *models, **options: probes.LAYOUTS)
+    patch.setattr(probes, "agrees_with_padding", lambda *models, **options: True)
 
 
 GOOD = {

@@ -80,6 +80,8 @@ class PreferenceCollator:
             `ref_hidden`, (R, D_ref), at these positions.
         shared_prompts: a pair's prompt stands in the input once: `input_ids`, (B, T) or (1, N), have
             [prompt | chosen | rejected], with `position_ids` and `segments` (see `branch_mask`) and no mask.
+        row_by_row: the model reads the rows of `input_ids` one after another, each without its padding; the batch has
+            `row_lengths_alone`, integers. For models in which a batch's rows change each other.
         token_columns: names of numbers per response token, `chosen_NAME` and `rejected_NAME` of the rows; the batch
             holds them, (R,) each, in a dict of that name.
     """
@@ -88,6 +90,7 @@ class PreferenceCollator:
     padding_free: bool = False
     stored_hidden: Callable[[int, str], Tensor] | None = None
     shared_prompts: bool = False
+    row_by_row: bool = False
     token_columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,6 +110,8 @@ class PreferenceCollator:
         batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)])
         batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
         batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)
+        if self.row_by_row:
+            batch["row_lengths_alone"] = [len(line.ids) for line in lines]
         if self.token_columns:
             batch["token_columns"] = {name: _token_column(name, examples, sequences) for name in self.token_columns}
         if self.stored_hidden is not None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .attention_masks import branch_masks
+from .noise import evaluation_mode
 from .sharding import full_tensor, is_sharded, stand_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# Cohere; Falcon-H1; Granite, which divides, HyperCLOVA X, which multiplies, and MiniCPM 3; Inkling; Muse
+_SCALES = ("logit_scale", "lm_head_multiplier", "logits_scaling", "logits_mup_width_multiplier", "output_multiplier")
+_LOUDNESS = (0.0, 200.0)  # spreads of the logits that the head is tried at; 0 leaves them as they are
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -63,33 +71,43 @@ class CausalLM:
         """Inspects a model and, on two tokens, compares its own logits with those formed from its hidden states."""
         model = unwrap_peft(model)
         probed = stand_in(model) if is_sharded(model) else model
-        config = model.config.get_text_config()
-        softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
-        fallback_reason = None
-        head = model.get_output_embeddings()
+        head, softcap, scale, reason = model.get_output_embeddings(), None, 1.0, None
         if not isinstance(head, nn.Linear):
-            fallback_reason = f"its head is {type(head).__name__}, not a linear layer"
+            reason = f"its head is {type(head).__name__}, not a linear layer"
         else:
-            fallback_reason = cls(probed, softcap, scale, None)._difference_from_logits()
-        return cls(model, softcap, scale, fallback_reason, probed)
+            found = _how_logits_are_made(cls(probed, softcap, scale, None))
+            if isinstance(found, str):
+                reason = found
+            else:
+                softcap, scale = found
+        return cls(model, softcap, scale, reason, probed)
 
-    def hidden(self, **batch: Tensor) -> Tensor:
-        """Last hidden states, (B, T, D), after the final norm."""
-        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+    def hidden(self, **batch: Any) -> Tensor:
+        """Last hidden states, (B, T, D), after the final norm; `batch` as of `PreferenceCollator`."""
+        return self._run(self.model.base_model, "last_hidden_state", batch)[0]
 
-    def logits(self, **batch: Tensor) -> Tensor:
+    def logits(self, **batch: Any) -> Tensor:
         """The model's own logits, (B, T, V)."""
-        return self.model(**self._inputs(batch)).logits
+        return self._run(self.model, "logits", batch)[0]
 
-    def hidden_rows(self, batch: dict[str, Tensor], **options: bool) -> ResponseRows:
+    def hidden_rows(self, batch: dict[str, Any], **options: bool) -> ResponseRows:
         """The hidden states that predict the response tokens of a batch; `options` are the model's."""
-        output = self.model.base_model(**self._inputs(batch), **options)
-        return _response_rows(output.last_hidden_state, output, batch)
+        return _response_rows(*self._run(self.model.base_model, "last_hidden_state", batch, **options), batch["rows"])
 
-    def logit_rows(self, batch: dict[str, Tensor], **options: bool) -> ResponseRows:
+    def logit_rows(self, batch: dict[str, Any], **options: bool) -> ResponseRows:
         """The logits of the response tokens of a batch."""
-        output = self.model(**self._inputs(batch), **options)
-        return _response_rows(output.logits, output, batch)
+        return _response_rows(*self._run(self.model, "logits", batch, **options), batch["rows"])
+
+    def _run(self, module: Any, name: str, batch: dict[str, Any], **options: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """An output of a model or its backbone, (B, T, ...), and its router logits, (B T, experts) of every layer."""
+        if "row_lengths_alone" not in batch:
+            output = module(**self._inputs(batch), **options)
+            return getattr(output, name), getattr(output, "router_logits", None) or ()
+        rows = [ids[None, :length] for ids, length in zip(batch["input_ids"], batch["row_lengths_alone"])]
+        outputs = [module(input_ids=ids, use_cache=False, **options) for ids in rows]
+        values = pad_sequence([getattr(output, name)[0] for output in outputs], batch_first=True)
+        layers = zip(*(getattr(output, "router_logits", None) or () for output in outputs))
+        return values, tuple(pad_sequence(list(layer), batch_first=True).flatten(0, 1) for layer in layers)
 
     def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         inputs: dict[str, Any] = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
@@ -110,39 +128,67 @@ class CausalLM:
     def bias(self) -> Tensor | None:  # (V,)
         return self.model.get_output_embeddings().bias
 
-    @torch.no_grad()
-    def _difference_from_logits(self) -> str | None:
-        """Why the model's logits are not those formed from its hidden states; None where they are."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            tokens = torch.tensor([[1, 2]], device=self.weight.device) % self.vocab_size
-            batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            bias = None if self.bias is None else full_tensor(self.bias)
-            logits = nn.functional.linear(self.hidden(**batch), full_tensor(self.weight), bias).float()
-            logits = logits * self.logit_scale
-            if self.softcap is not None:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            actual = full_tensor(self.logits(**batch)).float()
-        except (AttributeError, TypeError, RuntimeError) as error:
-            return f"its backbone or its logits can't be tried on two tokens: {' '.join(str(error).split())}"
-        finally:
-            self.model.train(was_training)
-        spread = actual.std() + torch.finfo(torch.float32).tiny
-        if actual.shape == logits.shape and (actual - logits).abs().max() / spread < 0.05:
-            return None
-        return "its logits are not a linear (scaled, softcapped) function of its last hidden state"
+
+@torch.no_grad()
+def _how_logits_are_made(model: CausalLM) -> tuple[float | None, float] | str:
+    """The cap and the scale of a model's logits, of those that its configuration tells; or why there are none.
+
+    The model's logits for two tokens are compared with those formed from its hidden states: as they are, and with the
+    head's input multiplied, since a cap shows at large logits alone.
+    """
+    weight, bias = full_tensor(model.weight), None if model.bias is None else full_tensor(model.bias)
+    tokens = torch.tensor([[1, 2]], device=weight.device) % model.vocab_size
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    try:
+        with evaluation_mode(model.model):
+            hidden = model.hidden(**batch)
+            size = nn.functional.linear(hidden, weight).float().std()
+            factors = (hidden.new_tensor(_LOUDNESS) / size.to(hidden.dtype).clamp_min(1e-3)).clamp_min(1)
+            with _multiplied_input(model.model.get_output_embeddings(), factors[:, None]):
+                actual = full_tensor(model.logits(**batch)).float()
+            linear = nn.functional.linear(hidden * factors[:, None], weight, bias)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        return f"its backbone or its logits can't be tried on two tokens: {' '.join(str(error).split())}"
+    tolerance = 2e-5 if linear.dtype in (torch.float32, torch.float64) else 2 * torch.finfo(linear.dtype).eps
+    config, linear = model.model.config.get_text_config(), linear.float()
+    for softcap in _softcaps(config):
+        for scale in _logit_scales(config):
+            formed = linear * scale
+            if softcap is not None:
+                formed = softcap * torch.tanh(formed / softcap)
+            allowed = tolerance * (formed.abs() + formed.square().mean(-1, keepdim=True).sqrt())
+            if actual.shape == formed.shape and ((actual - formed).abs() <= allowed).all():
+                return softcap, scale
+    return "its logits are not a linear (scaled, softcapped) function of its last hidden state"
 
 
-def _response_rows(values: Tensor, output: Any, batch: dict[str, Tensor]) -> ResponseRows:
-    return ResponseRows(values.flatten(0, 1)[batch["rows"]], getattr(output, "router_logits", None) or ())
+@contextmanager
+def _multiplied_input(module: nn.Module, factors: Tensor) -> Iterator[None]:
+    """A context in which what a module is given is multiplied."""
+    hook = module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factors, *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
-def _logit_scale(config: Any) -> float:
-    """What a model multiplies its logits by, as the configurations of its kind say it."""
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        scale = getattr(config, name, None)
-        if scale is not None:
-            return float(scale)
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    return 1.0 if divisor is None else 1 / float(divisor)
+def _softcaps(config: Any) -> list[float | None]:
+    """What a configuration may cap logits at: final_logit_softcapping (Gemma), logits_soft_cap (RecurrentGemma), ..."""
+    names = [
+        name
+        for name in vars(config)
+        if re.search(r"logits?_?.*cap", name) and not re.search("attn|attention|router", name)
+    ]
+    values = [getattr(config, name) for name in names]
+    return [*(float(value) for value in values if isinstance(value, (int, float)) and value > 0), None]
+
+
+def _logit_scales(config: Any) -> list[float]:
+    """What a configuration may multiply or divide logits by, or the hidden states before the head."""
+    values = [getattr(config, name, None) for name in _SCALES]
+    factors = [float(value) for value in values if isinstance(value, (int, float)) and value > 0]
+    return [*factors, *(1 / factor for factor in factors), 1.0]
+
+
+def _response_rows(values: Tensor, router_logits: tuple[Tensor, ...], rows: Tensor) -> ResponseRows:
+    return ResponseRows(values.flatten(0, 1)[rows], router_logits)

@@ -9,8 +9,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .causal_lm import unwrap_peft
-
 
 def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which every module of a model is in evaluation mode, and after which each is in its own again."""
@@ -52,7 +50,7 @@ def disable_dropout(model: nn.Module) -> None:
     The dropout of adapters is left as it is: whoever made them asked for it.
     """
     of_adapters = {module for layer in model.modules() for module in _adapter_modules(layer)}
-    configured = vars(unwrap_peft(model)).setdefault("_configured_dropout", [])
+    configured = vars(model).setdefault("_configured_dropout", [])
     for module in model.modules():
         if module in of_adapters:
             continue
@@ -69,7 +67,7 @@ def disable_dropout(model: nn.Module) -> None:
 @contextmanager
 def configured_dropout(model: nn.Module) -> Iterator[None]:
     """A context, to save a model in, in which its configuration says the dropout that it was loaded with."""
-    configured = getattr(unwrap_peft(model), "_configured_dropout", [])
+    configured = vars(model).get("_configured_dropout", [])
     for config, name, value in configured:
         setattr(config, name, value)
     try:

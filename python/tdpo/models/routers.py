@@ -5,31 +5,36 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdpo_ext import checks
 
+from .causal_lm import CausalLM
+from .noise import evaluation_mode
 
-def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
+
+def router_coefficient(policy: CausalLM, wanted: float | None) -> float:
     """The weight of the load-balancing loss: `wanted`, or with None what the model's configuration says; 0 without one.
 
     Raises:
         ValueError: a coefficient is given for a model without routers, or one is not 0 for a model that does not say
             how to compute the loss.
     """
-    config = model.config.get_text_config()
-    routed = hasattr(config, "output_router_logits")
+    model, config = policy.model, policy.model.config.get_text_config()
     if wanted is not None:
         checks.real("router_aux_loss_coef", wanted, least=0)
-    if wanted and not routed:
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted
+    if not coefficient:
+        return 0.0
+    if not hasattr(config, "output_router_logits") or not _routes(policy.probe):
+        if wanted is None:
+            return 0.0
         raise ValueError(
             f"router_aux_loss_coef is {wanted}, but {type(model).__name__} is no mixture of experts that returns its "
             "router logits: leave it unset"
         )
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted
-    if not routed or not coefficient:
-        return 0.0
     if _function_of(model) is None or not hasattr(model, "num_experts_per_tok"):
         raise ValueError(
             f"router_aux_loss_coef is {coefficient}, but {type(model).__name__} does not tell how to compute the "
@@ -47,6 +52,18 @@ def router_loss(model: Any, router_logits: tuple[Tensor, ...], mask: Tensor | No
         mask: (B, T), 0 at padding; None if there is none.
     """
     return _function_of(model)(router_logits, model.num_experts, model.num_experts_per_tok, mask)
+
+
+def _routes(model: CausalLM) -> bool:
+    """Whether a model gives router logits for a few tokens: a dense one may be of a class that also has experts."""
+    tokens = torch.ones(1, 2, dtype=torch.long, device=model.weight.device)
+    batch = {"input_ids": tokens, "rows": torch.zeros_like(tokens[0])}
+    read = model.hidden_rows if model.fallback_reason is None else model.logit_rows
+    with evaluation_mode(model.model), torch.no_grad():
+        try:
+            return bool(read(batch, output_router_logits=True).router_logits)
+        except LookupError:  # the model's own loss of no router logits
+            return False
 
 
 def _function_of(model: PreTrainedModel) -> Any:

@@ -38,6 +38,7 @@ from ..data.tokenize import tokens_digest
 from ..files import allocate, digest, file_digest, read_sealed, write_bytes, write_sealed
 from ..models.causal_lm import CausalLM
 from ..models.noise import evaluation_mode
+from ..models.probes import depends_on_the_batch
 from .stored_states import STORED_STATES, StoredStates
 from .without_adapters import reference_digest
 
@@ -166,7 +167,9 @@ def cache_reference(
         _reserve(folder, header, offsets)
         write_sealed(folder / "header.json", dict(header))
     if existing is None or _rows_done(header) < header["rows"]:
-        _fill(folder, header, dataset, offsets, reference, PreferenceCollator(pad_token_id), batch)
+        alone = depends_on_the_batch(reference, max(dataset["length"], default=0)) is not None
+        collator = PreferenceCollator(pad_token_id, row_by_row=alone)
+        _fill(folder, header, dataset, offsets, reference, collator, batch)
     return ReferenceCache(folder, header, offsets)
 
 
@@ -226,7 +229,7 @@ def _states(reference: CausalLM, batch: dict[str, Any], storage: StoredStates) -
     sequences = tensors["rows"].split(batch["row_lengths"])  # chosen of all rows, then rejected
     pairs = len(sequences) // 2
     places = torch.cat([torch.cat(pair) for pair in zip(sequences[:pairs], sequences[pairs:])])
-    return storage.pack(reference.hidden(**tensors).flatten(0, 1)[places])
+    return storage.pack(reference.hidden(**{**batch, **tensors}).flatten(0, 1)[places])
 
 
 def _shard(folder: Path, number: int) -> Path:

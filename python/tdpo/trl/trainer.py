@@ -121,7 +121,7 @@ class TDPOTrainer(DPOTrainer):
             policy,
             reference,
             trl_objective(self.args, alpha=alpha, variant=variant),
-            router_coefficient=router_coefficient(policy.model, self.args.router_aux_loss_coef),
+            router_coefficient=router_coefficient(policy, self.args.router_aux_loss_coef),
         )
         patch_forward(self.model, self._tdpo)
         self.data_collator = _WithResponseRows(self.data_collator)

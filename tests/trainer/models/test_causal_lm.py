@@ -1,53 +1,49 @@
-"""A model's head: what it multiplies its logits by, and why it can't be used."""
+"""How a model makes logits of hidden states: scales and caps under any name, tried at large logits too."""
 
 import pytest
+import torch
+import transformers
 from tdpo import CausalLM
 
-from helpers.model_families import make_model
+from helpers.model_families import SMALL, make_model
 
 
+def patched(change, family="llama", dtype=torch.float32, **options):
+    """A model whose logits are changed, with options in its configuration that may tell how."""
+    model = make_model(family).to(dtype)
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = changed
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "value", "scale"),
     [
         ("logit_scale", 0.25, 0.25),  # Cohere
         ("lm_head_multiplier", 0.25, 0.25),  # Falcon-H1
         ("logits_scaling", 4.0, 0.25),  # Granite
-        ("something_else", 4.0, 1.0),
+        ("logits_scaling", 0.25, 0.25),  # HyperCLOVA X
+        ("something_else", 4.0, None),
     ],
 )
-@pytest.mark.parametrize("obeyed", [True, False])
-def test_the_scale_of_logits_is_read_and_tried(name, value, scale, obeyed):
-    """A configuration that says what its model does not do is noticed."""
-    model = make_model("llama")
-    setattr(model.config, name, value)
-    forward = model.forward
-
-    def scaled(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = scale * output.logits
-        return output
-
-    if obeyed:
-        model.forward = scaled
-    causal_lm = CausalLM.of(model)
-    if obeyed or scale == 1:
-        assert causal_lm.fallback_reason is None
-        assert causal_lm.logit_scale == scale
+def test_the_scale_of_logits_is_read_and_tried(name, value, scale, dtype):
+    """A name is no more than a hint: the scale is what the model does."""
+    obeyed = CausalLM.of(patched(lambda logits: (scale or 0.25) * logits, dtype=dtype, **{name: value}))
+    if scale is None:
+        assert "not a linear" in obeyed.fallback_reason
     else:
-        assert "not a linear" in causal_lm.fallback_reason
-
-
-def test_scaled_logits_are_noticed():
-    model = make_model("llama")
-    forward = model.forward
-
-    def scaled(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = 1.5 * output.logits
-        return output
-
-    model.forward = scaled
-    assert "not a linear" in CausalLM.of(model).fallback_reason
+        assert (obeyed.fallback_reason, obeyed.logit_scale) == (None, scale)
+    ignored = CausalLM.of(patched(lambda logits: logits, dtype=dtype, **{name: value}))
+    assert (ignored.fallback_reason, ignored.logit_scale) == (None, 1.0)
 
 
 def test_why_a_model_cannot_be_tried_is_said():
@@ -59,3 +55,40 @@ def test_why_a_model_cannot_be_tried_is_said():
     model.forward = broken
     reason = CausalLM.of(model).fallback_reason
     assert reason == "its backbone or its logits can't be tried on two tokens: shape '[32, 0]' is invalid"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"])
+def test_a_cap_is_noticed_at_small_logits(name, dtype):
+    """The model's own logits are far below its cap, which would change them by 1e-6."""
+
+    def cap(logits):
+        return 500 * torch.tanh(logits / 500)
+
+    model = patched(cap, dtype=dtype, **{name: 500.0})
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.abs().max() < 10
+    assert CausalLM.of(model).softcap == 500
+    unknown = CausalLM.of(patched(cap, dtype=dtype))
+    assert "not a linear" in unknown.fallback_reason
+
+
+def test_a_small_difference_is_noticed():
+    """A thousandth, where the probe used to forgive a twentieth of the spread."""
+    model = patched(lambda logits: 1.001 * logits)
+    assert "not a linear" in CausalLM.of(model).fallback_reason
+
+
+def test_recurrent_gemma_caps_under_a_name_of_its_own():
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, attention_window_size=8, logits_soft_cap=30.0,
+    )  # fmt: skip
+    model = CausalLM.of(transformers.AutoModelForCausalLM.from_config(config))
+    assert (model.fallback_reason, model.softcap) == (None, 30.0)
+
+
+def test_a_bias_and_a_scale():
+    model = make_model("phi")
+    assert CausalLM.of(model).fallback_reason is None
+    config = transformers.CohereConfig(**SMALL, logit_scale=0.5)
+    assert CausalLM.of(transformers.AutoModelForCausalLM.from_config(config)).logit_scale == 0.5

@@ -7,6 +7,8 @@ import trl
 from tdpo.trl import TDPOTrainer as TRLTrainer
 
 import tdpo_ext
+from helpers import families
+from helpers.families_tried import make_trainer as make_family_trainer
 from helpers.model_families import SMALL, make_model, make_tokenizer
 from helpers.trainer_cases import make_preferences, make_trainer
 
@@ -87,3 +89,15 @@ def test_routers_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"MixtralForCausalLM does not tell how .*; set router_aux_loss_coef to 0"):
         make_trainer(tmp_path, model=mixtral(0))
     make_trainer(tmp_path, model=mixtral(0), router_aux_loss_coef=0.0)
+
+
+@pytest.mark.parametrize("name", ["granitemoehybrid, dense", "qwen3_moe, dense"])
+def test_dense_models_of_classes_with_experts_have_no_routers(name, tmp_path):
+    model = families.make_family(name)
+    assert model.config.router_aux_loss_coef > 0
+    trainer = make_family_trainer(model, families.perturbed(model), str(tmp_path))
+    output = trainer.model(preference=next(iter(trainer.get_train_dataloader())))
+    assert output.router_loss is None
+    assert torch.isfinite(output.loss)
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0.1, but .* is no mixture of experts"):
+        make_family_trainer(model, families.perturbed(model), str(tmp_path), router_aux_loss_coef=0.1)
