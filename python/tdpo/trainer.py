@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,28 +27,21 @@ from .data.tokenize import padding_token
 from .files import check_manifest
 from .loss.identity import objective_name
 from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
-from .loss.objectives import TrainedObjective
-from .loss.preference_loss import PreferenceLoss, choose_loss
-from .models.causal_lm import CausalLM
+from .loss.set_up import set_up_loss
 from .models.forward import patch_forward
-from .models.loading import keep_quantized_weights_unpacked
 from .models.noise import configured_dropout
-from .models.probes import choose_layout
-from .models.routers import router_coefficient
 from .models.sizes import check_token_ids
 from .policy import check_trainer_arguments, default_learning_rate, prepare_policy, tokenized
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
-from .reference.choose import choose_reference
-from .reference.reference import Reference
 from .reference.second_model import SecondModel
-from .reference.without_adapters import reference_digest
+from .reference.without_adapters import digests_at_start
 from .runs import checkpoints
 from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
 from .runs.record import RunRecord
 from .runs.resume import ResumePoint, resume_point
-from .runs.samples import Model, show_samples
+from .runs.samples import show_samples
 from .runs.stopping import StopAfterStep
 
 logger = logging.getLogger(__name__)
@@ -89,6 +81,7 @@ class TDPOTrainer(Trainer):
     _staging: str | None = None  # the folder of a checkpoint that is being written
     _audit_due = False  # before the next step
     _audit_alone = False  # and then there is none
+    _trained = False
     _new_tokens = 0  # this process has trained on since the last count
 
     def __init__(
@@ -115,9 +108,7 @@ class TDPOTrainer(Trainer):
         collator = PreferenceCollator(
             padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
         )
-        # Before adapters are added, some of which start from a decomposition that is not the same on every machine.
-        self._weights = {"model": reference_digest(model)}
-        self._weights["ref_model"] = self._weights["model"] if ref_model is None else reference_digest(ref_model)
+        self._weights = digests_at_start(model, ref_model)  # before adapters are added
         policy = prepare_policy(model, ref_model, args, tokenizer, peft_config)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(policy)
@@ -142,32 +133,20 @@ class TDPOTrainer(Trainer):
         self._own_objective = None if objective is None else objective_name(objective)
         self._trained_dtypes = trained_dtypes(self.model)
         with autocast(args):
-            self.reference, self.loss = self._set_up_loss(ref_model, trained)
-        self.reference_is_policy = ref_model is None  # as it starts
+            self.loss, self.reference, self.data_collator = set_up_loss(
+                self.model,
+                ref_model,
+                args,
+                trained,
+                self.data_collator,
+                self.train_dataset,
+                self.eval_dataset,
+                padding_token(tokenizer),
+                self.accelerator,
+            )
+        self._reference_is_policy = ref_model is None  # as it starts
         self.ref_model = self.reference.model if isinstance(self.reference, SecondModel) else None
         patch_forward(self.model, self.loss)
-
-    def _set_up_loss(self, ref_model: nn.Module | None, trained: TrainedObjective) -> tuple[Reference, PreferenceLoss]:
-        """The reference and the loss; the collator is told whether batches share prompts."""
-        args = self.args
-        keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
-        policy, datasets = CausalLM.of(self.model), (self.train_dataset, self.eval_dataset)
-        pad_token_id = padding_token(self.processing_class)
-        reference = choose_reference(policy, self.model, ref_model, args, *datasets, pad_token_id)
-        coefficient = router_coefficient(policy, args.router_aux_loss_coef)
-        self.data_collator = choose_layout(
-            self.data_collator,
-            {"model": policy, **({} if isinstance(reference, CachedStates) else {"ref_model": reference})},
-            shared_prompts=args.shared_prompts,
-            padding_free=args.padding_free,
-            routed=coefficient > 0,
-            max_length=args.max_length,
-        )
-        if isinstance(reference, SecondModel):  # probed before it is sharded
-            reference = reference.prepared(self.accelerator)
-        return reference, choose_loss(
-            policy, reference, trained, router_coefficient=coefficient, logits_budget=args.logits_budget
-        )
 
     # ---- data ----
 
@@ -211,16 +190,12 @@ class TDPOTrainer(Trainer):
         if self._audit_due:
             self._audit(model, inputs["dataset_row"].tolist())
         loss = super().training_step(model, inputs, *arguments, **others)
+        self._trained = True
         self._check_finite(loss, inputs)
         return loss
 
     def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows "
-                f"{inputs['dataset_row'].tolist()} of the dataset; training stops; last good checkpoint: "
-                f"{checkpoints.last_checkpoint(self.args.output_dir) or 'none'}"
-            )
+        checkpoints.check_loss(loss, inputs["dataset_row"], self.state.global_step + 1, self.args.output_dir)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -250,11 +225,11 @@ class TDPOTrainer(Trainer):
             # Generating would gather the weights for every token.
             logger.warning("eval_samples: no samples are drawn while weights are sharded")
         elif self.args.eval_samples and self.args.should_save:
-            models: dict[str, Model] = {"policy": (self.accelerator.unwrap_model(self.model), nullcontext())}
-            if not isinstance(self.reference, CachedStates):
-                models["reference"] = (self.reference.model, self.reference.running())
-            name = f"{metric_key_prefix}-step-{self.state.global_step}"
-            show_samples(models, self.processing_class, dataloader.dataset, self.args, name)
+            policy, name = (
+                self.accelerator.unwrap_model(self.model),
+                f"{metric_key_prefix}-step-{self.state.global_step}",
+            )
+            show_samples(policy, self.reference, self.processing_class, dataloader.dataset, self.args, name)
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -313,22 +288,18 @@ class TDPOTrainer(Trainer):
         raise ValueError("train_dataset holds no pairs to audit")
 
     def _audit(self, model: nn.Module, rows: list[int]) -> None:
-        """Audits the longest pair of a batch and one more."""
+        """Audits pairs of a batch; `rows`: its `dataset_row`."""
         self._audit_due = False
         assert self.train_dataset is not None
         examples = examples_to_audit(self.train_dataset, rows)
-        audit = Audit(
-            self.loss,
-            self.model,
-            at_start=self.reference_is_policy and self.state.global_step == 0,
-            disabled_dropout=self.args.disable_dropout,
-        )
         batch = self._prepare_inputs(self._collator_of(self.train_dataset)(examples))
-        found = audit.run(model, sequences_of(examples, self.args.device), batch, self.accelerator)
+        at_start = self._reference_is_policy and not self._trained and self.state.global_step == 0
+        audit = Audit(self.loss, self.model, at_start, self.args.disable_dropout)
+        report = audit.run(model, sequences_of(examples, self.args.device), batch, self.accelerator)
         if self._audit_alone:
-            raise AuditPassed(found)
+            raise AuditPassed(report)
         if self.args.should_save:
-            print(found, file=sys.stderr)
+            print(report, file=sys.stderr)
 
     def total_steps(self) -> int:
         """The optimizer steps of the whole run."""

@@ -28,6 +28,15 @@ def reference_digest(model: nn.Module) -> str:
     return weights_digest(model, with_adapters=not starts_without_adapters(model))
 
 
+def digests_at_start(model: nn.Module, ref_model: nn.Module | None) -> dict[str, str]:
+    """The digests of the policy's weights and of the reference's, by the names of the arguments.
+
+    New adapters, of which some start from a decomposition that is not the same on every machine, are added later.
+    """
+    digest = reference_digest(model)
+    return {"model": digest, "ref_model": digest if ref_model is None else reference_digest(ref_model)}
+
+
 def starts_without_adapters(model: Any) -> bool:
     """Whether a policy starts as the model without its adapters, and trains nothing else.
 

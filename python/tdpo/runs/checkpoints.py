@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
@@ -42,6 +42,19 @@ def newest_good(output_dir: str | Path) -> tuple[str | None, list[str]]:
         else:
             return str(checkpoint), problems
     return None, problems
+
+
+def check_loss(loss: Tensor, rows: Tensor, step: int, output_dir: str | Path) -> None:
+    """Checks the loss of a batch of these rows.
+
+    Raises:
+        FloatingPointError: it is infinite or NaN.
+    """
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step}, on rows {rows.tolist()} of the dataset; training stops; last "
+            f"good checkpoint: {last_checkpoint(output_dir) or 'none'}"
+        )
 
 
 def check_finite(model: nn.Module, *, sharded: bool) -> None:

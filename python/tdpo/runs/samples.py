@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,37 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..config import TDPOConfig
+from ..models.noise import evaluation_mode
 from ..precision import autocast
-
-Model = tuple[Any, AbstractContextManager[Any]]  # a model that generates, and the context to run it in
+from ..reference.cached_states import CachedStates
+from ..reference.reference import Reference
 
 
 @torch.no_grad()
 def show_samples(
-    models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TDPOConfig, name: str
+    policy: Any,
+    reference: Reference,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: TDPOConfig,
+    name: str,
 ) -> None:
     """Shows greedy continuations of a data set's first prompts on stderr, and in samples/NAME.json in output_dir.
 
     Args:
-        models: by the names that the samples show.
+        policy: with its adapters.
+        reference: it is left out where no more than its head is in memory.
         dataset: from `tokenize_preferences`.
         args: `eval_samples` is the number of prompts, `eval_sample_tokens` the limit of a continuation.
     """
     prompts = [row["prompt_ids"] for row in dataset.select(range(min(args.eval_samples, len(dataset))))]
     columns = {"prompt": tokenizer.batch_decode(prompts)}
-    for model_name, (model, context) in models.items():
-        with context, autocast(args):
-            columns[model_name] = [_continuation(model, tokenizer, ids, args.eval_sample_tokens) for ids in prompts]
+    with autocast(args):
+        columns["policy"] = [_continuation(policy, tokenizer, ids, args.eval_sample_tokens) for ids in prompts]
+        if not isinstance(reference, CachedStates):
+            with reference.running():
+                texts = [_continuation(reference.model, tokenizer, ids, args.eval_sample_tokens) for ids in prompts]
+            columns["reference"] = texts
     samples = [dict(zip(columns, texts)) for texts in zip(*columns.values())]
     path = Path(args.output_dir, "samples", f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,15 +53,13 @@ def show_samples(
 
 
 def _continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int) -> str:
-    was_training = model.training
-    model.eval()
     ids = torch.tensor([prompt or [tokenizer.eos_token_id]], device=model.device)
-    generated = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=tokens,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    model.train(was_training)
+    with evaluation_mode(model):
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=tokens,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)[0]
