@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -91,6 +92,22 @@ def prepare_policy(
     if args.disable_dropout:
         disable_dropout(model)
     return model
+
+
+def check_output_dir(output_dir: str | Path, folders: dict[str, Any]) -> None:
+    """Refuses to train into a folder that a model was read from.
+
+    Args:
+        folders: of the models, or hub names, by the names of the arguments.
+
+    Raises:
+        ValueError: its checkpoints would overwrite the model, which the reference and a resumed run start from.
+    """
+    for name, folder in folders.items():
+        if folder and Path(folder).is_dir() and Path(folder).resolve() == Path(output_dir).resolve():
+            raise ValueError(
+                f"output_dir is {output_dir}, the folder of {name}, which training would overwrite: give another one"
+            )
 
 
 def default_learning_rate(policy: nn.Module) -> float:

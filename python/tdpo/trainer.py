@@ -31,7 +31,7 @@ from .loss.set_up import set_up_loss
 from .models.forward import patch_forward
 from .models.noise import configured_dropout
 from .models.sizes import check_token_ids
-from .policy import check_trainer_arguments, default_learning_rate, prepare_policy, tokenized
+from .policy import check_output_dir, check_trainer_arguments, default_learning_rate, prepare_policy, tokenized
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
 from .reference.second_model import SecondModel
@@ -263,6 +263,11 @@ class TDPOTrainer(Trainer):
             KeyboardInterrupt, stopping.Terminated: after a signal.
         """
         self.was_finished = False
+        models = {"model": self.model, "ref_model": self.ref_model}
+        check_output_dir(
+            self.args.output_dir,
+            {name: model.config._name_or_path for name, model in models.items() if model is not None},
+        )
         if resume_from_checkpoint:
             point = resume_point(self.args, self.record, resume_from_checkpoint, self.total_steps())
             if point.finished:

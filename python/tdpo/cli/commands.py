@@ -1,4 +1,4 @@
-"""The commands train, evaluate and cache-reference."""
+"""The commands train, evaluate, audit and cache-reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..models.loading import (
 )
 from ..models.sizes import check_token_ids
 from ..options import ModelOptions, require
-from ..policy import tokenized
+from ..policy import check_output_dir, tokenized
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
@@ -34,11 +34,13 @@ from ..trainer import TDPOTrainer
 from .parse import Options
 
 
-def _trainer(options: Options, *, train_dataset: Dataset | None, eval_dataset: Dataset | None) -> TDPOTrainer:
+def _trainer(
+    options: Options, *, train_dataset: Dataset | None, eval_dataset: Dataset | None, saves_start: bool = False
+) -> TDPOTrainer:
     models = options.models
     _ = options.training.device  # sets up the processes, among which DeepSpeed may partition what is loaded
     policy = load_policy(models)
-    if train_dataset is not None and merges_adapters(models):
+    if saves_start and merges_adapters(models):
         save_start(policy, Path(options.training.output_dir, "start"), options.training)
     return TDPOTrainer(
         policy,
@@ -58,6 +60,7 @@ def train(options: Options) -> None:
     """
     models, data, args = options
     require(models, "model")
+    check_output_dir(args.output_dir, {"model": models.model, "ref_model": models.ref_model})
     if models.merge_adapters and not trains_adapters(models):
         raise ValueError("merge_adapters is True, but there are no adapters to merge; set lora_r too")
     if models.merge_adapters and is_deepspeed_zero3_enabled():
@@ -67,7 +70,7 @@ def train(options: Options) -> None:
     resume = _checkpoint_wanted(args, interrupted)
     preferences = load_preferences(require(data, "dataset"), data.split)
     evaluation = None if data.eval_dataset is None else load_preferences(data.eval_dataset, data.eval_split)
-    trainer = _trainer(options, train_dataset=preferences, eval_dataset=evaluation)
+    trainer = _trainer(options, train_dataset=preferences, eval_dataset=evaluation, saves_start=True)
     trainer.data_name = data.dataset
     if resume is True or not interrupted:
         finished = finished_steps(args, trainer.record, trainer.total_steps())
@@ -119,6 +122,16 @@ def _save_merged(models: ModelOptions, out: Path) -> None:
 
     base = load_adapted_model(models)
     PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
+
+
+def audit(options: Options) -> None:
+    """Compares the loss of two pairs with plain arithmetic, as training does before its first step; trains nothing."""
+    models, data, _ = options
+    require(models, "model")
+    preferences = load_preferences(require(data, "dataset"), data.split)
+    report = _trainer(options, train_dataset=preferences, eval_dataset=None).audit()
+    if options.training.should_save:
+        print(report)
 
 
 def evaluate(options: Options) -> None:

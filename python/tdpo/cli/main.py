@@ -9,12 +9,15 @@ import sys
 
 _COMMANDS = {
     "train": "train a policy on preference pairs",
+    "audit": "compare the loss on your model and data with plain arithmetic",
     "evaluate": "metrics of a policy against a reference",
     "cache-reference": "run the reference once and cache its hidden states",
     "demo": "the paper's controlled-sentiment experiment at small scale",
 }
 _DESCRIPTIONS = {
     "train": "Trains a policy on preference pairs; run again, it resumes from its last checkpoint.",
+    "audit": "Compares the loss of two pairs with plain arithmetic, as training does before its first step, and prints what "
+    "it found. Takes the options of training; nothing is trained or written.",
     "evaluate": "Evaluates a policy against a reference on preference pairs; prints the metrics as JSON.",
     "cache-reference": "Runs the reference over the preferences and caches its hidden states in reference_cache "
     "(default: reference-cache in output_dir), from which training with --precompute_reference reads them. "
@@ -51,7 +54,13 @@ def _run(command: str, arguments: list[str]) -> None:
     options = parse_options(command, _DESCRIPTIONS[command], arguments)
     from . import commands  # loads torch and transformers, for which `--help` need not wait
 
-    {"train": commands.train, "evaluate": commands.evaluate, "cache-reference": commands.cache}[command](options)
+    run = {
+        "train": commands.train,
+        "audit": commands.audit,
+        "evaluate": commands.evaluate,
+        "cache-reference": commands.cache,
+    }
+    run[command](options)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from ..models.causal_lm import CausalLM
 from ..models.checks import check_model, check_models, check_policy
 from ..models.forward import patch_forward
 from ..models.loading import keep_quantized_weights_unpacked
+from ..models.probes import depends_on_the_batch
 from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded
 from ..models.sizes import check_token_ids
@@ -114,6 +115,12 @@ class TDPOTrainer(DPOTrainer):
         with autocast(self.args):
             policy = CausalLM.of(self.model)
             reference = self._reference(policy)
+            for name, model_read in {"model": policy, "ref_model": reference}.items():
+                problem = depends_on_the_batch(model_read, self.args.max_length)
+                if problem is not None:
+                    raise ValueError(
+                        f"{name} can't be trained in TRL's padded batches: {problem}; use tdpo.TDPOTrainer"
+                    )
         reason = why_not_fused(policy, reference)
         if reason is not None:
             raise ValueError(f"the fused loss can't be used: {reason}")
