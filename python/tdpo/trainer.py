@@ -263,11 +263,9 @@ class TDPOTrainer(Trainer):
             KeyboardInterrupt, stopping.Terminated: after a signal.
         """
         self.was_finished = False
-        models = {"model": self.model, "ref_model": self.ref_model}
-        check_output_dir(
-            self.args.output_dir,
-            {name: model.config._name_or_path for name, model in models.items() if model is not None},
-        )
+        given = {"model": self.model, "ref_model": self.ref_model}
+        folders = {name: model.config._name_or_path for name, model in given.items() if model is not None}
+        check_output_dir(self.args.output_dir, folders)
         if resume_from_checkpoint:
             point = resume_point(self.args, self.record, resume_from_checkpoint, self.total_steps())
             if point.finished:

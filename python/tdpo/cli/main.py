@@ -16,8 +16,8 @@ _COMMANDS = {
 }
 _DESCRIPTIONS = {
     "train": "Trains a policy on preference pairs; run again, it resumes from its last checkpoint.",
-    "audit": "Compares the loss of two pairs with plain arithmetic, as training does before its first step, and prints what "
-    "it found. Takes the options of training; nothing is trained or written.",
+    "audit": "Compares the loss of two pairs with plain arithmetic, as training does before its first step, and prints "
+    "what it found. Takes the options of training; nothing is trained or written.",
     "evaluate": "Evaluates a policy against a reference on preference pairs; prints the metrics as JSON.",
     "cache-reference": "Runs the reference over the preferences and caches its hidden states in reference_cache "
     "(default: reference-cache in output_dir), from which training with --precompute_reference reads them. "

@@ -47,7 +47,8 @@ def merges_adapters(options: ModelOptions) -> bool:
 
 def trains_adapters(options: ModelOptions) -> bool:
     """Whether adapters are trained: new ones or the policy's own."""
-    return options.lora_r > 0 or _adapters_folder(require(options, "model")) is not None
+    own = options.model is not None and _adapters_folder(options.model) is not None
+    return options.lora_r > 0 or own
 
 
 def load_adapted_model(options: ModelOptions) -> Any:

@@ -141,17 +141,16 @@ def test_adapters_without_a_base_are_named(home, tmp_path, capsys):
     (adapters / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     options = [str(home / "config.yaml"), "--output_dir", str(tmp_path / "out"), "--model", str(adapters)]
     assert main(["train", *options]) == 2
-    assert f"the adapters {adapters} do not name the model that they were trained on" in capsys.readouterr().err
+    assert f"of the adapters {adapters} does not name the model that they were trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["model", "sft"])
 @pytest.mark.parametrize("option", ["--model", "--ref_model"])
 def test_training_does_not_write_over_what_it_reads(model, option, home, tmp_path, capsys):
     before = {path: path.read_bytes() for path in (home / model).iterdir()}
-    options = [str(home / "config.yaml"), option, str(home / model), "--output_dir", str(home / model)]
-    assert main(["train", *options]) == 2
-    said = capsys.readouterr().err
-    assert f"output_dir is {home / model}, the folder of {option[2:]}" in said
+    options = [str(home / "config.yaml"), "--model", str(home / "other"), option, str(home / model)]
+    assert main(["train", *options, "--output_dir", str(home / model)]) == 2
+    assert f"output_dir is {home / model}, the folder of {option[2:]}" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (home / model).iterdir()} == before
 
 
