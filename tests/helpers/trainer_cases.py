@@ -72,6 +72,15 @@ def with_trained_adapters(model, **options):
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
 
 
+@torch.no_grad()
+def change_what_trains(model):
+    """Changes trainable parameters, as training does, and always in the same way."""
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

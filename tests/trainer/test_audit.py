@@ -43,7 +43,7 @@ def sees_everything(config, dtype, *, positions, segments):
 
 
 def probes_that_pass(patch):
-    patch.setattr(probes, "shown_of", lambda *models, **options: probes.LAYOUTS)
+    patch.setattr(probes, "shown_of", lambda *models, **options: probes.Shown(frozenset(probes.LAYOUTS), True))
     patch.setattr(probes, "agrees_with_padding", lambda *models, **options: True)
 
 
@@ -101,7 +101,6 @@ def without_adapters(patch):
 
 def training_mode(patch):
     patch.setattr(reference, "evaluation_mode", lambda model: contextlib.nullcontext())
-    patch.setattr(choose, "check_repeats", lambda model: None)
 
 
 def dropout_stays(patch):
@@ -133,7 +132,7 @@ FAULTS = {  # the model, options, what is put back, what the audit must name
     "dropout as numbers": (lambda: opt(dropout=0.3), {}, dropout_stays, POLICY),
     "attention's dropout": (lambda: opt(dropout=0.0, attention_dropout=0.3), {}, dropout_stays, POLICY),
     "a reference in training mode": (
-        lambda: with_trained_adapters(make_model("llama"), lora_dropout=0.5), {}, training_mode, START,
+        lambda: with_trained_adapters(make_model("llama"), lora_dropout=0.5), {}, training_mode, MOVES,
     ),
     "rows": (lambda: make_model("llama"), {}, shifted_rows, POLICY),
     "a mask of shared prompts": (lambda: make_model("llama"), {}, everything_is_seen, POLICY),

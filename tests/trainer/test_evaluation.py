@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 from helpers.model_families import make_model, make_tokenizer
-from helpers.trainer_cases import make_preferences, make_trainer
+from helpers.trainer_cases import change_what_trains, make_preferences, make_trainer
 
 
 def test_prediction_on_data_without_a_cache_is_refused(tmp_path):
@@ -128,8 +128,9 @@ def continuation(model, prompt, tokenizer):
 def test_samples(adapters, tmp_path, capsys):
     options = {"eval_samples": 2, "eval_sample_tokens": 5, "eval_dataset": make_preferences(4)}
     if adapters:
-        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
         trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, **options)
+        change_what_trains(trainer.model)
         frozen = make_model("llama")
     else:
         trainer = make_trainer(tmp_path, model=make_model("llama"), ref_model=make_model("llama", 1), **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import xxhash
@@ -27,9 +27,9 @@ def _name(value: Any, depth: int) -> str:
     """A function, or a value that is bound to one: an object's own text may hold its address."""
     if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
         return repr(value)
-    kind = value if isinstance(value, (type, FunctionType)) else type(value)
+    kind = value if hasattr(value, "__qualname__") else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if depth == 0 or isinstance(value, type):
+    if depth == 0 or isinstance(value, (type, BuiltinFunctionType)):
         return name
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_name(item, depth - 1) for item in value)}]"

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from .adapters import check_active, check_adapters, check_new_adapters, has_adapters
 from .causal_lm import CausalLM, unwrap_peft
 from .loading import keep_quantized_weights_unpacked
+from .noise import evaluation_mode
 from .sharding import is_sharded, is_tensor_parallel, stand_in
 from .sizes import check_positions, check_vocabulary
 
@@ -80,7 +81,7 @@ def check_model(name: str, model: nn.Module, args: TrainingArguments, tokenizer:
     if _may_be_moved(causal_lm, args):
         model.to(args.device)
     keep_quantized_weights_unpacked(causal_lm)  # before anything is evaluated
-    _check_causal(name, _runnable(causal_lm))
+    _check_passes(name, _runnable(causal_lm))
 
 
 def check_policy(
@@ -137,22 +138,23 @@ def _check_head(name: str, model: Any) -> None:
         )
 
 
-def _check_causal(name: str, model: CausalLM) -> None:
-    """Refuses models whose earlier positions see later tokens, and those that text alone can't run."""
+def _check_passes(name: str, model: CausalLM) -> None:
+    """Refuses what text alone can't run, what draws random numbers, and what lets earlier tokens see later ones."""
     causal_lm: Any = model.model
-    kind, was_training = type(causal_lm).__name__, causal_lm.training
-    tokens, others = _few_tokens(model), _few_tokens(model, changed=True)
+    kind, tokens, others = type(causal_lm).__name__, _few_tokens(model), _few_tokens(model, changed=True)
     try:
         with torch.no_grad():
             if causal_lm.config.get_text_config() is not causal_lm.config:  # which may want images to train
                 model.logits(**tokens)
-            causal_lm.eval()
-            before, after = (model.logits(**inputs)[:, :_KEPT].float() for inputs in (tokens, others))
-        if before.shape[:2] != (1, _KEPT):
-            raise ValueError(f"its logits of {_KEPT} tokens have the shape {tuple(before.shape)}")
-        scale, change = (values.nan_to_num(0, 0, 0).abs().max() for values in (before, before - after))
-        # Experts that get other tokens beside their own may round them otherwise.
-        causal = change <= 1e-6 * scale or (change <= 0.05 * scale and not _sees_later_tokens(model, tokens))
+        with evaluation_mode(causal_lm):
+            with torch.no_grad():
+                first, second, changed = (model.logits(**inputs).float() for inputs in (tokens, tokens, others))
+            if first.shape[:2] != (1, _TOKENS):
+                raise ValueError(f"its logits of {_TOKENS} tokens have the shape {tuple(first.shape)}")
+            noise = _change(first, second)
+            seen = _change(first[:, :_KEPT], changed[:, :_KEPT])
+            # Experts that get other tokens beside their own may round them otherwise.
+            causal = seen <= 1e-6 or (seen <= 0.05 and not _sees_later_tokens(model, tokens))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises without its images
@@ -160,13 +162,23 @@ def _check_causal(name: str, model: CausalLM) -> None:
         raise ValueError(
             f"{name} is {kind}, which can't be run on text alone ({reason}): give a model that is a decoder of text"
         ) from error
-    finally:
-        causal_lm.train(was_training)
+    rounded = torch.is_autocast_enabled(first.device.type) or causal_lm.dtype not in (torch.float32, torch.float64)
+    if noise > (0.02 if rounded else 1e-5):
+        raise ValueError(
+            f"two passes of {name}, {kind}, differ by {noise:.2g} of its logits although it is in evaluation mode: it, "
+            "or a hook on it, draws random numbers; take them out"
+        )
     if not causal:
         raise ValueError(
             f"{name} is {kind}, whose earlier tokens see later ones, so it can't predict them: give a causal model (of "
             "BERT's kind: one with is_decoder=True in its configuration)"
         )
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """The largest difference of logits, by the largest of them."""
+    scale, change = (values.nan_to_num(0, 0, 0).abs().max() for values in (before, before - after))
+    return (change / scale.clamp(min=torch.finfo(torch.float32).tiny)).item()
 
 
 @torch.enable_grad()

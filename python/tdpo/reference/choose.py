@@ -13,7 +13,7 @@ from ..models.sharding import is_sharded, whole_size
 from .at_start import AtStart
 from .cache import ReferenceCache, cache_reference
 from .cached_states import CachedStates
-from .reference import Reference, check_repeats
+from .reference import Reference
 from .second_model import SecondModel, copy_of
 from .without_adapters import WithoutAdapters, starts_without_adapters
 
@@ -43,7 +43,6 @@ def choose_reference(
     start = policy if ref_model is None else CausalLM.of(ref_model)
     if policy.vocab_size != start.vocab_size:
         raise ValueError(f"ref_model has a vocabulary of {start.vocab_size} but model has {policy.vocab_size}")
-    check_repeats(start)
     if args.precompute_reference:
         splits = _splits_by_name(train_dataset, eval_dataset)
         caches = _cache_splits(model if ref_model is None else ref_model, args, splits, pad_token_id)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..models.causal_lm import CausalLM, ResponseRows
 from ..models.noise import evaluation_mode
-from ..models.sharding import full_tensor
 
 Read = Callable[[CausalLM, dict[str, Tensor]], ResponseRows]  # CausalLM.hidden_rows or CausalLM.logit_rows
 Head = tuple[Tensor, "Tensor | None"]  # weight (V, D) and bias (V,)
@@ -56,24 +55,3 @@ class Reference(CausalLM):
     def whole_head(self) -> AbstractContextManager[Head]:
         """A context in which this process holds all that it needs of the head."""
         return nullcontext((self.weight, self.bias))
-
-
-@torch.no_grad()
-def check_repeats(model: CausalLM) -> None:
-    """Compares two passes of the same tokens through a model that is to be a reference.
-
-    Raises:
-        ValueError: they differ by more than the order of summation explains.
-    """
-    probe = model.probe
-    tokens = (torch.arange(1, 17, device=probe.weight.device) % probe.vocab_size)[None]
-    read = probe.hidden if model.fallback_reason is None else probe.logits
-    with evaluation_mode(probe.model):
-        first, second = (full_tensor(read(input_ids=tokens)).float() for _ in range(2))
-    rounded = torch.is_autocast_enabled(tokens.device.type) or probe.weight.dtype not in (torch.float32, torch.float64)
-    difference = ((first - second).abs().max() / (first.std() + torch.finfo(torch.float32).tiny)).item()
-    if not difference <= (0.02 if rounded else 1e-4):
-        raise ValueError(
-            f"two passes of the reference, {type(model.model).__name__}, differ by {difference:.2g} of its outputs' "
-            "spread although it is in evaluation mode: it, or a hook on it, draws random numbers; take them out"
-        )

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from tdpo.models.attention_masks import branch_mask
 
 from helpers.model_families import SMALL, make_model
-from helpers.trainer_cases import make_trainer
+from helpers.trainer_cases import change_what_trains, make_trainer
 
 ROWS = [
     {"prompt_ids": [1, 2], "chosen_ids": [3, 9], "rejected_ids": [4, 5, 9]},
@@ -79,7 +79,7 @@ def test_equals_separate_sequences(name, packed, attention, tmp_path):
 def test_with_a_cache_and_with_adapters(options, tmp_path):
     results = []
     for shared in ("never", "auto"):
-        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
         arguments = {"model": make_model("llama", 0), "shared_prompts": shared, "padding_free": shared == "auto"}
         if "peft" in options:
             arguments["peft_config"] = config
@@ -87,6 +87,8 @@ def test_with_a_cache_and_with_adapters(options, tmp_path):
             arguments |= {"ref_model": make_model("llama", 1), **options}
         trainer = make_trainer(tmp_path, **arguments)
         assert trainer.data_collator.shared_prompts == (shared == "auto")
+        if "peft" in options:
+            change_what_trains(trainer.model)
         batch = next(iter(trainer.get_train_dataloader()))
         results.append(trainer.model(preference=batch))
     assert results[0].chosen.kl.min() > 1e-4

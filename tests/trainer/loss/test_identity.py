@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import torch
 from tdpo.loss.identity import objective_name
 
 from helpers.trainer_cases import run_python
@@ -64,7 +65,12 @@ OTHERS = [
     Callable(1.0),
     Callable(2.0),
     Callable(1.0).method,
+    torch.add,
+    torch.sub,
+    functools.partial(torch.sub, alpha=2),
     MarginLoss(by_name, link),
+    MarginLoss(by_name, torch.exp),
+    MarginLoss(by_name, torch.square),
     MarginLoss(with_closure(1.0), link),
     MarginLoss(per_token(with_closure(2.0)), link),
 ]
@@ -73,6 +79,7 @@ OTHERS = [
 def test_every_other_objective_has_another_name():
     names = [objective_name(objective) for objective in OTHERS]
     assert len(set(names)) == len(names)
+    assert names[0].startswith(f"{__name__}.by_name(scale=1.0) #")
 
 
 def test_the_same_in_every_process(tmp_path):

@@ -1,12 +1,12 @@
 """Every objective that has a name, against float64 autograd of its formula on materialised logits."""
 
-import functools
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from tdpo.loss.objectives import OBJECTIVES, ObjectiveOptions, objective_name, weighted_sum
+from tdpo.loss.objectives import OBJECTIVES, check_objective_options, weighted_sum
+from tdpo.options import ObjectiveOptions
 from torch.nn.functional import logsigmoid
 
 from helpers.distributed import run_on_ranks
@@ -213,25 +213,16 @@ def test_the_document_has_every_objective():
 )
 def test_options_out_of_range_or_without_a_use_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
-        ObjectiveOptions(**options).check(name)
+        check_objective_options(ObjectiveOptions(variant=name, **options))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_defaults_and_its_own_options_are_those_of_an_objective(name):
-    ObjectiveOptions().check(name)
-    ObjectiveOptions(**{option: getattr(OPTIONS, option) for option in OBJECTIVES[name].options}).check(name)
+    check_objective_options(ObjectiveOptions(variant=name))
+    used = {option: getattr(OPTIONS, option) for option in OBJECTIVES[name].options}
+    check_objective_options(ObjectiveOptions(variant=name, **used))
 
 
 class Scaled:
     def __call__(self, chosen, rejected):
         return chosen.logps
-
-
-def test_names_of_objectives():
-    """The same in every process: no addresses."""
-    here = __name__
-    assert objective_name(dpo) == f"{here}.dpo"
-    assert objective_name(Scaled()) == f"{here}.Scaled"
-    bound = functools.partial(dpo, 0.5, Scaled(), label="x", flag=None)
-    assert objective_name(bound) == f"{here}.dpo(0.5, Scaled, label='x', flag=None)"
-    assert objective_name(MarginLoss(dpo, torch.exp)) == f"MarginLoss({here}.dpo, {objective_name(torch.exp)})"

@@ -217,7 +217,9 @@ def noisy(model):
 @pytest.mark.parametrize("options", [{}, {"precompute_reference": True}])
 def test_a_reference_that_draws_random_numbers_is_refused(given, options, tmp_path):
     models = [make_model("llama"), noisy(make_model("llama", 1))] if given else [noisy(make_model("llama"))]
-    with pytest.raises(ValueError, match="two passes of the reference, LlamaForCausalLM, differ by"):
+    with pytest.raises(
+        ValueError, match=f"two passes of {'ref_model' if given else 'model'}, LlamaForCausalLM, differ by"
+    ):
         make_trainer(tmp_path, *models, **options)
 
 

@@ -1,12 +1,14 @@
 """Samples of evaluation prompts: how many, from which models, and where they are written."""
 
-import contextlib
 import json
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
-from tdpo.runs.samples import continuations
+from tdpo import TDPOConfig
+from tdpo.reference.reference import Reference
+from tdpo.runs.samples import show_samples
 
 from helpers.model_families import make_model
 from helpers.trainer_cases import make_preferences, make_trainer
@@ -50,7 +52,7 @@ def test_a_reference_of_which_only_the_head_is_left_is_not_sampled(adapters, tmp
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_models_are_sampled_in_evaluation_mode_and_left_in_their_own(training, tokenizer):
+def test_models_are_sampled_in_evaluation_mode_and_left_in_their_own(training, tokenizer, tmp_path):
     model, seen, end = make_model("gpt2").train(training), [], tokenizer.eos_token_id
 
     def generate(*, input_ids, do_sample, max_new_tokens, **options):
@@ -58,8 +60,10 @@ def test_models_are_sampled_in_evaluation_mode_and_left_in_their_own(training, t
         return torch.cat([input_ids, torch.tensor([[5, end]])], dim=1)
 
     model.generate = generate
-    rows = [{"prompt_ids": []}, {"prompt_ids": [7, 8]}]
-    samples = continuations({"policy": (model, contextlib.nullcontext)}, tokenizer, rows, 3)
+    rows = Dataset.from_list([{"prompt_ids": []}, {"prompt_ids": [7, 8]}])
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **SAMPLES)
+    show_samples(model, Reference(make_model("gpt2"), None, 1.0, None), tokenizer, rows, args, "some")
+    samples = [{"prompt": s["prompt"], "policy": s["policy"]} for s in samples_of(tmp_path)["some.json"]]
     # An empty prompt begins behind the end of another text.
     assert seen == [(False, [[end]], False, 3), (False, [[7, 8]], False, 3)]
     assert model.training == training
