@@ -26,6 +26,7 @@ from .data.rows import RESPONSES
 from .loss.preference_loss import PreferenceLoss
 from .models.noise import evaluation_mode, without_wanted_noise
 from .models.parameter_values import ParameterValues
+from .models.sharding import use_head_without_its_forward
 from .reference.cached_states import CachedStates
 from .reference.second_model import SecondModel
 
@@ -146,6 +147,7 @@ class Audit:
             AuditError: what differs, and by how much.
         """
         began = time.perf_counter()
+        use_head_without_its_forward(self.loss.policy.model)
         with _random_numbers_kept(accelerator.device), torch.no_grad():
             plain = self._plain(wrapper, sequences, accelerator)
             with without_wanted_noise(self.adapted, disabled_dropout=self.disabled_dropout):

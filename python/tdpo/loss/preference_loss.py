@@ -15,7 +15,7 @@ from tdpo_ext.losses import Objective, sees_tokens
 
 from ..models.causal_lm import CausalLM, ResponseRows
 from ..models.routers import router_loss
-from ..models.sharding import gather_without_forward
+from ..models.sharding import gather_without_forward, use_head_without_its_forward
 from ..reference.cached_states import CachedStates
 from ..reference.reference import Reference
 from .objectives import TrainedObjective
@@ -62,6 +62,7 @@ class PreferenceLoss(abc.ABC):
 
     def run(self, wrapper: nn.Module, batch: dict[str, Any]) -> PreferenceOutput:
         """The loss of a batch in the forward pass of the policy as an engine has wrapped it."""
+        use_head_without_its_forward(self.policy.model)
         return wrapper(preference=self.reference.read_ahead(wrapper, batch, self._read))
 
     def of_pairs(self, output: PreferenceOutput) -> Tensor:

@@ -51,6 +51,18 @@ def rewritten(*parameters: Tensor) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
 
 
+def use_head_without_its_forward(model: PreTrainedModel) -> None:
+    """Has ZeRO-3 gather a model's head for the model's forward and backward passes, though not the head is called.
+
+    It must be told so before the forward pass begins, when it may gather the head for a call that is not made.
+    """
+    for parameter in model.get_output_embeddings().parameters(recurse=False):
+        if is_partitioned(parameter):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(model, parameter)
+
+
 def gather_without_forward(module: nn.Module) -> None:
     """Has FSDP gather the parameters of a module whose own forward, before which it would do so, is not called."""
     if isinstance(module, FSDPModule):
