@@ -37,6 +37,14 @@ def windowed():
     return AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=4), attn_implementation="eager")
 
 
+def without_positions():
+    """A Llama that takes a packed row for one sequence."""
+    model = make_model("llama")
+    backbone = model.model.forward
+    model.model.forward = lambda *args, position_ids=None, **kwargs: backbone(*args, **kwargs)
+    return model
+
+
 def sees_everything(config, dtype, *, positions, segments):
     """A mask for shared prompts that lets every token see all that stand before it."""
     return torch.ones(*positions.shape, positions.shape[1], dtype=torch.bool).tril()[:, None]
@@ -136,7 +144,32 @@ FAULTS = {  # the model, options, what is put back, what the audit must name
     ),
     "rows": (lambda: make_model("llama"), {}, shifted_rows, POLICY),
     "a mask of shared prompts": (lambda: make_model("llama"), {}, everything_is_seen, POLICY),
+    "packed sequences that see each other": (
+        without_positions, {"padding_free": True, **PLAIN}, probes_that_pass, POLICY,
+    ),
 }  # fmt: skip
+
+
+def other_head(trainer, **changes):
+    """Both models' heads are misunderstood."""
+    for model in (trainer.loss.policy, trainer.reference):
+        vars(model).update(changes)
+
+
+HEADS = {
+    "a cap of logits": ("gemma2", {"softcap": None}),
+    "a scale of logits": ("cohere", {"logit_scale": 1.0}),
+    "a cap that is none": ("llama", {"softcap": 20.0}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_names_a_head_that_is_misunderstood(name, tmp_path):
+    family, changes = HEADS[name]
+    trainer = make_trainer(tmp_path, make_model(family), make_model(family, 1))
+    other_head(trainer, **changes)
+    with pytest.raises(AuditError, match=POLICY):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name", FAULTS)
