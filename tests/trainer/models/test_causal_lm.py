@@ -92,3 +92,19 @@ def test_a_bias_and_a_scale():
     assert CausalLM.of(model).fallback_reason is None
     config = transformers.CohereConfig(**SMALL, logit_scale=0.5)
     assert CausalLM.of(transformers.AutoModelForCausalLM.from_config(config)).logit_scale == 0.5
+
+
+def test_a_sharded_model_is_tried_on_a_stand_in(monkeypatch):
+    """Small, on the device, in the precision and with the attention of the model, which this process can't run."""
+    monkeypatch.setattr("tdpo.models.causal_lm.is_sharded", lambda model: True)
+    model = make_model("gemma2").to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(model, "forward", None)
+    state = torch.get_rng_state()
+    found = CausalLM.of(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (found.model, found.softcap, found.fallback_reason) == (model, 5.0, None)
+    probed = found.probe.model
+    assert type(probed) is type(model) and probed is not model
+    assert (probed.dtype, probed.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert found.probe.low_precision
