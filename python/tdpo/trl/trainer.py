@@ -31,7 +31,6 @@ from ..loss.preference_loss import FusedLoss, why_not_fused
 from ..models.causal_lm import CausalLM
 from ..models.checks import check_model, check_models, check_policy
 from ..models.forward import patch_forward
-from ..models.loading import keep_quantized_weights_unpacked
 from ..models.probes import depends_on_the_batch
 from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded
@@ -106,7 +105,6 @@ class TDPOTrainer(DPOTrainer):
             super().__init__(model, ref_model, args, *positional, **others)
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
-        keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
         with autocast(self.args):
             check_model("model", self.model, self.args, self._tokenizer)
             check_policy(self.model, self.ref_model, self._tokenizer, trains=True)
