@@ -95,7 +95,7 @@ class Sequence(NamedTuple):
 
 
 def examples_to_audit(dataset: Dataset, rows: list[int]) -> list[dict[str, Any]]:
-    """The longest pair of a batch and one more, from a tokenized dataset; `rows`: the batch's `dataset_row`."""
+    """The two longest pairs of a batch, from a tokenized dataset; `rows`: the batch's `dataset_row`."""
     places = np.flatnonzero(np.isin(dataset.with_format("numpy")["dataset_row"], rows))[: len(rows)]
     return sorted((dataset[int(place)] for place in places), key=lambda example: example["length"])[:-3:-1]
 

@@ -289,7 +289,7 @@ class TDPOTrainer(Trainer):
         raise ValueError("train_dataset holds no pairs to audit")
 
     def _audit(self, model: nn.Module, rows: list[int]) -> None:
-        """Audits two pairs of a batch; `rows`: its `dataset_row`."""
+        """Audits the two longest pairs of a batch; `rows`: its `dataset_row`."""
         self._audit_due = False
         assert self.train_dataset is not None
         examples = examples_to_audit(self.train_dataset, rows)
