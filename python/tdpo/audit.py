@@ -214,7 +214,7 @@ class Audit:
 
     def _of_loss_with_other_parameters(self, wrapper: nn.Module, batch: dict[str, Any]) -> _Sums:
         others = ParameterValues(self.adapted)
-        for value in others.values.values():
+        for value in others.values.values():  # enough to show in a reference that depends on them
             value.mul_(1.25).add_(0.01)
         with others.in_place():
             return self._of_loss(wrapper, batch)

@@ -97,7 +97,7 @@ class TDPOTrainer(Trainer):
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
         tokenizer = check_trainer_arguments(
-            model, ref_model, args, processing_class, peft_config, train_dataset, others
+            model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None, others=others
         )
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
@@ -133,15 +133,14 @@ class TDPOTrainer(Trainer):
         self._trained_dtypes = trained_dtypes(self.model)
         with autocast(args):
             self.loss, self.data_collator = set_up_loss(
-                self.model,
-                ref_model,
-                args,
-                trained,
-                self.data_collator,
-                self.train_dataset,
-                self.eval_dataset,
-                padding_token(tokenizer),
-                self.accelerator,
+                model=self.model,
+                ref_model=ref_model,
+                args=args,
+                trained=trained,
+                collator=self.data_collator,
+                datasets=(self.train_dataset, self.eval_dataset),
+                pad_token_id=padding_token(tokenizer),
+                accelerator=self.accelerator,
             )
         self.reference = self.loss.reference
         self._reference_is_policy = ref_model is None  # as it starts

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import Accelerator
-from datasets import Dataset
 from torch import nn
 
 from ..config import TDPOConfig
@@ -13,20 +12,20 @@ from ..models.causal_lm import CausalLM
 from ..models.probes import choose_layout
 from ..models.routers import router_coefficient
 from ..reference.cached_states import CachedStates
-from ..reference.choose import choose_reference
+from ..reference.choose import Datasets, choose_reference
 from ..reference.second_model import SecondModel
 from .objectives import TrainedObjective
 from .preference_loss import PreferenceLoss, choose_loss
 
 
 def set_up_loss(
+    *,
     model: nn.Module,
     ref_model: nn.Module | None,
     args: TDPOConfig,
     trained: TrainedObjective,
     collator: Any,
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset | dict[str, Dataset] | None,
+    datasets: Datasets,
     pad_token_id: int,
     accelerator: Accelerator,
 ) -> tuple[PreferenceLoss, Any]:
@@ -36,7 +35,7 @@ def set_up_loss(
         model: the policy with its adapters, as it starts.
         ref_model: the model that the user gave, or None.
         collator: a PreferenceCollator, or one of the user's own, which is left as it is.
-        train_dataset, eval_dataset, pad_token_id: as in `choose_reference`.
+        datasets, pad_token_id: as in `choose_reference`.
 
     Returns:
         The loss, which holds the reference, and the collator, told the layout.
@@ -45,7 +44,7 @@ def set_up_loss(
         ValueError: a model doesn't fit the others, the data or the options; the message names what.
     """
     policy = CausalLM.of(model)
-    reference = choose_reference(policy, model, ref_model, args, train_dataset, eval_dataset, pad_token_id)
+    reference = choose_reference(policy, model, ref_model, args, datasets, pad_token_id)
     coefficient = router_coefficient(policy, args.router_aux_loss_coef)
     collator = choose_layout(
         collator,

@@ -125,7 +125,7 @@ class CausalLM:
     @property
     def low_precision(self) -> bool:
         """It computes in less than float32: in the precision of its weights, or by autocast."""
-        autocast = torch.is_autocast_enabled(self.weight.device.type)
+        autocast = torch.is_autocast_enabled(self.model.device.type)
         return autocast or self.model.dtype not in (torch.float32, torch.float64)
 
     @property

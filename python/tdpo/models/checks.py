@@ -1,4 +1,4 @@
-"""Refuses, before data are tokenized, what the loss can't train or what would be lost later: one function a check.
+"""Refuses, before data are tokenized, what the loss can't train or what would be lost later: one function per check.
 
 Every refusal is one sentence that names the argument and says what to do.
 """
@@ -64,7 +64,7 @@ def check_model(name: str, model: nn.Module, args: TrainingArguments, tokenizer:
 
     Args:
         name: of the argument.
-        model: it, perhaps with adapters.
+        model: with or without adapters.
         args: the options, `max_length` among them, which may be None. The model is moved to their device if training
             will move it: to try it elsewhere would be slow, and some attentions run there alone.
         tokenizer: what makes its token ids.
@@ -115,7 +115,7 @@ def check_policy(
 
 
 def _check_decoder(name: str, model: Any) -> None:
-    """Refuses encoder-decoders, and the decoder that is left of one's checkpoint."""
+    """Refuses encoder-decoders, and a decoder that was loaded from the checkpoint of one."""
     kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings") or not hasattr(config, "get_text_config"):
         raise TypeError(
@@ -278,7 +278,7 @@ def _check_saves(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        align_special_tokens(trained, tokenizer)  # as training will, and what is changed is checked more strictly
+        align_special_tokens(trained, tokenizer)  # as training does; a changed configuration is checked more strictly
         with tempfile.TemporaryDirectory() as folder:
             generation.save_pretrained(folder)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -29,22 +29,21 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
     """A context that all processes enter, where parameters that ZeRO-3 partitions are whole, to be read only."""
-    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
-    if not partitioned:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
+    return _gathered(parameters, modifier_rank=None)
 
 
 def rewritten(*parameters: Tensor) -> AbstractContextManager[Any]:
     """As `gathered`, but the values may be changed, by all processes alike."""
+    return _gathered(parameters, modifier_rank=0)
+
+
+def _gathered(parameters: Iterable[Tensor | None], modifier_rank: int | None) -> AbstractContextManager[Any]:
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
 
 
 def gather_without_forward(module: nn.Module) -> None:

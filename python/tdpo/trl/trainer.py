@@ -35,6 +35,7 @@ from ..models.probes import depends_on_the_batch
 from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded
 from ..models.sizes import check_token_ids
+from ..policy import check_needs_no_logits
 from ..precision import WarnOfCoarseWeights, autocast
 from ..reference.choose import policy_at_start
 from ..reference.reference import Reference
@@ -91,8 +92,7 @@ class TDPOTrainer(DPOTrainer):
         if args is not None:
             _check_options(args)
             trl_objective(args, alpha=alpha, variant=variant)  # bad options are refused before models are loaded
-        if others.get("compute_metrics") is not None:
-            raise ValueError("compute_metrics is given, but no logits are formed that it could work on: leave it out")
+        check_needs_no_logits(others)
         if isinstance(others.get("processing_class"), ProcessorMixin):
             raise TypeError("processing_class is a processor of images; only text is supported: give its tokenizer")
         if isinstance(ref_model, str):
