@@ -4,7 +4,7 @@
 
 SmolLM2 and, where its packages are installed, Gemma 3 (see real_models.py); LoRA against the policy as it starts, and
 the whole policy against a reference that differs from it, in float32 and with bf16. The pairs are IMDb reviews, cut at
-384 tokens. Results go to benchmarks/results/bench_audit.json. Takes about ten minutes on two cores.
+192 tokens. Results go to benchmarks/results/bench_audit.json. Takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tdpo import TDPOConfig, TDPOTrainer
 from transformers import TrainerCallback
 
 PAIRS = 16
-LENGTHS = {"max_length": 384, "max_prompt_length": 64}
+LENGTHS = {"max_length": 192, "max_prompt_length": 64}
 DEVICE = {"use_cpu": not torch.cuda.is_available()}  # bf16 on a CPU must be asked for
 
 

@@ -1,8 +1,8 @@
-"""The audit: before the first step, what the loss gives for real pairs against plain arithmetic.
+"""The audit: before the first step, the loss of real pairs is compared with plain arithmetic.
 
 Plain arithmetic is each sequence alone, without padding, packing or shared prompts, through the model's own logits and
-a float32 log_softmax. The loss must give the same whatever the layout of its batches, the form of its reference and the
-way to its head, and its reference must stay what it is while the policy trains.
+a float32 log_softmax. The loss must give the same for every layout of a batch and every form of reference, fused or
+from logits, and the reference must not change while the policy trains.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from .loss.preference_loss import PreferenceLoss
 from .models.noise import evaluation_mode, without_wanted_noise
 from .models.parameter_values import ParameterValues
 from .models.sharding import use_head_without_its_forward
+from .precision import MIXED_PRECISIONS
 from .reference.cached_states import CachedStates
 from .reference.second_model import SecondModel
 
-_PLAIN_BYTES = 2**28  # of float32 logits; a few copies of them exist at a time
+_PLAIN_BYTES = 2**28  # of float32 logits at a time, of which a few copies exist
 
-# Differences that rounding explains, of a mean over a sequence's tokens, in nats, times one more than its size.
+# Differences that rounding explains, as AuditReport has them.
 _TOLERANCES = {
     torch.float64: 1e-4,
     torch.float32: 1e-4,
@@ -83,7 +84,7 @@ class Sequence(NamedTuple):
 
     Attributes:
         ids: (T,), on the model's device.
-        first: the first response token that another predicts.
+        first: the index of the first response token that is predicted: the first token of a sequence is not.
     """
 
     ids: Tensor
@@ -95,7 +96,7 @@ class Sequence(NamedTuple):
 
 
 def examples_to_audit(dataset: Dataset, rows: list[int]) -> list[dict[str, Any]]:
-    """The longest pair of a batch and one more, from a tokenized dataset; `rows`: the batch's `dataset_row`."""
+    """The two longest pairs of a batch, from a tokenized dataset; `rows`: the batch's `dataset_row`."""
     places = np.flatnonzero(np.isin(dataset.with_format("numpy")["dataset_row"], rows))[: len(rows)]
     return sorted((dataset[int(place)] for place in places), key=lambda example: example["length"])[:-3:-1]
 
@@ -119,13 +120,13 @@ class _Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Audit:
-    """Compares the loss of a policy, as it is, with plain arithmetic.
+    """Compares a training's loss with plain arithmetic.
 
     Attributes:
-        loss: of the policy.
+        loss: of the training.
         adapted: the policy with its adapters.
         at_start: the policy was not trained yet, and is its own reference.
-        disabled_dropout: the policy's own dropout must have no effect in training mode.
+        disabled_dropout: the model's own dropout was disabled, so that training mode must make no difference.
     """
 
     loss: PreferenceLoss
@@ -136,7 +137,7 @@ class Audit:
     def run(
         self, wrapper: nn.Module, sequences: list[Sequence], batch: dict[str, Any], accelerator: Accelerator
     ) -> AuditReport:
-        """Compares, on all processes together; no random number of the training is used up.
+        """Compares, on all processes together. The training's random numbers are left as they are.
 
         Args:
             wrapper: the policy as an engine has wrapped it, in training mode.
@@ -180,21 +181,23 @@ class Audit:
                 "configuration; `audit: never` trains all the same"
             )
 
-    def _dtypes(self, accelerator: Accelerator) -> list[torch.dtype]:
-        """The precisions that the two ways compute in, or that a cache stores."""
+    def _dtypes(self, accelerator: Accelerator) -> set[torch.dtype]:
+        """The precisions that the models and the plain arithmetic compute in, and that a cache stores."""
         models = (self.loss.policy.model, self.loss.reference.model)
-        dtypes = [parameter.dtype for model in models for parameter in model.parameters()]
-        dtypes += [{"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)]
+        dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
+        dtypes |= {torch.float32, MIXED_PRECISIONS.get(accelerator.mixed_precision, torch.float32)}
         if isinstance(self.loss.reference, CachedStates):
-            dtypes += [cache.dtype for _, cache in self.loss.reference.caches]
-        return [dtype for dtype in set(dtypes) if dtype in _TOLERANCES] + [torch.float32]
+            dtypes |= {cache.dtype for _, cache in self.loss.reference.caches}
+        return dtypes & _TOLERANCES.keys()
 
     @property
     def _reference_is_apart(self) -> bool:
+        """It shares no weights with the policy."""
         return isinstance(self.loss.reference, (SecondModel, CachedStates))
 
     @property
     def _reference_is_gone(self) -> bool:
+        """Its cached states are all that is left, so that there is nothing to compare them with."""
         return isinstance(self.loss.reference, CachedStates) and not self.at_start
 
     def _about_reference(self) -> str:
@@ -213,7 +216,7 @@ class Audit:
 
     def _of_loss_with_other_parameters(self, wrapper: nn.Module, batch: dict[str, Any]) -> _Sums:
         others = ParameterValues(self.adapted)
-        for value in others.values.values():
+        for value in others.values.values():  # enough to show in a reference that depends on them
             value.mul_(1.25).add_(0.01)
         with others.in_place():
             return self._of_loss(wrapper, batch)
@@ -221,30 +224,33 @@ class Audit:
     # ---- plain arithmetic ----
 
     def _plain(self, wrapper: nn.Module, sequences: list[Sequence], accelerator: Accelerator) -> _Sums:
-        """The sums of all sequences. Under an engine, all processes call the models equally often."""
+        """The sums of all sequences. All processes call the models equally often: an engine's passes are collective."""
         size = max(len(sequence.targets) for sequence in sequences) * self.loss.policy.vocab_size * 4
         chunks = accelerator.gather(torch.tensor([math.ceil(size / _PLAIN_BYTES)], device=accelerator.device)).max()
         sums = [self._plain_sums(wrapper, sequence, int(chunks)) for sequence in sequences]
         return _Sums(*map(torch.stack, zip(*sums)))
 
     def _plain_sums(self, wrapper: nn.Module, sequence: Sequence, chunks: int) -> tuple[Tensor, ...]:
-        policy, reference = self.loss.policy.model, self.loss.reference
         places = torch.arange(sequence.first, len(sequence.ids), device=sequence.ids.device)
         sums = torch.zeros(3, dtype=torch.float64, device=sequence.ids.device)
         for chunk in places.tensor_split(chunks):
-            some = chunk if len(chunk) else places[:1]
-            with evaluation_mode(policy):
-                z = wrapper(preference=lambda: _log_softmax(policy, sequence.ids, some - 1))  # noqa: B023
-            if self.at_start or self._reference_is_gone:
-                r = z
-            else:
-                r = reference.call(wrapper, lambda model: _log_softmax(model, sequence.ids, some - 1))  # noqa: B023
-            p, q = (r, z) if self.loss.kl_direction == "forward" else (z, r)
+            some = chunk if len(chunk) else places[:1]  # all processes call the models, whatever is left for them
+            logps, ref_logps = self._plain_logps(wrapper, sequence.ids, some - 1)
+            p, q = (ref_logps, logps) if self.loss.kl_direction == "forward" else (logps, ref_logps)
             kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
             targets = sequence.ids[some][:, None]
-            values = torch.stack([z.gather(1, targets)[:, 0], r.gather(1, targets)[:, 0], kl])
+            values = torch.stack([logps.gather(1, targets)[:, 0], ref_logps.gather(1, targets)[:, 0], kl])
             sums += values[:, : len(chunk)].sum(1, dtype=torch.float64)
         return tuple(sums)
+
+    def _plain_logps(self, wrapper: nn.Module, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of policy and reference, the log-probabilities that some tokens of a sequence predict, (rows, V), float32."""
+        policy = self.loss.policy.model
+        with evaluation_mode(policy):
+            logps = wrapper(preference=lambda: _log_softmax(policy, ids, rows))
+        if self.at_start or self._reference_is_gone:
+            return logps, logps
+        return logps, self.loss.reference.call(wrapper, lambda model: _log_softmax(model, ids, rows))
 
 
 def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
@@ -254,8 +260,8 @@ def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _log_softmax(model: Any, ids: Tensor, rows: Tensor) -> Tensor:
-    """The log-probabilities that a model predicts at some tokens of a sequence alone, (rows, V), float32."""
-    forward = vars(model).get("_plain_forward", model)  # inside its own forward, which must not be entered again
+    """The log-probabilities that some tokens of a sequence predict, run alone, (rows, V), float32."""
+    forward = vars(model).get("_plain_forward", model)  # the patched forward is running already
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         logits = forward(input_ids=ids[None], use_cache=False, logits_to_keep=rows).logits[0]
     else:
@@ -264,7 +270,7 @@ def _log_softmax(model: Any, ids: Tensor, rows: Tensor) -> Tensor:
 
 
 def _difference(ours: Tensor, plain: Tensor, lengths: Tensor) -> float:
-    """The largest difference of a mean over a sequence's tokens, by one more than the mean itself."""
+    """The largest difference of a sequence's mean over tokens, divided by one more than the mean itself."""
     lengths = lengths.clamp(min=1)
     difference = ((ours - plain).abs() / lengths / (1 + plain.abs() / lengths)).max()
     return difference.nan_to_num(nan=math.inf).item()

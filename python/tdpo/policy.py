@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
 from .data.tokenize import tokenize_preferences
+from .models.adapters import has_adapters
 from .models.checks import check_models, check_policy
 from .models.noise import disable_dropout
 from .precision import autocast, check_attention
@@ -24,23 +25,26 @@ def check_trainer_arguments(
     args: Any,
     processing_class: Any,
     peft_config: Any,
-    train_dataset: Any,
+    *,
+    trains: bool,
     others: dict[str, Any],
 ) -> PreTrainedTokenizerBase:
-    """Checks the arguments of `TDPOTrainer` and what its models are; returns the tokenizer among them.
+    """Checks the arguments of `TDPOTrainer` and what its models are; returns `processing_class`, a tokenizer.
+
+    Args:
+        trains: the policy will be trained, not only evaluated.
+        others: arguments of transformers' Trainer.
 
     Raises:
         TypeError, ValueError: one has the wrong type, is missing, or has no meaning here; the message names it.
     """
+    check_needs_no_logits(others)
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
     for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
         if not isinstance(given, nn.Module):
             raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
         check_attention(name, given, args)
-    for name in _NEED_LOGITS:
-        if others.get(name) is not None:
-            raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
     if processing_class is None:
         raise ValueError("processing_class is None; the policy's tokenizer is required")
     if isinstance(processing_class, ProcessorMixin):
@@ -51,8 +55,19 @@ def check_trainer_arguments(
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is {processing_class!r}; a tokenizer is needed")
     with autocast(args):
-        check_models(model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None)
+        check_models(model, ref_model, args, processing_class, peft_config, trains=trains)
     return processing_class
+
+
+def check_needs_no_logits(arguments: dict[str, Any]) -> None:
+    """Refuses a trainer's arguments that work on logits, by name.
+
+    Raises:
+        ValueError: one is given.
+    """
+    for name in _NEED_LOGITS:
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
 
 
 def tokenized(
@@ -112,4 +127,4 @@ def check_output_dir(output_dir: str | Path, folders: dict[str, Any]) -> None:
 
 def default_learning_rate(policy: nn.Module) -> float:
     """The learning rate of what trains: adapters, or the whole policy."""
-    return _LEARNING_RATE_OF_ADAPTERS if hasattr(policy, "peft_config") else _LEARNING_RATE
+    return _LEARNING_RATE_OF_ADAPTERS if has_adapters(policy) else _LEARNING_RATE

@@ -18,7 +18,7 @@ from .models.causal_lm import unwrap_peft
 from .models.sharding import local_values
 
 logger = logging.getLogger(__name__)
-_MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's names
+MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's names
 _SAMPLED_WEIGHTS = 1_000_000  # enough for their typical size
 
 
@@ -34,7 +34,7 @@ def autocast(args: TrainingArguments) -> AbstractContextManager[Any]:
 
 def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     chosen = "bf16" if args.bf16 else "fp16" if args.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return _MIXED_PRECISIONS.get(chosen)
+    return MIXED_PRECISIONS.get(chosen)
 
 
 def check_attention(name: str, model: nn.Module, args: TrainingArguments) -> None:
@@ -69,7 +69,7 @@ class WarnOfCoarseWeights(TrainerCallback):
         for group in groups:  # an engine may keep the model's own parameters in another precision than it trains
             for weights in group["params"]:
                 by_dtype[weights.dtype].append(local_values(weights).detach())
-        for dtype in _MIXED_PRECISIONS.values():
+        for dtype in MIXED_PRECISIONS.values():
             if dtype in by_dtype:
                 logger.warning("%s", _sentence(dtype, typical_size(by_dtype[dtype]), learning_rate))
 

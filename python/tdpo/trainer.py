@@ -34,8 +34,8 @@ from .models.sizes import check_token_ids
 from .policy import check_output_dir, check_trainer_arguments, default_learning_rate, prepare_policy, tokenized
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
+from .reference.digests import digests_at_start
 from .reference.second_model import SecondModel
-from .reference.without_adapters import digests_at_start
 from .runs import checkpoints
 from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
@@ -54,8 +54,7 @@ class TDPOTrainer(Trainer):
 
     Args:
         model: the policy, an AutoModelForCausalLM or a peft model.
-        ref_model: the frozen reference. None takes the policy as it is now: with adapters, the model without them;
-            otherwise a copy, or, with `precompute_reference`, only its head.
+        ref_model: the frozen reference. None takes the policy as it is now (docs/reliability.md says in what form).
         args: options; a copy is kept, so that they can serve another trainer.
         train_dataset, eval_dataset: preference rows (see `tdpo.data.rows`); eval_dataset may be a dict of splits.
         processing_class: the tokenizer.
@@ -80,8 +79,8 @@ class TDPOTrainer(Trainer):
     was_finished = False  # the last call of `train` found the run finished
     _staging: str | None = None  # the folder of a checkpoint that is being written
     _audit_due = False  # before the next step
-    _audit_alone = False  # and then there is none
-    _trained = False
+    _audit_alone = False  # and the training ends with it
+    _trained = False  # a step was taken since construction
     _new_tokens = 0  # this process has trained on since the last count
 
     def __init__(
@@ -98,7 +97,7 @@ class TDPOTrainer(Trainer):
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
         tokenizer = check_trainer_arguments(
-            model, ref_model, args, processing_class, peft_config, train_dataset, others
+            model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None, others=others
         )
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
@@ -108,7 +107,7 @@ class TDPOTrainer(Trainer):
         collator = PreferenceCollator(
             padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
         )
-        self._weights = digests_at_start(model, ref_model)  # before adapters are added
+        self._weights = digests_at_start(model, ref_model)
         policy = prepare_policy(model, ref_model, args, tokenizer, peft_config)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(policy)
@@ -133,17 +132,17 @@ class TDPOTrainer(Trainer):
         self._own_objective = None if objective is None else objective_name(objective)
         self._trained_dtypes = trained_dtypes(self.model)
         with autocast(args):
-            self.loss, self.reference, self.data_collator = set_up_loss(
-                self.model,
-                ref_model,
-                args,
-                trained,
-                self.data_collator,
-                self.train_dataset,
-                self.eval_dataset,
-                padding_token(tokenizer),
-                self.accelerator,
+            self.loss, self.data_collator = set_up_loss(
+                model=self.model,
+                ref_model=ref_model,
+                args=args,
+                trained=trained,
+                collator=self.data_collator,
+                datasets=(self.train_dataset, self.eval_dataset),
+                pad_token_id=padding_token(tokenizer),
+                accelerator=self.accelerator,
             )
+        self.reference = self.loss.reference
         self._reference_is_policy = ref_model is None  # as it starts
         self.ref_model = self.reference.model if isinstance(self.reference, SecondModel) else None
         patch_forward(self.model, self.loss)
@@ -225,10 +224,8 @@ class TDPOTrainer(Trainer):
             # Generating would gather the weights for every token.
             logger.warning("eval_samples: no samples are drawn while weights are sharded")
         elif self.args.eval_samples and self.args.should_save:
-            policy, name = (
-                self.accelerator.unwrap_model(self.model),
-                f"{metric_key_prefix}-step-{self.state.global_step}",
-            )
+            policy = self.accelerator.unwrap_model(self.model)
+            name = f"{metric_key_prefix}-step-{self.state.global_step}"
             show_samples(policy, self.reference, self.processing_class, dataloader.dataset, self.args, name)
         return output
 
@@ -291,13 +288,17 @@ class TDPOTrainer(Trainer):
         raise ValueError("train_dataset holds no pairs to audit")
 
     def _audit(self, model: nn.Module, rows: list[int]) -> None:
-        """Audits pairs of a batch; `rows`: its `dataset_row`."""
+        """Audits the two longest pairs of a batch; `rows`: its `dataset_row`."""
         self._audit_due = False
         assert self.train_dataset is not None
         examples = examples_to_audit(self.train_dataset, rows)
         batch = self._prepare_inputs(self._collator_of(self.train_dataset)(examples))
-        at_start = self._reference_is_policy and not self._trained and self.state.global_step == 0
-        audit = Audit(self.loss, self.model, at_start, self.args.disable_dropout)
+        audit = Audit(
+            self.loss,
+            self.model,
+            at_start=self._reference_is_policy and not self._trained and self.state.global_step == 0,
+            disabled_dropout=self.args.disable_dropout,
+        )
         report = audit.run(model, sequences_of(examples, self.args.device), batch, self.accelerator)
         if self._audit_alone:
             raise AuditPassed(report)

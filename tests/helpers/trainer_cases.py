@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tdpo import TDPOConfig, TDPOTrainer
@@ -38,6 +39,26 @@ def make_preferences(rows=24):
             for i in range(rows)
         ]
     )
+
+
+def write_home(folder, **options):
+    """What commands read: the folder model, data.jsonl, and config.yaml, which names them and has other options."""
+    make_model("llama").save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    make_preferences().to_json(str(folder / "data.jsonl"))
+    config = {
+        "model": str(folder / "model"),
+        "dataset": str(folder / "data.jsonl"),
+        "max_length": 40,
+        "max_prompt_length": 16,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, **options}))
 
 
 def make_trainer(

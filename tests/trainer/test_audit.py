@@ -51,7 +51,7 @@ def sees_everything(config, dtype, *, positions, segments):
 
 
 def probes_that_pass(patch):
-    patch.setattr(probes, "shown_of", lambda *models, **options: probes.Shown(frozenset(probes.LAYOUTS), True))
+    patch.setattr(probes, "probe_model", lambda *models, **options: probes.ProbeResult(frozenset(probes.LAYOUTS), True))
     patch.setattr(probes, "agrees_with_padding", lambda *models, **options: True)
 
 

@@ -12,7 +12,7 @@ import xxhash
 from tdpo_ext import MarginLoss
 from tdpo_ext.losses import Objective
 
-_DEPTH = 5  # of objects that are bound to objects; those may form circles
+_DEPTH = 5  # of values bound to values, which may form circles
 
 
 def objective_name(objective: Objective) -> str:
@@ -24,7 +24,7 @@ def objective_name(objective: Objective) -> str:
 
 
 def _name(value: Any, depth: int) -> str:
-    """A function, or a value that is bound to one: an object's own text may hold its address."""
+    """The name of a function, or of a value bound to one. No repr of objects, which may hold their addresses."""
     if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
         return repr(value)
     kind = value if hasattr(value, "__qualname__") else type(value)

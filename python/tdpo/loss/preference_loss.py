@@ -22,9 +22,12 @@ from .objectives import TrainedObjective
 
 
 class PreferenceOutput(NamedTuple):
-    """The mean loss of a batch and, detached, the sums over each sequence's response tokens, (B,), and what was added.
+    """What the loss gives for a batch of pairs.
 
-    `router_loss` is the load-balancing loss of a mixture of experts, before its coefficient; None where it has none.
+    Attributes:
+        loss: the mean over pairs, plus the weighted load-balancing loss where there is one.
+        chosen, rejected: sums over each sequence's response tokens, (pairs,), detached.
+        router_loss: the load-balancing loss of a mixture of experts, before its coefficient, detached; or None.
     """
 
     loss: Tensor
@@ -52,7 +55,7 @@ class PreferenceLoss(abc.ABC):
 
     def __call__(self, batch: dict[str, Tensor]) -> PreferenceOutput:
         options = {"output_router_logits": True} if self.router_coefficient > 0 else {}
-        ref_rows = self.reference.rows(batch, self._read)  # first: it may change parameters in place for a while
+        ref_rows = self.reference.rows(batch, self._read)  # first: AtStart exchanges parameters in place
         rows, router_logits = self._read(self.policy, batch, **options)
         output = self._compare(rows, ref_rows, batch)
         if not options:

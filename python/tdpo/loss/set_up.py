@@ -1,59 +1,50 @@
-"""From the models and the options to the loss of a training, its reference and the layout of its batches."""
+"""From the models and the options to the loss of a training and the layout of its batches."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import Accelerator
-from datasets import Dataset
 from torch import nn
 
 from ..config import TDPOConfig
 from ..models.causal_lm import CausalLM
-from ..models.loading import keep_quantized_weights_unpacked
 from ..models.probes import choose_layout
 from ..models.routers import router_coefficient
 from ..reference.cached_states import CachedStates
-from ..reference.choose import choose_reference
-from ..reference.reference import Reference
+from ..reference.choose import Datasets, choose_reference
 from ..reference.second_model import SecondModel
 from .objectives import TrainedObjective
 from .preference_loss import PreferenceLoss, choose_loss
 
 
-class LossSetUp(NamedTuple):
-    """The loss, the reference that it reads, and the collator, which knows the layout of batches."""
-
-    loss: PreferenceLoss
-    reference: Reference
-    collator: Any
-
-
 def set_up_loss(
+    *,
     model: nn.Module,
     ref_model: nn.Module | None,
     args: TDPOConfig,
     trained: TrainedObjective,
     collator: Any,
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset | dict[str, Dataset] | None,
+    datasets: Datasets,
     pad_token_id: int,
     accelerator: Accelerator,
-) -> LossSetUp:
-    """Chooses the reference's form, the layout and the way to the head, each by what the models are shown to do.
+) -> tuple[PreferenceLoss, Any]:
+    """Chooses the reference's form, the layout of batches, and the fused loss or that of logits, by trying the models.
 
     Args:
         model: the policy with its adapters, as it starts.
         ref_model: the model that the user gave, or None.
         collator: a PreferenceCollator, or one of the user's own, which is left as it is.
-        train_dataset, eval_dataset, pad_token_id: as in `choose_reference`.
+        datasets, pad_token_id: as in `choose_reference`.
+
+    Returns:
+        The loss, which holds the reference, and the collator, told the layout.
 
     Raises:
         ValueError: a model doesn't fit the others, the data or the options; the message names what.
     """
-    keep_quantized_weights_unpacked(model)  # before anything is evaluated
     policy = CausalLM.of(model)
-    reference = choose_reference(policy, model, ref_model, args, train_dataset, eval_dataset, pad_token_id)
+    reference = choose_reference(policy, model, ref_model, args, datasets, pad_token_id)
     coefficient = router_coefficient(policy, args.router_aux_loss_coef)
     collator = choose_layout(
         collator,
@@ -66,4 +57,4 @@ def set_up_loss(
     if isinstance(reference, SecondModel):  # probed before it is sharded
         reference = reference.prepared(accelerator)
     loss = choose_loss(policy, reference, trained, router_coefficient=coefficient, logits_budget=args.logits_budget)
-    return LossSetUp(loss, reference, collator)
+    return loss, collator

@@ -1,4 +1,4 @@
-"""Adapters that the loss can train: those that change layers, which are all that it runs of peft's model."""
+"""Which adapters the loss can train: those inside layers, since it runs the model inside peft's, not peft's forward."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_active(model: nn.Module) -> None:
 
 
 def check_new_adapters(model: nn.Module, peft_config: Any) -> None:
-    """Refuses what is no configuration of adapters that the loss can run, and adapters upon others."""
+    """Refuses a `peft_config` of a kind that the loss can't run, or for a model that has adapters already."""
     from peft import PeftConfig
 
     if not isinstance(peft_config, PeftConfig):
@@ -48,7 +48,7 @@ def check_new_adapters(model: nn.Module, peft_config: Any) -> None:
 
 
 def _check_kind(name: str, config: Any) -> None:
-    """Refuses kinds that do more than change layers, since the loss runs the model inside peft's, layers alone."""
+    """Refuses kinds that do more than change layers."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 

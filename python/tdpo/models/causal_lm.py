@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from .attention_masks import branch_masks
 from .noise import evaluation_mode
-from .sharding import full_tensor, is_sharded, stand_in
+from .sharding import full_tensor, is_sharded
+from .stand_ins import stand_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,18 +53,18 @@ class CausalLM:
         softcap: the model caps its logits as softcap * tanh(logits / softcap); None if it doesn't.
         logit_scale: the model multiplies its head's output by this before.
         fallback_reason: why this model's head can't be fused, so that logits must be materialised; None if it can.
-        probed: the model that is run to find out what it can do, where `model` can't be run outside an engine.
+        probed: what is run in place of `model` to find out what it does; a stand-in where an engine has spread `model`.
     """
 
     model: PreTrainedModel
-    softcap: float | None
-    logit_scale: float
-    fallback_reason: str | None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    fallback_reason: str | None = None
     probed: PreTrainedModel | None = None
 
     @property
     def probe(self) -> CausalLM:
-        """The same model in a form that can be run to find out what it does."""
+        """The same model in a form that this process can run alone."""
         return self if self.probed is None else replace(self, model=self.probed, probed=None)
 
     @classmethod
@@ -71,16 +72,15 @@ class CausalLM:
         """Inspects a model and, on two tokens, compares its own logits with those formed from its hidden states."""
         model = unwrap_peft(model)
         probed = stand_in(model) if is_sharded(model) else model
-        head, softcap, scale, reason = model.get_output_embeddings(), None, 1.0, None
+        head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             reason = f"its head is {type(head).__name__}, not a linear layer"
-        else:
-            found = _how_logits_are_made(cls(probed, softcap, scale, None))
-            if isinstance(found, str):
-                reason = found
-            else:
-                softcap, scale = found
-        return cls(model, softcap, scale, reason, probed)
+            return cls(model, fallback_reason=reason, probed=probed)
+        found = _how_logits_are_made(cls(probed))
+        if isinstance(found, str):
+            return cls(model, fallback_reason=found, probed=probed)
+        softcap, scale = found
+        return cls(model, softcap, scale, probed=probed)
 
     def hidden(self, **batch: Any) -> Tensor:
         """Last hidden states, (B, T, D), after the final norm; `batch` as of `PreferenceCollator`."""
@@ -116,6 +116,18 @@ class CausalLM:
             inputs["attention_mask"] = branch_masks(self.model.config, self.weight.dtype, **places)
         return {**inputs, "use_cache": False}
 
+    def first_tokens(self, count: int) -> dict[str, Tensor]:
+        """Inputs to try the model on: the token ids 1, 2, ..., (1, count)."""
+        embedding: Any = self.model.get_input_embeddings()
+        tokens = torch.arange(1, count + 1, device=embedding.weight.device)[None] % self.vocab_size
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    @property
+    def low_precision(self) -> bool:
+        """It computes in less than float32: in the precision of its weights, or by autocast."""
+        autocast = torch.is_autocast_enabled(self.model.device.type)
+        return autocast or self.model.dtype not in (torch.float32, torch.float64)
+
     @property
     def vocab_size(self) -> int:
         return self.model.config.get_text_config().vocab_size
@@ -131,16 +143,15 @@ class CausalLM:
 
 @torch.no_grad()
 def _how_logits_are_made(model: CausalLM) -> tuple[float | None, float] | str:
-    """The cap and the scale of a model's logits, of those that its configuration tells; or why there are none.
+    """The cap and the scale of a model's logits, among the numbers of its configuration; or why none fit.
 
     The model's logits for two tokens are compared with those formed from its hidden states: as they are, and with the
     head's input multiplied, since a cap shows at large logits alone.
     """
     weight, bias = full_tensor(model.weight), None if model.bias is None else full_tensor(model.bias)
-    tokens = torch.tensor([[1, 2]], device=weight.device) % model.vocab_size
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
         with evaluation_mode(model.model):
+            batch = model.first_tokens(2)
             hidden = model.hidden(**batch)
             size = nn.functional.linear(hidden, weight).float().std()
             factors = (hidden.new_tensor(_LOUDNESS) / size.to(hidden.dtype).clamp_min(1e-3)).clamp_min(1)
@@ -164,8 +175,8 @@ def _how_logits_are_made(model: CausalLM) -> tuple[float | None, float] | str:
 
 @contextmanager
 def _multiplied_input(module: nn.Module, factors: Tensor) -> Iterator[None]:
-    """A context in which what a module is given is multiplied."""
-    hook = module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factors, *inputs[1:]))
+    """A context in which a module's input is multiplied, before hooks of tensor parallelism make it a DTensor."""
+    hook = module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factors, *inputs[1:]), prepend=True)
     try:
         yield
     finally:

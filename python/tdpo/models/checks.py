@@ -1,4 +1,4 @@
-"""Refuses, before data are tokenized, what the loss can't train or what would be lost later: one function a check.
+"""Refuses, before data are tokenized, what the loss can't train or what would be lost later: one function per check.
 
 Every refusal is one sentence that names the argument and says what to do.
 """
@@ -21,8 +21,11 @@ from .adapters import check_active, check_adapters, check_new_adapters, has_adap
 from .causal_lm import CausalLM, unwrap_peft
 from .loading import keep_quantized_weights_unpacked
 from .noise import evaluation_mode
-from .sharding import is_sharded, is_tensor_parallel, stand_in
+from .sharding import is_sharded, is_tensor_parallel
 from .sizes import check_positions, check_vocabulary
+from .stand_ins import stand_in
+
+_TOKENS, _KEPT = 8, 2  # tokens that a model is tried on; those that stay where the others change
 
 
 def check_models(
@@ -61,7 +64,7 @@ def check_model(name: str, model: nn.Module, args: TrainingArguments, tokenizer:
 
     Args:
         name: of the argument.
-        model: it, perhaps with adapters.
+        model: with or without adapters.
         args: the options, `max_length` among them, which may be None. The model is moved to their device if training
             will move it: to try it elsewhere would be slow, and some attentions run there alone.
         tokenizer: what makes its token ids.
@@ -81,7 +84,7 @@ def check_model(name: str, model: nn.Module, args: TrainingArguments, tokenizer:
     if _may_be_moved(causal_lm, args):
         model.to(args.device)
     keep_quantized_weights_unpacked(causal_lm)  # before anything is evaluated
-    _check_passes(name, _runnable(causal_lm))
+    _check_passes(name, CausalLM(stand_in(causal_lm) if is_sharded(causal_lm) else causal_lm))
 
 
 def check_policy(
@@ -112,7 +115,7 @@ def check_policy(
 
 
 def _check_decoder(name: str, model: Any) -> None:
-    """Refuses encoder-decoders, and the decoder that is left of one's checkpoint."""
+    """Refuses encoder-decoders, and a decoder that was loaded from the checkpoint of one."""
     kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings") or not hasattr(config, "get_text_config"):
         raise TypeError(
@@ -141,7 +144,10 @@ def _check_head(name: str, model: Any) -> None:
 def _check_passes(name: str, model: CausalLM) -> None:
     """Refuses what text alone can't run, what draws random numbers, and what lets earlier tokens see later ones."""
     causal_lm: Any = model.model
-    kind, tokens, others = type(causal_lm).__name__, _few_tokens(model), _few_tokens(model, changed=True)
+    kind, tokens = type(causal_lm).__name__, model.first_tokens(_TOKENS)
+    others = {**tokens, "input_ids": tokens["input_ids"].clone()}
+    others["input_ids"][:, _KEPT:] += _TOKENS
+    others["input_ids"] %= model.vocab_size
     try:
         with torch.no_grad():
             if causal_lm.config.get_text_config() is not causal_lm.config:  # which may want images to train
@@ -153,7 +159,7 @@ def _check_passes(name: str, model: CausalLM) -> None:
                 raise ValueError(f"its logits of {_TOKENS} tokens have the shape {tuple(first.shape)}")
             noise = _change(first, second)
             seen = _change(first[:, :_KEPT], changed[:, :_KEPT])
-            # Experts that get other tokens beside their own may round them otherwise.
+            # A small change may be rounding, as in experts whose batch has other tokens: gradients tell.
             causal = seen <= 1e-6 or (seen <= 0.05 and not _sees_later_tokens(model, tokens))
     except torch.OutOfMemoryError:
         raise
@@ -162,8 +168,7 @@ def _check_passes(name: str, model: CausalLM) -> None:
         raise ValueError(
             f"{name} is {kind}, which can't be run on text alone ({reason}): give a model that is a decoder of text"
         ) from error
-    rounded = torch.is_autocast_enabled(first.device.type) or causal_lm.dtype not in (torch.float32, torch.float64)
-    if noise > (0.02 if rounded else 1e-5):
+    if noise > (0.02 if model.low_precision else 1e-5):
         raise ValueError(
             f"two passes of {name}, {kind}, differ by {noise:.2g} of its logits although it is in evaluation mode: it, "
             "or a hook on it, draws random numbers; take them out"
@@ -176,7 +181,7 @@ def _check_passes(name: str, model: CausalLM) -> None:
 
 
 def _change(before: Tensor, after: Tensor) -> float:
-    """The largest difference of logits, by the largest of them."""
+    """The largest difference of logits, divided by the largest logit."""
     scale, change = (values.nan_to_num(0, 0, 0).abs().max() for values in (before, before - after))
     return (change / scale.clamp(min=torch.finfo(torch.float32).tiny)).item()
 
@@ -185,37 +190,14 @@ def _change(before: Tensor, after: Tensor) -> float:
 def _sees_later_tokens(model: CausalLM, tokens: dict[str, Tensor]) -> bool:
     """Whether a later token's embedding has any gradient from earlier logits, exactly, whatever the precision."""
     embedded: list[Tensor] = []
-    hook = _embedding(model).register_forward_hook(
-        lambda module, inputs, output: embedded.append(output.requires_grad_())
-    )
+    embedding: Any = model.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, inputs, output: embedded.append(output.requires_grad_()))
     try:
         logits = model.logits(**tokens)[:, :_KEPT]
     finally:
         hook.remove()
     (gradient,) = torch.autograd.grad(logits.float().sum(), embedded[:1])
     return bool(gradient.reshape(_TOKENS, -1)[_KEPT:].any())  # some families put tokens before the batch
-
-
-def _embedding(model: CausalLM) -> Any:
-    causal_lm: Any = model.model
-    return causal_lm.get_input_embeddings()
-
-
-_TOKENS, _KEPT = 8, 2  # tokens that a model is tried on; those that stay where the others change
-
-
-def _few_tokens(model: CausalLM, changed: bool = False) -> dict[str, Tensor]:
-    tokens = torch.arange(1, _TOKENS + 1)
-    if changed:
-        tokens[_KEPT:] += _TOKENS
-    device = _embedding(model).weight.device
-    tokens = (tokens % model.vocab_size)[None].to(device)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-def _runnable(model: Any) -> CausalLM:
-    """The model, or a small one of its kind where an engine has spread its weights."""
-    return CausalLM(stand_in(model) if is_sharded(model) else model, None, 1.0, None)
 
 
 def _may_be_moved(model: Any, args: TrainingArguments) -> bool:
@@ -230,18 +212,14 @@ def _may_be_moved(model: Any, args: TrainingArguments) -> bool:
 
 @torch.no_grad()
 def _check_wrapper(policy: Any) -> None:
-    """Refuses whatever peft's model adds to the model inside it, which alone is trained."""
+    """Refuses adapters that act outside the model inside peft's, which is all that the loss runs."""
     inner = unwrap_peft(policy)
     if inner is policy or is_sharded(inner):
         return
-    was_training = policy.training
-    policy.eval()
-    try:
-        model = _runnable(inner)
-        tokens = _few_tokens(model)
+    model = CausalLM(inner)
+    tokens = model.first_tokens(_TOKENS)
+    with evaluation_mode(policy):
         outside, inside = policy(**tokens, use_cache=False).logits, model.logits(**tokens)
-    finally:
-        policy.train(was_training)
     if outside.shape != inside.shape or not torch.allclose(outside, inside, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise ValueError(
             f"model is {type(policy).__name__}, whose logits are not those of the model with adapters inside it: use "
@@ -259,17 +237,11 @@ def _check_trainable(policy: nn.Module) -> None:
     )
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError(f"model has no parameter that trains: {advice}")
-    causal_lm = unwrap_peft(policy)
-    if is_sharded(causal_lm):
+    model = CausalLM(unwrap_peft(policy))
+    if is_sharded(model.model):
         return
-    was_training = policy.training
-    policy.eval()
-    try:
-        with torch.enable_grad():
-            model = _runnable(causal_lm)
-            moves = model.logits(**_few_tokens(model)).requires_grad
-    finally:
-        policy.train(was_training)
+    with evaluation_mode(policy), torch.enable_grad():
+        moves = model.logits(**model.first_tokens(_TOKENS)).requires_grad
     if not moves:
         raise ValueError(
             "model has parameters that train, but none of them takes part in its logits: "
@@ -306,7 +278,7 @@ def _check_saves(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        align_special_tokens(trained, tokenizer)  # as training will, and what is changed is checked more strictly
+        align_special_tokens(trained, tokenizer)  # as training does; a changed configuration is checked more strictly
         with tempfile.TemporaryDirectory() as folder:
             generation.save_pretrained(folder)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a model is, by its content: names and folders stay the same when weights are replaced."""
+"""Digests of weights: a model's name and folder stay the same when they are replaced."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def weights_digest(model: nn.Module, *, with_adapters: bool = True) -> str:
     """A digest of the names, types and values of a model's weights, the same on all processes.
 
     Args:
-        with_adapters: without them, a model has the digest that it had before it got any.
+        with_adapters: if False, the digest is that of the model before it was given adapters.
     """
     digest, spread = xxhash.xxh3_128(), False
     for name, value in _named_values(unwrap_peft(model), with_adapters):

@@ -2,7 +2,7 @@
 
 A wrapped policy (DDP, FSDP, DeepSpeed) gathers weights and synchronises gradients around its forward. So the loss, head
 included, is computed there: `patch_forward` makes `model(preference=batch)` return the loss, and
-`model(preference=function)` what a function returns that runs the model, and leaves every other call unchanged.
+`model(preference=function)` what `function()` returns; every other call is unchanged.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def patch_forward(model: nn.Module, function: Callable[[Any], Any] | None = None
     """
     causal_lm: Any = unwrap_peft(model)
     causal_lm._preference_loss = _Borrowed(function)
-    if "_plain_forward" not in vars(causal_lm):  # of the first trainer; what wraps it since then stays around it
+    if "_plain_forward" not in vars(causal_lm):  # wrappers that were put around it since the first patch stay
         causal_lm._plain_forward = causal_lm.forward
         # A bound method, so that a deep copy of the model forwards through itself.
         causal_lm.forward = MethodType(_forward, causal_lm)
 
 
 class _Borrowed:
-    """A function that belongs to somebody else."""
+    """A function that is not kept alive, and that copies don't have."""
 
     def __init__(self, function: Callable[[Any], Any] | None) -> None:
         reference = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref

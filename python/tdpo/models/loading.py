@@ -41,7 +41,7 @@ def load_policy(options: ModelOptions) -> Any:
 
 
 def merges_adapters(options: ModelOptions) -> bool:
-    """Whether the policy's own adapters make place for new ones."""
+    """Whether the policy's own adapters are merged into its weights, to make room for new ones."""
     return options.lora_r > 0 and _adapters_folder(require(options, "model")) is not None
 
 
@@ -52,7 +52,7 @@ def trains_adapters(options: ModelOptions) -> bool:
 
 
 def load_adapted_model(options: ModelOptions) -> Any:
-    """What the adapters of a policy were added to, in full precision."""
+    """The model that the adapters to be trained are added to, in full precision."""
     options = replace(options, load_in_4bit=False, tp_plan=None)
     if options.lora_r > 0:
         return load_policy(options)

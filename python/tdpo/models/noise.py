@@ -16,16 +16,15 @@ def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def without_wanted_noise(model: nn.Module, *, disabled_dropout: bool) -> AbstractContextManager[None]:
-    """A context in which a model that is in training mode draws no random number that somebody has asked for.
+    """A context in which a model in training mode draws no random numbers but those that nobody asked for.
 
-    That is the dropout of adapters, noise on embeddings and jitter of routers, and the model's own dropout unless it
-    was disabled.
+    Without effect are the dropout of adapters, noise on embeddings, jitter of routers, and the model's own dropout
+    unless it was disabled: if it still acts then, it is a fault.
     """
     if not disabled_dropout:
         return evaluation_mode(model)
-    of_adapters = [module for layer in model.modules() for module in _adapter_modules(layer)]
     noisy = [module for module in model.modules() if any(_is_noise(*item) for item in vars(module).items())]
-    return _evaluating([*of_adapters, *noisy])
+    return _evaluating([*_adapter_modules(model), *noisy])
 
 
 def _is_noise(name: str, value: Any) -> bool:
@@ -49,7 +48,7 @@ def disable_dropout(model: nn.Module) -> None:
 
     The dropout of adapters is left as it is: whoever made them asked for it.
     """
-    of_adapters = {module for layer in model.modules() for module in _adapter_modules(layer)}
+    of_adapters = _adapter_modules(model)
     configured = vars(model).setdefault("_configured_dropout", [])
     for module in model.modules():
         if module in of_adapters:
@@ -66,7 +65,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 @contextmanager
 def configured_dropout(model: nn.Module) -> Iterator[None]:
-    """A context, to save a model in, in which its configuration says the dropout that it was loaded with."""
+    """A context to save a model in: its configuration has the dropout that it was loaded with."""
     configured = vars(model).get("_configured_dropout", [])
     for config, name, value in configured:
         setattr(config, name, value)
@@ -77,12 +76,11 @@ def configured_dropout(model: nn.Module) -> Iterator[None]:
             setattr(config, name, 0.0)
 
 
-def _adapter_modules(layer: nn.Module) -> Iterator[nn.Module]:
-    """What adapters add to a layer that they wrap."""
-    if hasattr(layer, "base_layer"):  # a layer of one of peft's tuners
-        for name, child in layer.named_children():
-            if name != "base_layer":
-                yield from child.modules()
+def _adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """What peft's adapters add to the layers that they wrap."""
+    wrapped = (layer for layer in model.modules() if hasattr(layer, "base_layer"))
+    added = (child for layer in wrapped for name, child in layer.named_children() if name != "base_layer")
+    return {module for child in added for module in child.modules()}
 
 
 def _configurations(module: nn.Module) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Values of a model's parameters beside those that it has, whatever engine shards them."""
+"""Values that can take the place of a model's own parameters, whatever engine shards them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .sharding import gathered, resharded, rewritten
 
 
 class ParameterValues:
-    """Values of a model's trainable parameters, by name, which can take the place of those that it has.
+    """A copy of the values of a model's trainable parameters, by name, which can be put in their place later.
 
     Args:
-        model: with its adapters, before an engine wraps it; the engine may shard its parameters later.
+        model: with its adapters. An engine may shard its parameters afterwards.
     """
 
     def __init__(self, model: nn.Module) -> None:

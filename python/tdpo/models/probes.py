@@ -1,4 +1,4 @@
-"""What a model does with batches that are laid out otherwise than each sequence alone, tried on a few tokens."""
+"""Which layouts of a batch leave every sequence the hidden states that it has alone, tried on a few tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .causal_lm import CausalLM
 from .noise import evaluation_mode
 from .stand_ins import TOKENS, scaled_down, shaken
 
-# What the code of a model raises that can't be built or run in a way.
+# What a model's code raises where it can't be built, or can't be run in a layout.
 _CANT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
-_MOST_TOLERANCE = 1e-2  # of what rounding is allowed to change in a stand-in, by the spread of its states
+_MOST_TOLERANCE = 1e-2  # the largest difference that can pass for rounding in a stand-in, by the spread of its states
 _REACH = 6 * TOKENS  # the longest sequences of a probe have more than twice as many tokens
 
 # The options of PreferenceCollator for each layout.
@@ -35,12 +35,12 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a model's states are shown to be in.
+class ProbeResult:
+    """What a probe has found.
 
     Attributes:
-        layouts: those of `LAYOUTS` in which every sequence has the states that it has alone.
-        repeats: states do not depend on the sequences that were run before.
+        layouts: those of `LAYOUTS` in which every sequence has the hidden states that it has alone.
+        repeats: a sequence has the same states again after others were run.
     """
 
     layouts: frozenset[str]
@@ -62,31 +62,30 @@ def choose_layout(
 
     Args:
         collator: a PreferenceCollator; a collator of the user's own is left as it is.
-        models: those that run on its batches, by the names of their arguments, the policy ("model") among them.
+        models: those that read its batches, by the names of their arguments: "model" is the policy.
         shared_prompts, padding_free, max_length: the options.
         routed: a load-balancing loss is added: a prompt's routing then counts once for each response, as in TRL.
 
     Raises:
         ValueError: a model doesn't allow what an option asks for, or no layout gives the states of each sequence alone.
     """
-    # A reference that is the policy's own model is tried with it.
+    # A reference that is the policy's own model needs no probe of its own.
     models = {
         name: model for name, model in models.items() if name == "model" or model.model is not models["model"].model
     }
-    shown = {name: shown_of(model, max_length) for name, model in models.items()}
+    results = {name: probe_model(model, max_length) for name, model in models.items()}
+    for name, model in models.items():
+        if not results[name].repeats:
+            raise ValueError(f"{name}: {_not_repeatable(model, max_length)}")
 
-    def refusing(layout: str) -> str | None:
-        """The first model that is not shown to have in this layout the states of each sequence alone."""
+    def first_unfit(layout: str) -> str | None:
+        """The first model whose sequences are not shown to keep their states in a layout."""
         for name, model in models.items():
-            if layout not in shown[name].layouts or not agrees_with_padding(model, layout):
+            if layout not in results[name].layouts or not agrees_with_padding(model, layout):
                 return name
         return None
 
-    for name, model in models.items():
-        problem = _unfit(model, shown[name], max_length)
-        if problem is not None:
-            raise ValueError(f"{name}: {problem}")
-    if padding_free and (mixing := refusing("packed")):
+    if padding_free and (mixing := first_unfit("packed")):
         raise ValueError(
             f"padding_free is True, but {mixing} mixes packed sequences, or is not shown to keep them apart "
             f"({_kind(models[mixing])}); choose another attn_implementation, or padding"
@@ -94,7 +93,7 @@ def choose_layout(
     if not isinstance(collator, PreferenceCollator):
         return collator
     if shared_prompts == "always" or (shared_prompts == "auto" and not routed):
-        mixing = refusing("shared_packed" if padding_free else "shared")
+        mixing = first_unfit("shared_packed" if padding_free else "shared")
         if not mixing:
             return replace(collator, shared_prompts=True)
         if shared_prompts == "always":
@@ -102,7 +101,7 @@ def choose_layout(
                 f"shared_prompts is 'always', but {mixing} mixes responses to one prompt, or is not shown to keep them "
                 f"apart ({_kind(models[mixing])})"
             )
-    return collator if padding_free else replace(collator, row_by_row=refusing("padded") is not None)
+    return collator if padding_free else replace(collator, row_by_row=first_unfit("padded") is not None)
 
 
 def _kind(model: CausalLM) -> str:
@@ -110,60 +109,55 @@ def _kind(model: CausalLM) -> str:
 
 
 def depends_on_the_batch(model: CausalLM, max_length: int | None) -> str | None:
-    """Why a sequence's states are not its own in a padded batch, such as by rope that scales with the longest row.
+    """Why a sequence's states depend on the other rows of a padded batch, as with rope that scales with the longest.
 
     Args:
         model: any.
         max_length: tokens of the longest sequence; None has no limit.
 
     Returns:
-        The reason; None if they are its own.
+        The reason; None if they don't.
 
     Raises:
-        ValueError: nor are they in a row alone.
+        ValueError: they depend on earlier batches, or on chance.
     """
-    shown = shown_of(model, max_length)
-    problem = _unfit(model, shown, max_length)
-    if problem is not None:
-        raise ValueError(problem)
-    return None if "padded" in shown.layouts else "its hidden states depend on the other rows of a batch"
+    result = probe_model(model, max_length)
+    if not result.repeats:
+        raise ValueError(_not_repeatable(model, max_length))
+    return None if "padded" in result.layouts else "its hidden states depend on the other rows of a batch"
 
 
-def _unfit(model: CausalLM, shown: Shown, max_length: int | None) -> str | None:
-    """Why no layout gives the states of each sequence alone."""
-    if not shown.repeats:
-        return (
-            f"what {type(model.model).__name__} computes for a sequence depends on chance, or on the sequences that it "
-            f"has read before, as by rope that grows with the longest one: set max_length, {max_length}, to what it "
-            "was trained for"
-        )
-    return None
-
-
-def shown_of(model: CausalLM, max_length: int | None) -> Shown:
-    """What a stand-in shows, whose sequences reach beyond all windows; without one, the model on a few tokens."""
-
-    probe = model.probe
-    subject = _Subject(
-        type(probe.model),
-        repr(probe.model.config.to_dict()) + probe.model.config._attn_implementation,
-        sys.maxsize if max_length is None else max_length,
-        probe.fallback_reason,
-        copy.deepcopy(probe.model.config),
+def _not_repeatable(model: CausalLM, max_length: int | None) -> str:
+    return (
+        f"what {type(model.model).__name__} computes for a sequence depends on chance, or on the sequences that it "
+        f"has read before, as by rope that grows with the longest one: set max_length, {max_length}, to what it "
+        "was trained for"
     )
-    shown = _shown_by_stand_in(subject)
-    if shown is None:
-        try:
-            shown = _try(probe, 3)
-        except _CANT:  # a model that can't be run in this way is told so by its first batch
-            return Shown(frozenset({"padded"}))
-        return replace(shown, layouts=shown.layouts & {"padded"})
-    return shown
+
+
+def probe_model(model: CausalLM, max_length: int | None) -> ProbeResult:
+    """Probes a stand-in, with sequences that reach beyond all windows; without one, the model on a few tokens."""
+    config = model.model.config
+    subject = _Subject(
+        type(model.probe.model),
+        repr(config.to_dict()) + config._attn_implementation,
+        sys.maxsize if max_length is None else max_length,
+        model.fallback_reason,
+        copy.deepcopy(config),
+    )
+    result = _probe_stand_in(subject)
+    if result is not None:
+        return result
+    try:
+        result = _probe(model.probe, 3)
+    except _CANT:  # the first batch will raise what is wrong
+        return ProbeResult(frozenset({"padded"}))
+    return replace(result, layouts=result.layouts & {"padded"})
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What a stand-in stands for: all that has an influence on what it shows."""
+    """What the result of a stand-in depends on."""
 
     kind: type
     options: str
@@ -173,27 +167,27 @@ class _Subject:
 
 
 @functools.lru_cache(maxsize=32)
-def _shown_by_stand_in(subject: _Subject) -> Shown | None:
-    """What stand-ins show; None where there is none."""
+def _probe_stand_in(subject: _Subject) -> ProbeResult | None:
+    """Probes stand-ins; None where there is none."""
 
-    def of_stand_in(*, all_windows: bool) -> Shown:
+    def probe_small(*, all_windows: bool) -> ProbeResult:
         small, other = (
             scaled_down(subject.kind, subject.config, longest=subject.longest, all_windows=all_windows)
             for _ in range(2)
         )
-        model = CausalLM(small, None, 1.0, subject.fallback_reason)
-        return _try(model, _REACH, replace(model, model=shaken(other)))
+        model = CausalLM(small, fallback_reason=subject.fallback_reason)
+        return _probe(model, _REACH, replace(model, model=shaken(other)))
 
     try:
-        shown = of_stand_in(all_windows=True)
+        result = probe_small(all_windows=True)
         selected = _selected_keys(subject.config.get_text_config())
-        if selected is not None:  # among near-equal keys by rounding, which any layout changes: no probe can tell
-            return Shown(frozenset({"padded"} if selected >= subject.longest else ()), shown.repeats)
-        if "padded" in shown.layouts and shown.repeats:
-            return shown
-        # In rows of one sequence, nothing that is longer than the longest of them matters.
-        near = of_stand_in(all_windows=False)
-        return Shown(shown.layouts - {"padded"} | near.layouts & {"padded"}, near.repeats)
+        if selected is not None:  # rounding, which any layout changes, selects among near-equal keys: no probe can tell
+            return ProbeResult(frozenset({"padded"} if selected >= subject.longest else ()), result.repeats)
+        if "padded" in result.layouts and result.repeats:
+            return result
+        # In rows of one sequence, windows longer than the longest sequence do not matter.
+        padded = probe_small(all_windows=False)
+        return ProbeResult(result.layouts - {"padded"} | padded.layouts & {"padded"}, padded.repeats)
     except _CANT:
         return None
 
@@ -218,21 +212,23 @@ def agrees_with_padding(model: CausalLM, layout: str) -> bool:
     with evaluation_mode(probe.model):
         try:
             pairs = _pairs(probe, 2)[:2]
-            difference = _difference(_states(probe, pairs, layout), padded := _states(probe, pairs, "padded"))
-            low = torch.is_autocast_enabled(padded.device.type) or padded.dtype not in (torch.float32, torch.float64)
-            return difference <= (0.02 if low else 1e-3)
+            difference = _difference(_states(probe, pairs, layout), _states(probe, pairs, "padded"))
+            return difference <= (0.02 if probe.low_precision else 1e-3)
         except _CANT:
             return False
 
 
 @torch.no_grad()
-def _try(model: CausalLM, reach: int, rounded: CausalLM | None = None) -> Shown:
-    """What sequences of up to thrice `reach` tokens show. Raises what the model does where it can't run them alone.
+def _probe(model: CausalLM, reach: int, rounded: CausalLM | None = None) -> ProbeResult:
+    """Runs sequences of up to three times `reach` tokens, each alone and in all layouts.
 
     Args:
-        model: is run.
+        model: as it can be run.
         reach: tokens of the longest response.
-        rounded: the model with other rounding, by which differences are judged.
+        rounded: the model after a change of the size of rounding errors, whose effect differences are held to.
+
+    Raises:
+        Exception: any of `_CANT`, where the model can't run a sequence alone.
     """
     pairs = _pairs(model, reach)
     sequences = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for side in RESPONSES for row in pairs]
@@ -247,18 +243,18 @@ def _try(model: CausalLM, reach: int, rounded: CausalLM | None = None) -> Shown:
         if rounded is not None:
             changes = [_difference(alone(rounded, ids), states[number]) for number, ids in enumerate(sequences)]
             tolerance = min(max(10 * max(changes), tolerance), _MOST_TOLERANCE)
-        # Once more, the longest first: what grows with the longest sequence so far is not what it was.
+        # Once more, the longest first, so that what grows with the longest sequence so far shows.
         order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number]))
         repeats = all(_difference(alone(model, sequences[number]), states[number]) <= tolerance for number in order)
-        predicting = torch.cat([some[max(prompt, 1) - 1 : -1] for some, prompt in zip(states, prompts)])
+        expected = torch.cat([some[max(prompt, 1) - 1 : -1] for some, prompt in zip(states, prompts)])
         layouts = set()
         for layout in LAYOUTS:
             try:
-                if _difference(_states(model, pairs, layout), predicting) <= tolerance:
+                if _difference(_states(model, pairs, layout), expected) <= tolerance:
                     layouts.add(layout)
             except _CANT:
                 continue
-    return Shown(frozenset(layouts), repeats)
+    return ProbeResult(frozenset(layouts), repeats)
 
 
 def _read(model: CausalLM, batch: dict[str, Tensor]) -> Tensor:
@@ -280,7 +276,7 @@ def _pairs(model: CausalLM, reach: int) -> list[dict[str, Any]]:
     """Pairs of random tokens: a long prompt, a long response behind a short prompt, and no prompt."""
     lengths = [(2 * reach + 1, 3, 5), (2, 3, 4), (1, reach, 2), (0, 3, 4)]
     draw = torch.Generator().manual_seed(0)
-    least = min(3, model.vocab_size - 1)  # behind the ids that mean something
+    least = min(3, model.vocab_size - 1)  # the first ids are usually special tokens
     tokens = [
         [torch.randint(least, model.vocab_size, (length,), generator=draw).tolist() for length in of_pair]
         for of_pair in lengths
@@ -289,6 +285,6 @@ def _pairs(model: CausalLM, reach: int) -> list[dict[str, Any]]:
 
 
 def _difference(some: Tensor, others: Tensor) -> float:
-    """The largest difference of states, by their spread; infinite where one is not finite."""
+    """The largest difference of states, divided by their spread and size; infinite where one is NaN."""
     largest = ((some.float() - others.float()).abs() / (others.float().std() + others.float().abs())).max()
     return float("inf") if largest.isnan() else largest.item()

@@ -56,8 +56,8 @@ def router_loss(model: Any, router_logits: tuple[Tensor, ...], mask: Tensor | No
 
 def _routes(model: CausalLM) -> bool:
     """Whether a model gives router logits for a few tokens: a dense one may be of a class that also has experts."""
-    tokens = torch.ones(1, 2, dtype=torch.long, device=model.weight.device)
-    batch = {"input_ids": tokens, "rows": torch.zeros_like(tokens[0])}
+    batch = model.first_tokens(2)
+    batch["rows"] = torch.zeros_like(batch["input_ids"][0])
     read = model.hidden_rows if model.fallback_reason is None else model.logit_rows
     with evaluation_mode(model.model), torch.no_grad():
         try:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
-
-_PROBED_LAYERS, _PROBED_VOCABULARY = 2, 64
 
 
 def is_partitioned(tensor: Any) -> bool:
@@ -33,22 +29,21 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
     """A context that all processes enter, where parameters that ZeRO-3 partitions are whole, to be read only."""
-    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
-    if not partitioned:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
+    return _gathered(parameters, modifier_rank=None)
 
 
 def rewritten(*parameters: Tensor) -> AbstractContextManager[Any]:
     """As `gathered`, but the values may be changed, by all processes alike."""
+    return _gathered(parameters, modifier_rank=0)
+
+
+def _gathered(parameters: Iterable[Tensor | None], modifier_rank: int | None) -> AbstractContextManager[Any]:
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
 
 
 def use_head_without_its_forward(model: PreTrainedModel) -> None:
@@ -96,16 +91,3 @@ def whole_size(parameter: Any) -> int:
 def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor gathered from all ranks where it is a DTensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def stand_in(model: Any) -> PreTrainedModel:
-    """A small model of the same class and options, with random weights, to probe where the weights are partitioned."""
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = min(text.num_hidden_layers, _PROBED_LAYERS)
-    if getattr(text, "layer_types", None):  # one of each kind, if there is room
-        text.layer_types = (list(dict.fromkeys(text.layer_types)) * _PROBED_LAYERS)[: text.num_hidden_layers]
-    text.vocab_size = _PROBED_VOCABULARY
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, None)
-    return type(model)(config).to(device=next(iter(model.parameters())).device, dtype=model.dtype).eval()

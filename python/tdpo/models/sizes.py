@@ -19,11 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_positions(name: str, model: Any, option: str, length: int | None) -> None:
-    """Refuses lengths beyond a table of positions. Rotary positions go on, if not well, which is said.
+    """Refuses lengths beyond a table of positions; warns of rotary positions beyond those that a model was made for.
 
     Args:
         name: of the model's argument.
-        option, length: what sets the longest sequence, and its tokens; None has no limit.
+        option, length: the option that limits sequences, and its value in tokens; None has no limit.
+
+    Raises:
+        ValueError: the table is shorter.
     """
     if length is None:
         return
@@ -40,12 +43,12 @@ def check_positions(name: str, model: Any, option: str, length: int | None) -> N
 
 
 def position_table(model: Any) -> int | None:
-    """The tokens that a model's table of positions is good for; None where positions are computed or there are none."""
+    """The length of a model's table of positions, in tokens; None where it has no table."""
     if _is_rotary(model):
         return None
     config = model.config.get_text_config()
     sizes = [*_learned_positions(model, config), *_fixed_positions(model, config)]
-    return min(sizes, default=getattr(config, "max_seq_len", None))  # of MPT, which makes its table in every call
+    return min(sizes, default=getattr(config, "max_seq_len", None))  # MPT makes its table in every call
 
 
 def _is_rotary(model: nn.Module) -> bool:
@@ -56,7 +59,7 @@ _POSITIONS = re.compile(r"(^|_)(pos|position|positions|wpe)(_|$)")
 
 
 def _learned_positions(model: Any, config: Any) -> Iterator[int]:
-    """The sizes of embeddings of positions, whose first rows some families leave to padding."""
+    """The sizes of embeddings of positions, without the first rows that some families keep for padding."""
     for name, module in _text_parts(model, config, model.named_modules()):
         if isinstance(module, nn.Embedding) and _POSITIONS.search(name.rpartition(".")[2]):
             padding = 0 if module.padding_idx is None else module.padding_idx + 1
@@ -64,14 +67,14 @@ def _learned_positions(model: Any, config: Any) -> Iterator[int]:
 
 
 def _fixed_positions(model: Any, config: Any) -> Iterator[int]:
-    """The sizes of tables of sines; those that grow when they must are not called positions."""
+    """The sizes of tables of sines; tables that grow on demand have other names."""
     for name, table in _text_parts(model, config, model.named_buffers()):
         if table.ndim == 2 and len(table) > 1 and _POSITIONS.search(name.rpartition(".")[2]):
             yield len(table)
 
 
 def _text_parts(model: Any, config: Any, named: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Of named parts those that read text: all, or in a model of images too those beside its token embedding."""
+    """The parts of a model that read text: all, or in a model of images those in the module of its token embedding."""
     if config is model.config:
         return named
     embedding = model.get_input_embeddings()
@@ -80,7 +83,7 @@ def _text_parts(model: Any, config: Any, named: Iterator[tuple[str, Any]]) -> It
 
 
 def _embedded_ids(model: Any) -> int | None:
-    """The number of token ids that a model both embeds and predicts; None where it doesn't say."""
+    """The number of token ids that a model both embeds and predicts; None if unknown."""
     weights = [getattr(part, "weight", None) for part in (model.get_input_embeddings(), model.get_output_embeddings())]
     rows = [getattr(weight, "ds_shape", weight.shape)[0] for weight in weights if weight is not None]
     if getattr(model, "is_quantized", False) or is_tensor_parallel(model):  # whose weights may have other shapes
@@ -89,10 +92,10 @@ def _embedded_ids(model: Any) -> int | None:
 
 
 def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses ids without an embedding.
+    """Refuses a tokenizer with words, padding, beginning or end tokens that the model has no embedding for.
 
-    Special tokens other than those of padding, beginning and end may have none, since text alone doesn't use them (of
-    images, in the tokenizer that a family shares): `check_token_ids` sees whether the data do.
+    Other special tokens may lack one: a tokenizer that a family shares may have tokens of images. Whether the data use
+    them is checked by `check_token_ids`.
     """
     rows = _embedded_ids(model)
     if rows is None:
@@ -115,10 +118,10 @@ def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizer
 
 
 def check_token_ids(*datasets: Dataset | dict[str, Dataset] | None, **models: nn.Module | None) -> None:
-    """The token ids of tokenized datasets, some of which may have come as token ids.
+    """Checks the token ids of tokenized datasets, whose rows may have been given as token ids.
 
     Args:
-        datasets: with the columns of `TOKEN_IDS`, or those of them that they have; or dicts of such; or None.
+        datasets: with some of the columns of `TOKEN_IDS`; or dicts of such; or None.
         models: those that read them, by the names of their arguments.
 
     Raises:

@@ -1,6 +1,6 @@
-"""A small model of another's class and options, to show what the class does where the model itself is too dear to run.
+"""Small models of a class, which show what it does where a model itself is too expensive to run, or can't be run.
 
-A class attends within the windows, chunks and selections that its configuration tells. In the stand-in these are a few
+A class attends within the windows, chunks and selections that its configuration sets. In a stand-in these are a few
 tokens long, so that short sequences reach beyond all of them, and random weights let every difference show.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-TOKENS = 4  # the most of anything that is counted in tokens
+TOKENS = 4  # the longest window, chunk or selection
 POSITIONS = 512
 _HEADS, _HEAD_DIM = 4, 16
-_ON_CPUS = ("sdpa", "eager")  # implementations of attention; others are replaced by what the class has of these
+_ON_CPUS = ("sdpa", "eager")  # implementations of attention; others are replaced by the class's default
 _MOST_LAYERS = 24
 _LAYERS = (
     "num_hidden_layers",
@@ -29,8 +29,8 @@ _LAYERS = (
     "num_blocks",
 )
 
-# What the integers of a configuration count, by their names, and the most of it in a stand-in; the first match holds,
-# and None keeps a number. Whatever matches nothing may be a window under a name of its own, and is counted in tokens.
+# The largest value of a configuration's integers in a stand-in, by patterns of their names: the first match holds, and
+# None keeps a value. An integer that matches nothing may be a window, and is limited to `TOKENS`.
 _COUNTS: list[tuple[str, int | None]] = [
     (r"_ids?$|_id_|index$|_idx$|seed|chunk_size_(feed|lm)|pretraining_tp|type_vocab|axial|patch|image|temporal", None),
     (r"vocab", 64),
@@ -57,8 +57,8 @@ def small_config(config: Any, *, longest: int = 0, all_windows: bool = True) -> 
 
     Args:
         config: of any model.
-        longest: tokens of the longest sequence that matters. Where rope changes before, it changes early.
-        all_windows: shorten windows of `longest` tokens or more too: rows of several sequences reach beyond them.
+        longest: tokens of the longest sequence that matters. Rope that changes within them changes early.
+        all_windows: shorten windows of `longest` tokens or more too, since rows of several sequences reach beyond them.
     """
     full = config.to_dict()
     windows = sys.maxsize if all_windows else longest
@@ -145,7 +145,7 @@ def _shrink_rope(config: dict[str, Any], full: dict[str, Any], longest: int) -> 
                 place[limit] = 4 * TOKENS if whole[limit] < longest else POSITIONS
 
 
-def scaled_down(kind: Any, config: Any, *, longest: int, all_windows: bool) -> Any:
+def scaled_down(kind: Any, config: Any, *, longest: int = 0, all_windows: bool = True) -> Any:
     """A model of a class with the `small_config` of a configuration, with random weights in float32, on the CPU.
 
     Args:
@@ -161,9 +161,16 @@ def scaled_down(kind: Any, config: Any, *, longest: int, all_windows: bool) -> A
     return model
 
 
+def stand_in(model: Any) -> Any:
+    """A small model for one that an engine has spread over processes: on its device, in its precision."""
+    small = scaled_down(type(model), model.config).to(device=next(model.parameters()).device, dtype=model.dtype)
+    small.set_attn_implementation(model.config._attn_implementation)
+    return small
+
+
 @torch.no_grad()
 def enliven(model: nn.Module) -> None:
-    """Weights of the size that training gives them, and none of zero, so that every part of a model has a say."""
+    """Adds noise of the size of trained weights, so that no part of a model is without effect."""
     for parameter in model.parameters():
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
         parameter.add_(torch.randn_like(parameter) / fan_in**0.5)
@@ -171,7 +178,7 @@ def enliven(model: nn.Module) -> None:
 
 @torch.no_grad()
 def shaken(model: Any) -> Any:
-    """The model, its weights changed by about as much as rounding changes what is computed with them."""
+    """The model, after a change of its weights that is about the size of rounding errors."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))

@@ -1,4 +1,4 @@
-"""The policy as it started, as the reference: first values of what trains, put in place while the reference runs."""
+"""The policy as it started, as the reference: while that runs, what trains has its first values again."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class AtStart(Reference):
     """The policy's own model, with the first values of its parameters.
 
     Attributes:
-        initial: those that train; all others never change.
-        head: the names of the head's weight and bias, None for what is no parameter.
+        initial: first values of the parameters that train; the others never change.
+        head: the names of the head's weight and bias; None for one that is not a parameter.
     """
 
     initial: ParameterValues = None  # type: ignore[assignment]

@@ -39,8 +39,8 @@ from ..files import allocate, digest, file_digest, read_sealed, write_bytes, wri
 from ..models.causal_lm import CausalLM
 from ..models.noise import evaluation_mode
 from ..models.probes import depends_on_the_batch
+from .digests import reference_digest
 from .stored_states import STORED_STATES, StoredStates
-from .without_adapters import reference_digest
 
 FORMAT = 5
 _SHARD_ROWS = 64

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..config import TDPOConfig
+from ..models.adapters import has_adapters
 from ..models.causal_lm import CausalLM
 from ..models.sharding import is_sharded, whole_size
 from .at_start import AtStart
@@ -17,14 +18,16 @@ from .reference import Reference
 from .second_model import SecondModel, copy_of
 from .without_adapters import WithoutAdapters, starts_without_adapters
 
+# For training, and for evaluation: one dataset, or several by name.
+Datasets = tuple["Dataset | None", "Dataset | dict[str, Dataset] | None"]
+
 
 def choose_reference(
     policy: CausalLM,
     model: nn.Module,
     ref_model: nn.Module | None,
     args: TDPOConfig,
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset | dict[str, Dataset] | None,
+    datasets: Datasets,
     pad_token_id: int,
 ) -> Reference:
     """The reference of a policy: cached hidden states, the policy as it starts, or a second model.
@@ -32,7 +35,7 @@ def choose_reference(
     Args:
         policy, model: the policy as it starts, and with its adapters around it.
         ref_model: the model that the user gave, or None.
-        train_dataset, eval_dataset: tokenized data, whose hidden states are cached with `precompute_reference`.
+        datasets: tokenized data, whose hidden states are cached with `precompute_reference`.
         pad_token_id: pads the batches that are read for a cache.
 
     Raises:
@@ -44,7 +47,7 @@ def choose_reference(
     if policy.vocab_size != start.vocab_size:
         raise ValueError(f"ref_model has a vocabulary of {start.vocab_size} but model has {policy.vocab_size}")
     if args.precompute_reference:
-        splits = _splits_by_name(train_dataset, eval_dataset)
+        splits = _splits_by_name(*datasets)
         caches = _cache_splits(model if ref_model is None else ref_model, args, splits, pad_token_id)
         return CachedStates.beside(start, caches)
     return policy_at_start(policy, model) if ref_model is None else SecondModel(**vars(start))
@@ -65,7 +68,7 @@ def policy_at_start(policy: CausalLM, model: nn.Module) -> Reference:
 
 def trains_little(model: nn.Module) -> bool:
     """Whether the first values of what trains take less memory than half a copy; always so beside adapters."""
-    if hasattr(model, "peft_config"):
+    if has_adapters(model):
         return True
     trained, frozen = (
         sum(whole_size(p) for p in model.parameters() if p.requires_grad == trains) for trains in (True, False)

@@ -61,7 +61,7 @@ class ShardedModel(SecondModel):
 
 
 def copy_of(model: Any) -> nn.Module:
-    """A policy as it starts, once more: copied, or loaded again where its weights are spread over processes.
+    """A copy of a policy as it starts, loaded again where its weights are spread over processes.
 
     Raises:
         ValueError: it would have to be loaded, and has no name.

@@ -1,4 +1,4 @@
-"""The policy without its adapters as the reference, where it starts as the model that they were added to."""
+"""The policy without its adapters as the reference, where the adapters change nothing at the start."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.digest import weights_digest
 from ..models.sharding import is_partitioned
 from .reference import Reference
 
@@ -23,26 +22,12 @@ class WithoutAdapters(Reference):
         return self.adapted.disable_adapter()
 
 
-def reference_digest(model: nn.Module) -> str:
-    """The digest of a reference's weights: new adapters, which change nothing, are no part of it."""
-    return weights_digest(model, with_adapters=not starts_without_adapters(model))
-
-
-def digests_at_start(model: nn.Module, ref_model: nn.Module | None) -> dict[str, str]:
-    """The digests of the policy's weights and of the reference's, by the names of the arguments.
-
-    New adapters, of which some start from a decomposition that is not the same on every machine, are added later.
-    """
-    digest = reference_digest(model)
-    return {"model": digest, "ref_model": digest if ref_model is None else reference_digest(ref_model)}
-
-
 def starts_without_adapters(model: Any) -> bool:
-    """Whether a policy starts as the model without its adapters, and trains nothing else.
+    """Whether a policy starts as the model without its adapters, and trains nothing but them.
 
-    So it is with new LoRA adapters, whose product is 0. It is not with adapters that were trained before, with
-    initialisations that move a part of the weights into the adapters (PiSSA, OLoRA, ...), or with weights that train
-    beside them (biases, `modules_to_save`, what a user has unfrozen).
+    That is true of new LoRA adapters, whose product is 0. It is false of adapters that were trained before, of
+    initialisations that move a part of the weights into the adapters (PiSSA, OLoRA, ...), and where other weights train
+    too (biases, `modules_to_save`, what a user has unfrozen).
     """
     if not hasattr(model, "disable_adapter"):
         return False
@@ -61,7 +46,7 @@ def starts_without_adapters(model: Any) -> bool:
 
 
 def _adds_nothing(layer: Any, adapter: str) -> bool:
-    """Whether an adapter leaves the output of a LoRA layer as it is, and can be told to do so by its matrices alone."""
+    """Whether an adapter leaves the output of a LoRA layer as it is, as far as its matrices can tell."""
     if layer.merged or layer.lora_bias.get(adapter) or adapter in layer.lora_variant:
         return False
     matrices: list[Tensor] = [factor[adapter].weight for factor in (layer.lora_A, layer.lora_B) if adapter in factor]

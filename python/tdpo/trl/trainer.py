@@ -31,11 +31,11 @@ from ..loss.preference_loss import FusedLoss, why_not_fused
 from ..models.causal_lm import CausalLM
 from ..models.checks import check_model, check_models, check_policy
 from ..models.forward import patch_forward
-from ..models.loading import keep_quantized_weights_unpacked
 from ..models.probes import depends_on_the_batch
 from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded
 from ..models.sizes import check_token_ids
+from ..policy import check_needs_no_logits
 from ..precision import WarnOfCoarseWeights, autocast
 from ..reference.choose import policy_at_start
 from ..reference.reference import Reference
@@ -91,22 +91,22 @@ class TDPOTrainer(DPOTrainer):
         checks.choice("audit", audit, ("first", "never"))
         if args is not None:
             _check_options(args)
-            trl_objective(args, alpha=alpha, variant=variant)  # refuses what it can't be, before models are loaded
-        if others.get("compute_metrics") is not None:
-            raise ValueError("compute_metrics is given, but no logits are formed that it could work on: leave it out")
+            trl_objective(args, alpha=alpha, variant=variant)  # bad options are refused before models are loaded
+        check_needs_no_logits(others)
         if isinstance(others.get("processing_class"), ProcessorMixin):
             raise TypeError("processing_class is a processor of images; only text is supported: give its tokenizer")
         if isinstance(ref_model, str):
             ref_model = _load_reference(ref_model, model, args)
         tokenizer, loaded = others.get("processing_class"), isinstance(model, nn.Module)
-        if loaded and args is not None and tokenizer is not None:  # otherwise TRL makes them
+        if (
+            loaded and args is not None and tokenizer is not None
+        ):  # otherwise TRL makes them, and they are checked below
             with autocast(args):
                 check_models(model, ref_model, args, tokenizer, others.get("peft_config"))
         with _plainly_initialised(model):
             super().__init__(model, ref_model, args, *positional, **others)
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
-        keep_quantized_weights_unpacked(self.model)  # before anything is evaluated
         with autocast(self.args):
             check_model("model", self.model, self.args, self._tokenizer)
             check_policy(self.model, self.ref_model, self._tokenizer, trains=True)
@@ -161,7 +161,7 @@ class TDPOTrainer(DPOTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _audit(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """Audits the longest pair of a batch and one more."""
+        """Audits the two longest pairs of a batch."""
         lengths = batch["attention_mask"].sum(1).view(2, -1).sum(0)
         pairs = lengths.argsort(descending=True)[:2]
         rows = torch.cat([pairs, pairs + len(lengths)])
@@ -227,21 +227,20 @@ def _load_reference(name: str, policy: Any, args: DPOConfig | None) -> nn.Module
 
 @contextmanager
 def _plainly_initialised(model: Any) -> Iterator[None]:
-    """A context for TRL's copy of trained adapters, which it makes by their configuration and then fills.
+    """A context in which TRL copies adapters: it initialises new ones by their configuration, then overwrites them.
 
-    Made by an initialisation such as PiSSA, the copy would move a part of the model's weights into itself.
+    An initialisation such as PiSSA would move a part of the model's weights into the copy.
     """
-    configs = list(getattr(model, "peft_config", {}).values())
-    initialisations = [getattr(config, "init_lora_weights", None) for config in configs]
+    adapters = getattr(model, "peft_config", {}).values()
+    configs = [config for config in adapters if hasattr(config, "init_lora_weights")]
+    initialisations = [config.init_lora_weights for config in configs]
     for config in configs:
-        if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True
+        config.init_lora_weights = True
     try:
         yield
     finally:
         for config, initialisation in zip(configs, initialisations):
-            if hasattr(config, "init_lora_weights"):
-                config.init_lora_weights = initialisation
+            config.init_lora_weights = initialisation
 
 
 @dataclass(frozen=True)

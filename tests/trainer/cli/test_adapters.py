@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tdpo.cli.main import main
@@ -15,7 +14,7 @@ from tdpo.options import ModelOptions
 from transformers import AutoModelForCausalLM
 
 from helpers.model_families import make_model, make_tokenizer
-from helpers.trainer_cases import make_preferences, with_trained_adapters
+from helpers.trainer_cases import with_trained_adapters, write_home
 
 TOKENS = torch.tensor([[1, 2, 3, 4]])
 
@@ -29,23 +28,8 @@ def logits(model):
 def home(tmp_path_factory):
     """A model, adapters that were trained on it, and data."""
     folder = tmp_path_factory.mktemp("home")
-    make_model("llama").save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    write_home(folder, model=str(folder / "sft"), max_steps=3, learning_rate=1e-2)
     with_trained_adapters(AutoModelForCausalLM.from_pretrained(folder / "model")).save_pretrained(folder / "sft")
-    make_preferences().to_json(str(folder / "data.jsonl"))
-    config = {
-        "model": str(folder / "sft"),
-        "dataset": str(folder / "data.jsonl"),
-        "max_length": 40,
-        "max_prompt_length": 16,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.damage import flip_bit
 from helpers.model_families import make_model, make_tokenizer
-from helpers.trainer_cases import make_preferences
+from helpers.trainer_cases import make_preferences, write_home
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -28,23 +28,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    make_model("llama").save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    make_preferences().to_json(str(folder / "data.jsonl"))
-    config = {
-        "model": str(folder / "model"),
-        "dataset": str(folder / "data.jsonl"),
-        "eval_dataset": str(folder / "data.jsonl"),
-        "max_length": 40,
-        "max_prompt_length": 16,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "learning_rate": 1e-3,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    write_home(folder, eval_dataset=str(folder / "data.jsonl"))
     return folder
 
 

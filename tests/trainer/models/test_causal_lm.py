@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from tdpo import CausalLM
+from tdpo.models.stand_ins import stand_in
 
 from helpers.model_families import SMALL, make_model
 
@@ -92,3 +93,25 @@ def test_a_bias_and_a_scale():
     assert CausalLM.of(model).fallback_reason is None
     config = transformers.CohereConfig(**SMALL, logit_scale=0.5)
     assert CausalLM.of(transformers.AutoModelForCausalLM.from_config(config)).logit_scale == 0.5
+
+
+def test_a_sharded_model_is_tried_on_a_stand_in(monkeypatch):
+    """In the precision of the model, which this process can't run."""
+    monkeypatch.setattr("tdpo.models.causal_lm.is_sharded", lambda model: True)
+    model = make_model("gemma2").to(torch.bfloat16)
+    monkeypatch.setattr(model, "forward", None)
+    state = torch.get_rng_state()
+    found = CausalLM.of(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (found.model, found.softcap, found.fallback_reason) == (model, 5.0, None)
+    probed = found.probe.model
+    assert probed is not model
+    assert (type(probed), probed.dtype) == (type(model), torch.bfloat16)
+    assert found.probe.low_precision
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_a_stand_in_has_the_attention_of_its_model(attention):
+    model = make_model("llama")
+    model.set_attn_implementation(attention)
+    assert stand_in(model).config._attn_implementation == attention

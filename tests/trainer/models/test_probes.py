@@ -7,7 +7,7 @@ from datasets import Dataset
 from tdpo import CausalLM
 from tdpo.data.collator import PreferenceCollator
 from tdpo.data.tokenize import tokenize_preferences
-from tdpo.models.probes import LAYOUTS, agrees_with_padding, choose_layout, depends_on_the_batch, shown_of
+from tdpo.models.probes import LAYOUTS, agrees_with_padding, choose_layout, depends_on_the_batch, probe_model
 from tdpo.reference.cache import cache_reference
 
 from helpers import families
@@ -60,7 +60,7 @@ def windowed(window):
 @pytest.mark.parametrize("window", [5, 40, 256, 1000])
 def test_windows_are_probed_whatever_their_length(window):
     model = CausalLM.of(families.make_family("gpt_neo", config=windowed(window)))
-    assert shown_of(model, 1024).layouts == {"padded", "packed"}
+    assert probe_model(model, 1024).layouts == {"padded", "packed"}
 
 
 def rope(kind, beyond):
@@ -79,7 +79,7 @@ def test_rope_that_scales_with_the_longest_row():
     long = CausalLM.of(rope("longrope", 100))
     assert depends_on_the_batch(long, 100) is None
     assert "other rows" in depends_on_the_batch(long, 101)
-    assert shown_of(long, 100).layouts == set(LAYOUTS)
+    assert probe_model(long, 100).layouts == set(LAYOUTS)
     dynamic = CausalLM.of(rope("dynamic", 100))
     assert depends_on_the_batch(dynamic, 100) is None
     with pytest.raises(ValueError, match=r"the sequences that it has read before.*: set max_length, 101"):
@@ -134,7 +134,7 @@ def test_rows_one_by_one_have_the_routers_loss_of_a_batch(tmp_path):
 def test_a_stand_in_leaves_the_random_numbers_alone():
     model = CausalLM.of(make_model("llama"))
     state = torch.get_rng_state()
-    shown_of(model, 1024)
+    probe_model(model, 1024)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -144,7 +144,7 @@ def test_models_without_a_stand_in_are_not_trusted(monkeypatch):
 
     model = CausalLM.of(make_model("llama"))
     monkeypatch.setattr("tdpo.models.probes.scaled_down", fails)
-    assert shown_of(model, 1025).layouts == {"padded"}  # of a length that no other test has asked for
+    assert probe_model(model, 1025).layouts == {"padded"}  # of a length that no other test has asked for
 
 
 # ---- a model that does otherwise than its class ----
