@@ -46,7 +46,7 @@ def _gathered(parameters: Iterable[Tensor | None], modifier_rank: int | None) ->
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
 
 
-def use_head_without_its_forward(model: PreTrainedModel) -> None:
+def use_head_without_its_forward(model: Any) -> None:
     """Has ZeRO-3 gather a model's head for the model's forward and backward passes, though not the head is called.
 
     It must be told so before the forward pass begins, when it may gather the head for a call that is not made.
