@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -243,6 +244,18 @@ class Audit:
             values = torch.stack([z.gather(1, targets)[:, 0], r.gather(1, targets)[:, 0], kl])
             sums += values[:, : len(chunk)].sum(1, dtype=torch.float64)
         return tuple(sums)
+
+
+@contextmanager
+def state_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """A context that leaves random numbers and every module's mode as it found them."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with _random_numbers_kept(device):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:

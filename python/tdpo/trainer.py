@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
-from .audit import Audit, AuditPassed, AuditReport, examples_to_audit, sequences_of
+from .audit import Audit, AuditPassed, AuditReport, examples_to_audit, sequences_of, state_kept
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
 from .data.tokenize import padding_token
@@ -28,6 +27,7 @@ from .files import check_manifest
 from .loss.identity import objective_name
 from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .loss.set_up import set_up_loss
+from .models.adapter_files import load_adapters, save_what_trains_beside
 from .models.forward import patch_forward
 from .models.noise import configured_dropout
 from .models.sizes import check_token_ids
@@ -41,10 +41,8 @@ from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
 from .runs.record import RunRecord
 from .runs.resume import ResumePoint, resume_point
-from .runs.samples import show_samples
+from .runs.samples import refuses_samples, show_samples
 from .runs.stopping import StopAfterStep
-
-logger = logging.getLogger(__name__)
 
 
 class TDPOTrainer(Trainer):
@@ -221,14 +219,9 @@ class TDPOTrainer(Trainer):
         )
         means = self._evaluation_means.take()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        if self.args.eval_samples and self._has_engine():
-            # Generating would gather the weights for every token.
-            logger.warning("eval_samples: no samples are drawn while weights are sharded")
-        elif self.args.eval_samples and self.args.should_save:
-            policy, name = (
-                self.accelerator.unwrap_model(self.model),
-                f"{metric_key_prefix}-step-{self.state.global_step}",
-            )
+        if self.args.eval_samples and not refuses_samples(sharded=self._has_engine()) and self.args.should_save:
+            policy = self.accelerator.unwrap_model(self.model)
+            name = f"{metric_key_prefix}-step-{self.state.global_step}"
             show_samples(policy, self.reference, self.processing_class, dataloader.dataset, self.args, name)
         return output
 
@@ -282,12 +275,15 @@ class TDPOTrainer(Trainer):
             AuditError: they differ; the message says what, and by how much.
         """
         self._audit_due = self._audit_alone = True
+        noise, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # which only the end of a training takes out
         try:
-            super().train()
+            with state_kept(self.model, self.args.device):
+                super().train()
         except AuditPassed as passed:
             return passed.report
         finally:
             self._audit_due = self._audit_alone = False
+            self.neftune_noise_alpha = noise
         raise ValueError("train_dataset holds no pairs to audit")
 
     def _audit(self, model: nn.Module, rows: list[int]) -> None:
@@ -335,7 +331,14 @@ class TDPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         check_manifest(self.state.best_model_checkpoint)
-        super()._load_best_model()
+        if self._has_engine():
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_adapters(self.model, resume_from_checkpoint):  # transformers loads some, and activates the first
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model.
@@ -367,6 +370,7 @@ class TDPOTrainer(Trainer):
         with configured_dropout(self.model):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
+            save_what_trains_beside(self.model, output_dir or self.args.output_dir, state_dict)
             Path(output_dir or self.args.output_dir, "README.md").write_text(self.card())
 
     def create_model_card(self, *args: Any, **details: Any) -> None:

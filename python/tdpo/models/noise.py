@@ -78,8 +78,9 @@ def configured_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _adapter_modules(layer: nn.Module) -> Iterator[nn.Module]:
-    """What adapters add to a layer that they wrap."""
+    """A layer of adapters, which may drop ranks or all that it adds, and what is in it beside the layer it wraps."""
     if hasattr(layer, "base_layer"):  # a layer of one of peft's tuners
+        yield layer
         for name, child in layer.named_children():
             if name != "base_layer":
                 yield from child.modules()

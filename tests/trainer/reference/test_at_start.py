@@ -98,6 +98,7 @@ POLICIES = {
     "adapted head": lambda: randomised(with_lora(target_modules=["q_proj", "lm_head"])),
     "adapted embeddings": lambda: randomised(with_lora(target_modules=["q_proj", "embed_tokens"])),
     "trained tokens": lambda: with_lora(trainable_token_indices=[5, 6, 7, 280]),
+    "trained tokens of a tied head": lambda: get_peft_model(make_model("qwen2"), lora(trainable_token_indices=[5, 7])),
     "two adapters, the first trains": lambda: with_two_adapters("default"),
     "two adapters, the second trains": lambda: with_two_adapters("second"),
     "injected adapters": with_injected_adapters,
