@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from tdpo_ext import checks
@@ -27,7 +27,6 @@ from .files import check_manifest
 from .loss.identity import objective_name
 from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metrics
 from .loss.set_up import set_up_loss
-from .models.adapter_files import load_adapters, save_what_trains_beside
 from .models.forward import patch_forward
 from .models.noise import configured_dropout
 from .models.sizes import check_token_ids
@@ -37,6 +36,7 @@ from .reference.cached_states import CachedStates
 from .reference.second_model import SecondModel
 from .reference.without_adapters import digests_at_start
 from .runs import checkpoints
+from .runs.adapters import WholeAdapters
 from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
 from .runs.record import RunRecord
@@ -45,7 +45,7 @@ from .runs.samples import refuses_samples, show_samples
 from .runs.stopping import StopAfterStep
 
 
-class TDPOTrainer(Trainer):
+class TDPOTrainer(WholeAdapters):
     """Trains a causal language model on preference pairs: `tdpo.TDPOTrainer`, on transformers' Trainer.
 
     `tdpo.trl.TDPOTrainer` is another class, a subclass of TRL's DPOTrainer.
@@ -304,10 +304,6 @@ class TDPOTrainer(Trainer):
         """The optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
-    def _has_engine(self) -> bool:
-        """Whether FSDP or DeepSpeed wraps the policy when it trains."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def _finished(self, point: ResumePoint) -> TrainOutput:
         if not self._has_engine():  # FSDP and DeepSpeed load only into wrapped models
             self._load_from_checkpoint(point.path)
@@ -331,14 +327,7 @@ class TDPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         check_manifest(self.state.best_model_checkpoint)
-        if self._has_engine():
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_adapters(self.model, resume_from_checkpoint):  # transformers loads some, and activates the first
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model.
@@ -370,7 +359,6 @@ class TDPOTrainer(Trainer):
         with configured_dropout(self.model):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            save_what_trains_beside(self.model, output_dir or self.args.output_dir, state_dict)
             Path(output_dir or self.args.output_dir, "README.md").write_text(self.card())
 
     def create_model_card(self, *args: Any, **details: Any) -> None:
