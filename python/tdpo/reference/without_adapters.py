@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..models.adapters import frozen_parts_kept
 from ..models.digest import weights_digest
 from ..models.sharding import is_partitioned
 from .reference import Reference
@@ -19,8 +21,10 @@ class WithoutAdapters(Reference):
 
     adapted: Any = None
 
-    def running(self) -> AbstractContextManager[Any]:
-        return self.adapted.disable_adapter()
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with frozen_parts_kept(self.adapted), self.adapted.disable_adapter():
+            yield
 
 
 def reference_digest(model: nn.Module) -> str:

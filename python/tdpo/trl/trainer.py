@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..audit import Audit, Sequence
 from ..data.collator import predicted_responses
 from ..loss.metrics import MetricMeans, preference_metrics
 from ..loss.preference_loss import FusedLoss, why_not_fused
+from ..models.adapters import frozen_parts_kept
 from ..models.causal_lm import CausalLM
 from ..models.checks import check_model, check_models, check_policy
 from ..models.forward import patch_forward
@@ -238,7 +239,8 @@ def _load_reference(name: str, policy: Any, args: DPOConfig | None) -> nn.Module
 def _plainly_initialised(model: Any) -> Iterator[None]:
     """A context for TRL's copy of trained adapters, which it makes by their configuration and then fills.
 
-    Made by an initialisation such as PiSSA, the copy would move a part of the model's weights into itself.
+    Made by an initialisation such as PiSSA, the copy would move a part of the model's weights into itself; and it would
+    let all of the adapters train that it is a copy of.
     """
     configs = list(getattr(model, "peft_config", {}).values())
     initialisations = [getattr(config, "init_lora_weights", None) for config in configs]
@@ -246,7 +248,8 @@ def _plainly_initialised(model: Any) -> Iterator[None]:
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True
     try:
-        yield
+        with frozen_parts_kept(model) if configs else nullcontext():
+            yield
     finally:
         for config, initialisation in zip(configs, initialisations):
             if hasattr(config, "init_lora_weights"):
@@ -259,8 +262,10 @@ class RefAdapter(Reference):
 
     adapted: Any = None
 
-    def running(self) -> AbstractContextManager[Any]:
-        return use_adapter(self.adapted, "ref")
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with frozen_parts_kept(self.adapted), use_adapter(self.adapted, "ref"):
+            yield
 
     @torch.no_grad()
     def equals(self, policy: CausalLM) -> bool:

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from tdpo.audit import AuditError
 from tdpo.reference import choose
@@ -103,3 +104,16 @@ def test_norms_beside_adapters_resume_in_every_bit(tmp_path):
     resumed = make(tmp_path, model=policy(), **options)
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
+
+
+def test_parts_of_adapters_that_are_frozen_stay_so(tmp_path):
+    policy = with_trained_adapters(make_model("llama"))
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad &= "lora_B" in name
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters() if not parameter.requires_grad}
+    trainer = make(tmp_path, model=policy, learning_rate=1e-2)
+    trainer.train()
+    assert isinstance(trainer._tdpo.reference, RefAdapter)
+    for name, parameter in policy.named_parameters():
+        assert parameter.requires_grad == ("lora_B.default" in name), name
+        assert name not in before or torch.equal(parameter, before[name]), name
