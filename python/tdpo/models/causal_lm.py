@@ -165,7 +165,8 @@ def _how_logits_are_made(model: CausalLM) -> tuple[float | None, float] | str:
 @contextmanager
 def _multiplied_input(module: nn.Module, factors: Tensor) -> Iterator[None]:
     """A context in which what a module is given is multiplied."""
-    hook = module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factors, *inputs[1:]))
+    # Before a hook of tensor parallelism, which spreads the input.
+    hook = module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factors, *inputs[1:]), prepend=True)
     try:
         yield
     finally:
