@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -251,6 +252,18 @@ class Audit:
         if self.at_start or self._reference_is_gone:
             return logps, logps
         return logps, self.loss.reference.call(wrapper, lambda model: _log_softmax(model, ids, rows))
+
+
+@contextmanager
+def state_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """A context that leaves random numbers and every module's mode as it found them."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with _random_numbers_kept(device):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
-from .audit import Audit, AuditPassed, AuditReport, examples_to_audit, sequences_of
+from .audit import Audit, AuditPassed, AuditReport, examples_to_audit, sequences_of, state_kept
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
 from .data.tokenize import padding_token
@@ -37,17 +36,16 @@ from .reference.cached_states import CachedStates
 from .reference.digests import digests_at_start
 from .reference.second_model import SecondModel
 from .runs import checkpoints
+from .runs.adapters import WholeAdapters
 from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
 from .runs.record import RunRecord
 from .runs.resume import ResumePoint, resume_point
-from .runs.samples import show_samples
+from .runs.samples import refuses_samples, show_samples
 from .runs.stopping import StopAfterStep
 
-logger = logging.getLogger(__name__)
 
-
-class TDPOTrainer(Trainer):
+class TDPOTrainer(WholeAdapters):
     """Trains a causal language model on preference pairs: `tdpo.TDPOTrainer`, on transformers' Trainer.
 
     `tdpo.trl.TDPOTrainer` is another class, a subclass of TRL's DPOTrainer.
@@ -220,10 +218,7 @@ class TDPOTrainer(Trainer):
         )
         means = self._evaluation_means.take()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        if self.args.eval_samples and self._has_engine():
-            # Generating would gather the weights for every token.
-            logger.warning("eval_samples: no samples are drawn while weights are sharded")
-        elif self.args.eval_samples and self.args.should_save:
+        if self.args.eval_samples and not refuses_samples(sharded=self._has_engine()) and self.args.should_save:
             policy = self.accelerator.unwrap_model(self.model)
             name = f"{metric_key_prefix}-step-{self.state.global_step}"
             show_samples(policy, self.reference, self.processing_class, dataloader.dataset, self.args, name)
@@ -277,14 +272,20 @@ class TDPOTrainer(Trainer):
 
         Raises:
             AuditError: they differ; the message says what, and by how much.
+            ValueError: there are no pairs.
         """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is None: an audit needs pairs")
         self._audit_due = self._audit_alone = True
+        noise, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # which only the end of a training takes out
         try:
-            super().train()
+            with state_kept(self.model, self.args.device):
+                super().train()
         except AuditPassed as passed:
             return passed.report
         finally:
             self._audit_due = self._audit_alone = False
+            self.neftune_noise_alpha = noise
         raise ValueError("train_dataset holds no pairs to audit")
 
     def _audit(self, model: nn.Module, rows: list[int]) -> None:
@@ -308,10 +309,6 @@ class TDPOTrainer(Trainer):
     def total_steps(self) -> int:
         """The optimizer steps of the whole run."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-
-    def _has_engine(self) -> bool:
-        """Whether FSDP or DeepSpeed wraps the policy when it trains."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _finished(self, point: ResumePoint) -> TrainOutput:
         if not self._has_engine():  # FSDP and DeepSpeed load only into wrapped models

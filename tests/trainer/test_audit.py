@@ -6,7 +6,7 @@ import math
 import pytest
 import tdpo.policy
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from tdpo.audit import AuditError
 from tdpo.loss.preference_loss import FusedLoss
 from tdpo.models import probes
@@ -77,6 +77,10 @@ GOOD = {
     "checkpointed": lambda: (make_model("llama"), {"gradient_checkpointing": True}),
     "reverse KL": lambda: (make_model("llama"), {"kl_direction": "reverse", "ref_model": make_model("llama", 1)}),
     "noise on embeddings": lambda: (make_model("llama"), {"neftune_noise_alpha": 5.0}),
+    "adapters that drop themselves": lambda: (
+        make_model("llama"),
+        {"peft_config": LoHaConfig(r=4, module_dropout=0.5, init_weights=False, target_modules=["q_proj", "v_proj"])},
+    ),
     "softcap": lambda: (make_model("gemma2"), {}),
     "scaled logits": lambda: (make_model("cohere"), {}),
     "windows": lambda: (windowed(), {}),
@@ -213,6 +217,22 @@ def test_audit_alone_trains_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_audit_alone_leaves_nothing_behind(tmp_path):
+    """The training after it is what it would have been: dropout and noise draw the same numbers."""
+    runs = []
+    for audits in (True, False):
+        policy = trained_before(lora_dropout=0.5)
+        trainer = make_trainer(tmp_path, policy, max_steps=3, audit="never", neftune_noise_alpha=5.0)
+        modes = [module.training for module in policy.modules()]
+        if audits:
+            trainer.audit()
+        assert [module.training for module in policy.modules()] == modes
+        trainer.train()
+        runs.append(losses(trainer))
+        assert not policy.get_input_embeddings()._forward_hooks
+    assert runs[0] == runs[1]
 
 
 def test_a_long_pair_is_compared_in_parts(tmp_path, monkeypatch):

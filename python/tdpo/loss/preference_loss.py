@@ -14,6 +14,7 @@ from tdpo_ext import TokenDivergence, linear_preference_loss, token_divergence
 from tdpo_ext.losses import Objective, sees_tokens
 
 from ..models.causal_lm import CausalLM, ResponseRows
+from ..models.forward import patch_forward
 from ..models.routers import router_loss
 from ..models.sharding import gather_without_forward, use_head_without_its_forward
 from ..reference.cached_states import CachedStates
@@ -66,6 +67,7 @@ class PreferenceLoss(abc.ABC):
     def run(self, wrapper: nn.Module, batch: dict[str, Any]) -> PreferenceOutput:
         """The loss of a batch in the forward pass of the policy as an engine has wrapped it."""
         use_head_without_its_forward(self.policy.model)
+        patch_forward(self.policy.model, self)  # which a later trainer may have given its own loss
         return wrapper(preference=self.reference.read_ahead(wrapper, batch, self._read))
 
     def of_pairs(self, output: PreferenceOutput) -> Tensor:

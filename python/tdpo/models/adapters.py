@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+
+@contextmanager
+def frozen_parts_kept(model: nn.Module) -> Iterator[None]:
+    """A context after which the same parameters train as before: peft lets all of an adapter train that it turns on."""
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -138,7 +138,7 @@ class CausalLM:
 
     @property
     def bias(self) -> Tensor | None:  # (V,)
-        return self.model.get_output_embeddings().bias
+        return getattr(self.model.get_output_embeddings(), "bias", None)  # peft's wrapper of trained tokens has none
 
 
 @torch.no_grad()

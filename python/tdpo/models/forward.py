@@ -25,8 +25,10 @@ def patch_forward(model: nn.Module, function: Callable[[Any], Any] | None = None
     with it.
     """
     causal_lm: Any = unwrap_peft(model)
-    causal_lm._preference_loss = _Borrowed(function)
-    if "_plain_forward" not in vars(causal_lm):  # wrappers that were put around it since the first patch stay
+    known = vars(causal_lm).get("_preference_loss")
+    if known is None or not known.is_of(function):  # otherwise compiled code would be made again
+        causal_lm._preference_loss = _Borrowed(function)
+    if "_plain_forward" not in vars(causal_lm):  # of the first trainer; what wraps it since then stays around it
         causal_lm._plain_forward = causal_lm.forward
         # A bound method, so that a deep copy of the model forwards through itself.
         causal_lm.forward = MethodType(_forward, causal_lm)
@@ -38,6 +40,9 @@ class _Borrowed:
     def __init__(self, function: Callable[[Any], Any] | None) -> None:
         reference = weakref.WeakMethod if isinstance(function, MethodType) else weakref.ref
         self._reference = (lambda: None) if function is None else reference(function)
+
+    def is_of(self, function: Callable[[Any], Any] | None) -> bool:
+        return function is not None and self._reference() is function
 
     def __call__(self, batch: Any) -> Any:
         function = self._reference()

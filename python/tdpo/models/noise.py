@@ -77,10 +77,10 @@ def configured_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _adapter_modules(model: nn.Module) -> set[nn.Module]:
-    """What peft's adapters add to the layers that they wrap."""
-    wrapped = (layer for layer in model.modules() if hasattr(layer, "base_layer"))
-    added = (child for layer in wrapped for name, child in layer.named_children() if name != "base_layer")
-    return {module for child in added for module in child.modules()}
+    """The layers of peft's adapters, which may drop ranks or all that they add, and their parts, but what they wrap."""
+    layers = [layer for layer in model.modules() if hasattr(layer, "base_layer")]
+    added = (child for layer in layers for name, child in layer.named_children() if name != "base_layer")
+    return {*layers, *(module for child in added for module in child.modules())}
 
 
 def _configurations(module: nn.Module) -> Iterator[Any]:

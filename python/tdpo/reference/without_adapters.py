@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from ..models.adapters import frozen_parts_kept
 from ..models.sharding import is_partitioned
 from .reference import Reference
 
@@ -18,8 +20,10 @@ class WithoutAdapters(Reference):
 
     adapted: Any = None
 
-    def running(self) -> AbstractContextManager[Any]:
-        return self.adapted.disable_adapter()
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with frozen_parts_kept(self.adapted), self.adapted.disable_adapter():
+            yield
 
 
 def starts_without_adapters(model: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,15 @@ from ..models.noise import evaluation_mode
 from ..precision import autocast
 from ..reference.cached_states import CachedStates
 from ..reference.reference import Reference
+
+logger = logging.getLogger(__name__)
+
+
+def refuses_samples(*, sharded: bool) -> bool:
+    """Whether no samples can be drawn, and says so: generating would gather sharded weights for every token."""
+    if sharded:
+        logger.warning("eval_samples: no samples are drawn while weights are sharded")
+    return sharded
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,11 @@ from ..audit import Audit, Sequence
 from ..data.collator import predicted_responses
 from ..loss.metrics import MetricMeans, preference_metrics
 from ..loss.preference_loss import FusedLoss, why_not_fused
+from ..models.adapters import frozen_parts_kept
 from ..models.causal_lm import CausalLM
 from ..models.checks import check_model, check_models, check_policy
 from ..models.forward import patch_forward
+from ..models.noise import evaluation_mode
 from ..models.probes import depends_on_the_batch
 from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded
@@ -40,6 +42,7 @@ from ..precision import WarnOfCoarseWeights, autocast
 from ..reference.choose import policy_at_start
 from ..reference.reference import Reference
 from ..reference.second_model import SecondModel, ShardedModel
+from ..runs.adapters import WholeAdapters
 from .losses import trl_objective
 
 # Options that have no meaning for these losses, and the values that leave them unused.
@@ -55,7 +58,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class TDPOTrainer(DPOTrainer):
+class TDPOTrainer(WholeAdapters, DPOTrainer):
     """TRL's DPOTrainer, the loss "sigmoid" of its `loss_type` replaced by TDPO's: `tdpo.trl.TDPOTrainer`.
 
     `tdpo.TDPOTrainer` is another class, which needs no TRL.
@@ -103,6 +106,11 @@ class TDPOTrainer(DPOTrainer):
         ):  # otherwise TRL makes them, and they are checked below
             with autocast(args):
                 check_models(model, ref_model, args, tokenizer, others.get("peft_config"))
+        if ref_model is None and "default" not in getattr(model, "peft_config", {"default": None}):
+            raise ValueError(
+                f"model has adapters called {', '.join(model.peft_config)}, but TRL copies those called 'default' for "
+                "its reference: load them without a name (adapter_name), or use tdpo.TDPOTrainer"
+            )
         with _plainly_initialised(model):
             super().__init__(model, ref_model, args, *positional, **others)
         if self._is_vlm:
@@ -144,7 +152,9 @@ class TDPOTrainer(DPOTrainer):
                 ".default." in name for name, parameter in self.model.named_parameters() if parameter.requires_grad
             )
             if holds_all_that_trains:
-                return RefAdapter(**vars(policy), adapted=self.model)
+                copied = RefAdapter(**vars(policy), adapted=self.model)
+                if copied.equals(policy):
+                    return copied
             return policy_at_start(policy, self.model)
         reference = SecondModel.of(self.accelerator.unwrap_model(self.ref_model))
         sharded = is_sharded(reference.model)
@@ -229,7 +239,8 @@ def _load_reference(name: str, policy: Any, args: DPOConfig | None) -> nn.Module
 def _plainly_initialised(model: Any) -> Iterator[None]:
     """A context in which TRL copies adapters: it initialises new ones by their configuration, then overwrites them.
 
-    An initialisation such as PiSSA would move a part of the model's weights into the copy.
+    An initialisation such as PiSSA would move a part of the model's weights into the copy, and all of the adapters that
+    are copied would train.
     """
     adapters = getattr(model, "peft_config", {}).values()
     configs = [config for config in adapters if hasattr(config, "init_lora_weights")]
@@ -237,7 +248,8 @@ def _plainly_initialised(model: Any) -> Iterator[None]:
     for config in configs:
         config.init_lora_weights = True
     try:
-        yield
+        with frozen_parts_kept(model) if configs else nullcontext():
+            yield
     finally:
         for config, initialisation in zip(configs, initialisations):
             config.init_lora_weights = initialisation
@@ -249,8 +261,21 @@ class RefAdapter(Reference):
 
     adapted: Any = None
 
-    def running(self) -> AbstractContextManager[Any]:
-        return use_adapter(self.adapted, "ref")
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with frozen_parts_kept(self.adapted), use_adapter(self.adapted, "ref"):
+            yield
+
+    @torch.no_grad()
+    def equals(self, policy: CausalLM) -> bool:
+        """Whether it gives the policy's logits of two tokens: TRL copies parameters, but no scale that was set."""
+        if is_sharded(policy.model):
+            return True
+        ids = torch.tensor([[1, 2]], device=policy.weight.device) % policy.vocab_size
+        with evaluation_mode(policy.model):
+            expected = policy.logits(input_ids=ids)
+            with self.running():
+                return torch.equal(expected, self.logits(input_ids=ids))
 
 
 @dataclass

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from helpers.model_families import make_model
 from helpers.trainer_cases import losses, make_trainer
@@ -64,6 +64,17 @@ def test_the_second_trainers_loss_is_computed(tmp_path):
 def alive(reference):
     gc.collect()
     return reference() is not None
+
+
+def test_the_first_trainer_keeps_its_loss(tmp_path):
+    """And with it the reference that it compares with."""
+    model = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", r=4))
+    first = make_trainer(tmp_path, model, max_steps=2, learning_rate=1e-2)
+    first.train()
+    before = first.evaluate()["eval_kl/chosen"]
+    second = make_trainer(tmp_path, model)
+    assert second.evaluate()["eval_kl/chosen"] == pytest.approx(0, abs=1e-6)
+    assert first.evaluate()["eval_kl/chosen"] == before > 1e-3
 
 
 @pytest.mark.parametrize("again", [False, True])

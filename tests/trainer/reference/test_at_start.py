@@ -98,6 +98,7 @@ POLICIES = {
     "adapted head": lambda: randomised(with_lora(target_modules=["q_proj", "lm_head"])),
     "adapted embeddings": lambda: randomised(with_lora(target_modules=["q_proj", "embed_tokens"])),
     "trained tokens": lambda: with_lora(trainable_token_indices=[5, 6, 7, 280]),
+    "trained tokens of a tied head": lambda: get_peft_model(make_model("qwen2"), lora(trainable_token_indices=[5, 7])),
     "two adapters, the first trains": lambda: with_two_adapters("default"),
     "two adapters, the second trains": lambda: with_two_adapters("second"),
     "injected adapters": with_injected_adapters,
@@ -147,6 +148,20 @@ def test_new_adapters_are_taken_out(options, tmp_path):
     assert isinstance(ours.reference, WithoutAdapters)
     assert losses(ours) == losses(against_copy)
     assert kl(ours) == kl(against_copy)
+
+
+def test_parts_of_new_adapters_that_are_frozen_stay_so(tmp_path):
+    """Their gradients would count in the norm that is clipped."""
+    policy = with_lora()
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad &= "lora_B" in name
+    against_copy = train(tmp_path / "copy", copy.deepcopy(policy), copy.deepcopy(policy), max_grad_norm=0.5)
+    ours = train(tmp_path / "ours", policy, max_grad_norm=0.5)
+    assert isinstance(ours.reference, WithoutAdapters)
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == {
+        name for name, parameter in against_copy.model.named_parameters() if parameter.requires_grad
+    }
+    assert losses(ours) == losses(against_copy)
 
 
 def test_two_adapters_of_different_layers_are_taken_out(tmp_path):

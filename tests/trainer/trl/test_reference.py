@@ -2,14 +2,16 @@
 
 import copy
 import math
+import shutil
 
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 from tdpo.audit import AuditError
 from tdpo.reference import choose
 
 from helpers.model_families import make_model
-from helpers.trainer_cases import losses, with_trained_adapters
+from helpers.trainer_cases import FOUR_STEPS, losses, with_trained_adapters
 from trainer.trl.test_trainer import make
 
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -65,3 +67,53 @@ def test_the_audit_finds_a_reference_without_its_adapters(audit, tmp_path, monke
         return
     with pytest.raises(AuditError, match="which should be the policy as it starts"):
         trainer.train()
+
+
+def with_a_scale():
+    policy = with_trained_adapters(make_model("llama"))
+    for module in policy.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 3.0)
+    return policy
+
+
+def test_a_scale_that_trl_does_not_copy(tmp_path):
+    trainer = make(tmp_path, model=with_a_scale())
+    trainer.train()
+    assert isinstance(trainer._tdpo.reference, AtStart)
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_adapters_that_trl_does_not_copy_are_refused(tmp_path):
+    policy = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", r=4), adapter_name="sft")
+    with pytest.raises(ValueError, match="model has adapters called sft, but TRL copies those called 'default'"):
+        make(tmp_path, model=policy)
+
+
+def test_norms_beside_adapters_resume_in_every_bit(tmp_path):
+    def policy():
+        model = with_trained_adapters(make_model("llama"))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad |= "norm" in name
+        return model
+
+    options = {**FOUR_STEPS, "learning_rate": 1e-2}
+    whole = make(tmp_path, model=policy(), **options)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = make(tmp_path, model=policy(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+
+
+def test_parts_of_adapters_that_are_frozen_stay_so(tmp_path):
+    policy = with_trained_adapters(make_model("llama"))
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad &= "lora_B" in name
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters() if not parameter.requires_grad}
+    trainer = make(tmp_path, model=policy, learning_rate=1e-2)
+    trainer.train()
+    assert isinstance(trainer._tdpo.reference, RefAdapter)
+    for name, parameter in policy.named_parameters():
+        assert parameter.requires_grad == ("lora_B.default" in name), name
+        assert name not in before or torch.equal(parameter, before[name]), name
