@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
+from tdpo.loss.preference_loss import FusedLoss
 from transformers import ProcessorMixin, TrainingArguments
 
 from helpers.model_families import make_model, make_tokenizer
@@ -158,17 +159,17 @@ def test_unused_values_are_accepted(tmp_path):
     make(tmp_path, ref_model=make_model("llama", 1), loss_weights=[1.0], loss_type="sigmoid")
 
 
-def test_the_reference_follows_the_policy_where_asked(tmp_path):
+def test_the_reference_follows_the_policy_where_asked(tmp_path, monkeypatch):
     frozen = make_model("llama", 1)
     sync = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
     trainer = make(tmp_path, ref_model=frozen, max_steps=3, learning_rate=1e-2, options={"audit": "never"}, **sync)
-    policies, loss = [], trainer._tdpo
+    policies, of_batch = [], FusedLoss.__call__
 
-    def recorded(batch):
-        policies.append(loss.policy.weight.detach().clone())
-        return loss(batch)
+    def recorded(self, batch):
+        policies.append(self.policy.weight.detach().clone())
+        return of_batch(self, batch)
 
-    trainer.model._preference_loss = recorded
+    monkeypatch.setattr(FusedLoss, "__call__", recorded)
     trainer.train()
     assert torch.equal(frozen.lm_head.weight, policies[2])  # of the policy after two steps
 
