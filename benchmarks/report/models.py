@@ -149,3 +149,20 @@ def model_lengths() -> str:
             rows.append([_MODELS[model], row["candidate"], *(f"{mb:,.0f}" for mb in row["extra_mb"]), *cells])
     header = [f"extra MiB, responses of {length}" for length in (128, 256, 512)]
     return markdown(["model", "", *header, "MiB a token", "longest in 8 GiB"], rows)
+
+
+@table
+def audit() -> str:
+    """What the audit finds on pretrained models, and what it takes."""
+    rows = [
+        [
+            _MODELS[row["model"]],
+            row["reference"],
+            row["precision"],
+            f"{row['log-probabilities']:.0e}",
+            f"{row['KL']:.0e}",
+            f"{row['audit / step']:.1f}",
+        ]
+        for row in load("bench_audit")["rows"]
+    ]
+    return markdown(["model", "reference", "precision", "log-probabilities", "KL", "audit / step"], rows)
