@@ -2,9 +2,10 @@
 
 import errno
 import os
+import tracemalloc
 
 import pytest
-from tdpo.files import allocate
+from tdpo.files import allocate, digest, file_digest
 
 
 @pytest.mark.parametrize("way", ["posix_fallocate", "none", "not supported"])
@@ -20,3 +21,16 @@ def test_space_is_reserved(way, tmp_path, monkeypatch):
     allocate(tmp_path / "file", 3_000_000)
     assert (tmp_path / "file").stat().st_size == 3_000_000
     assert (tmp_path / "file").stat().st_blocks * 512 >= 3_000_000  # a sparse file has none
+
+
+def test_a_digest_reads_a_file_piece_by_piece(tmp_path):
+    content = bytes(range(256)) * 2**16
+    (tmp_path / "weights").write_bytes(content)
+    tracemalloc.start()
+    try:
+        found = file_digest(tmp_path / "weights")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == digest(content)
+    assert peak < len(content) / 4
