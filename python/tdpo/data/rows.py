@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -79,8 +79,22 @@ def _check_message(name: str, message: dict[str, Any]) -> None:
         raise ValueError(f"the 'content' of a message of {name!r} is {checks.describe(content)}; it must be a text")
 
 
-def row_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Prompt and responses as texts; chat messages go through the tokenizer's template.
+class Conversation(NamedTuple):
+    """A prompt with one response behind it, as the model sees it.
+
+    Attributes:
+        text: all of it.
+        response: where the response begins, in characters.
+        templated: a chat template made it, special tokens included.
+    """
+
+    text: str
+    response: int
+    templated: bool
+
+
+def conversations(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Conversation, Conversation]:
+    """The prompt with the chosen response and with the rejected one; messages go through the tokenizer's template.
 
     Args:
         row: a row that `check_row` accepts, with both responses.
@@ -92,23 +106,27 @@ def row_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
     if isinstance(row["chosen"], str):
         if row.get("system"):
             raise ValueError("'system' is given, but this row holds texts; only chat messages take a system message")
-        return {name: row[name] for name in ("prompt", *RESPONSES)}
+        prompt = row["prompt"]
+        chosen, rejected = (Conversation(prompt + row[side], len(prompt), False) for side in RESPONSES)
+        return chosen, rejected
     messages = _with_system(row)
     options = {"tools": _tools(row), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
     render: Any = functools.partial(tokenizer.apply_chat_template, **options)  # to a text, since nothing is tokenized
     begun = bool(messages) and messages[-1]["role"] == "assistant"
     prompt = render(messages, **{"continue_final_message" if begun else "add_generation_prompt": True})
-    texts = {"prompt": prompt}
+    # What a template writes to ask for a response may differ from what it writes before one, such as `<think>`.
+    asked = shared_prefix_length(prompt, render(messages)) if messages and not begun else len(prompt.rstrip())
+    rendered = []
     for side in RESPONSES:
         conversation = render([*messages, *row[side]])
-        shared = _shared_prefix_length(conversation, prompt)
-        if shared < len(prompt) and not conversation.startswith(prompt.rstrip()):
+        response = shared_prefix_length(conversation, prompt)
+        if response < asked or row[side][0]["role"] in _BEFORE_ANSWERS:
             raise ValueError(
                 "the tokenizer's chat template renders the prompt differently when a response follows, so the response "
                 f"can't be separated from it; prompt: {prompt[-80:]!r}"
             )
-        texts[side] = conversation[shared:]
-    return texts
+        rendered.append(Conversation(conversation, response, True))
+    return rendered[0], rendered[1]
 
 
 def _with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
@@ -141,14 +159,14 @@ def _said(messages: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
     return [(message.get("role"), message.get("content")) for message in messages]
 
 
-def _shared_prefix_length(first: Sequence, second: Sequence) -> int:
+def shared_prefix_length(first: Sequence, second: Sequence) -> int:
     different = (place for place, (a, b) in enumerate(zip(first, second)) if a != b)
     return next(different, min(len(first), len(second)))
 
 
 def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
     """The length, in characters or messages, of the prompt that both responses begin with."""
-    shared = _shared_prefix_length(chosen, rejected)
+    shared = shared_prefix_length(chosen, rejected)
     if not isinstance(chosen, str):
         return min(shared, len(chosen) - 1, len(rejected) - 1)
     if chosen.startswith(_HUMAN):  # a transcript: the prompt ends where the assistant's last shared turn begins

@@ -13,7 +13,15 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..files import stream_digest
-from .rows import RESPONSES, check_ids, check_row, check_token_column, row_texts
+from .rows import (
+    RESPONSES,
+    Conversation,
+    check_ids,
+    check_row,
+    check_token_column,
+    conversations,
+    shared_prefix_length,
+)
 
 logger = logging.getLogger(__name__)
 _ROWS_PER_DIGEST = 1000
@@ -88,7 +96,7 @@ class _Encoder:
         ids = self._whole(row)
         if len(ids.prompt) > self.max_prompt_length and self.overlong == "drop":
             return _NO_TOKENS, f"a prompt over {self.max_prompt_length} tokens"
-        prompt = ids.prompt[-self.max_prompt_length :]
+        prompt = self._end_of(ids.prompt)
         available = self.max_length - len(prompt)
         responses = {"chosen": ids.chosen, "rejected": ids.rejected}
         if responses["chosen"] == responses["rejected"]:
@@ -104,29 +112,44 @@ class _Encoder:
         columns = {name: values[:available] for name, values in ids.columns.items()}
         return _TokenIds(prompt, responses["chosen"], responses["rejected"], columns), ""
 
+    def _end_of(self, prompt: list[int]) -> list[int]:
+        """The end of a prompt that is too long, behind its beginning token if it has one."""
+        if len(prompt) <= self.max_prompt_length:
+            return prompt
+        begins = prompt[0] == self.tokenizer.bos_token_id and self.max_prompt_length > 1
+        kept = self.max_prompt_length - begins
+        return [*prompt[:begins], *prompt[len(prompt) - kept :]]
+
     def _check(self, row: dict[str, Any]) -> None:
         check_row(row)
 
     def _whole(self, row: dict[str, Any]) -> _TokenIds:
         """The tokens of a row, of any length."""
-        texts, templated = row_texts(row, self.tokenizer), not isinstance(row["chosen"], str)
+        sides = conversations(row, self.tokenizer)
+        (chosen, first), (rejected, other) = map(self._tokens, sides)
+        # A token that the prompt shares with a response belongs to that: then the prompt of both ends before it.
+        prompt = min(first, other)
         return _TokenIds(
-            prompt=self._encode_prompt(texts["prompt"], templated),
-            chosen=self._encode_response(texts["chosen"], templated),
-            rejected=self._encode_response(texts["rejected"], templated),
+            prompt=chosen[:prompt],
+            chosen=self._ended(chosen[prompt:], sides[0]),
+            rejected=self._ended(rejected[prompt:], sides[1]),
         )
 
-    def _encode_prompt(self, text: str, templated: bool) -> list[int]:
-        if templated:  # the template has added the special tokens
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
-        ends = bool(ids) and ids[-1] == self.tokenizer.eos_token_id  # some tokenizers end every text
-        return ids[:-1] if ends else ids
+    def _tokens(self, conversation: Conversation) -> tuple[list[int], int]:
+        """A conversation's tokens, and how many of them belong to the prompt alone."""
+        text, response = conversation.text, conversation.response
+        options: dict[str, Any] = {"add_special_tokens": not conversation.templated}
+        if not self.tokenizer.is_fast:
+            ids = self.tokenizer(text, **options)["input_ids"]
+            return ids, shared_prefix_length(ids, self.tokenizer(text[:response], **options)["input_ids"])
+        encoded = self.tokenizer(text, return_offsets_mapping=True, **options)
+        ids = encoded["input_ids"]
+        ends = (place for place, (_, end) in enumerate(encoded["offset_mapping"]) if end > response)
+        return ids, next(ends, len(ids))
 
-    def _encode_response(self, text: str, templated: bool) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _ended(self, ids: list[int], conversation: Conversation) -> list[int]:
         # A template may put white space after the end token; models were trained with it, so it stays.
-        if templated and text.rstrip().endswith(self.tokenizer.eos_token):
+        if conversation.templated and conversation.text.rstrip().endswith(self.tokenizer.eos_token):
             return ids
         return self._closed(ids)
 

@@ -11,8 +11,8 @@ from helpers.model_families import make_tokenizer
 
 CHAT = (
     "{% if tools %}<{{ tools[0].name }}>{% endif %}{% if loud %}!{% endif %}"
-    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
+    "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
 
 
@@ -23,7 +23,7 @@ def message(role, content):
 ASKED, GREAT, BAD = message("user", "the film?"), message("assistant", "great"), message("assistant", "bad")
 WHY = message("user", "really?")
 ROW = {"prompt": [ASKED], "chosen": [GREAT], "rejected": [BAD]}
-PROMPT = "[user] the film?<|end|>[assistant] "
+PROMPT = "[user]\nthe film?<|end|>[assistant]\n"
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def whole_conversations(role):
             {"prompt": "the film?", "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]},
             PROMPT,
         ),  # UltraFeedback binarized
-        ({"prompt": " the film?\n", "chosen": [GREAT], "rejected": [BAD]}, "[user]  the film?\n<|end|>[assistant] "),
+        ({"prompt": " the film?\n", "chosen": [GREAT], "rejected": [BAD]}, "[user]\n the film?\n<|end|>[assistant]\n"),
         ({"prompt": " the film?\n", "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]}, PROMPT),
-        (whole_conversations("system"), "[system] be brief<|end|>" + PROMPT),
-        (whole_conversations("developer"), "[developer] be brief<|end|>" + PROMPT),
+        (whole_conversations("system"), "[system]\nbe brief<|end|>" + PROMPT),
+        (whole_conversations("developer"), "[developer]\nbe brief<|end|>" + PROMPT),
         ({"prompt": [ASKED], "chosen": [ASKED, GREAT], "rejected": [ASKED, BAD]}, PROMPT),
-        ({**ROW, "system": "be brief"}, "[system] be brief<|end|>" + PROMPT),
+        ({**ROW, "system": "be brief"}, "[system]\nbe brief<|end|>" + PROMPT),
         ({**ROW, "system": ""}, PROMPT),
         ({**ROW, "tools": json.dumps([{"name": "search"}])}, "<search>" + PROMPT),
         ({**ROW, "tools": [{"name": "search"}]}, "<search>" + PROMPT),
@@ -83,7 +83,7 @@ def test_a_conversation_that_is_its_prompt_keeps_a_response(longer, shorter, pro
     assert dict(zip(("prompt", "chosen", "rejected"), texts(tokens[0], chat_tokenizer))) == {
         "prompt": PROMPT,
         shorter: "great<|end|>",
-        longer: "great<|end|>[user] really?<|end|>[assistant] bad<|end|>",
+        longer: "great<|end|>[user]\nreally?<|end|>[assistant]\nbad<|end|>",
     }
 
 
@@ -139,14 +139,14 @@ def test_texts_in_parts_reach_the_template():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if m.content is string else 'parts' }}")
     row = {**ROW, "prompt": [message("user", [{"type": "text", "text": "the film?"}])]}
-    assert texts(tokenize([row], tokenizer)[0], tokenizer)[0] == "[user] parts<|end|>[assistant] "
+    assert texts(tokenize([row], tokenizer)[0], tokenizer)[0] == "[user]\nparts<|end|>[assistant]\n"
 
 
 def test_templates_that_trim_the_space_before_a_response():
     tokenizer = make_tokenizer()
-    answer = "{% if m.role == 'assistant' %}[assistant]{% else %}[{{ m.role }}] {% endif %}"
-    tokenizer.chat_template = CHAT.replace("[{{ m.role }}] ", answer)
-    assert texts(tokenize([ROW], tokenizer)[0], tokenizer) == [PROMPT, "great<|end|>", "bad<|end|>"]
+    answer = "{% if m.role == 'assistant' %}[assistant]{% else %}[{{ m.role }}]\n{% endif %}"
+    tokenizer.chat_template = CHAT.replace("[{{ m.role }}]\n", answer)
+    assert texts(tokenize([ROW], tokenizer)[0], tokenizer) == [PROMPT.rstrip(), "great<|end|>", "bad<|end|>"]
 
 
 def test_null_responses_are_dropped_and_null_messages_named(chat_tokenizer, caplog):

@@ -12,8 +12,8 @@ from helpers.model_families import make_tokenizer
 
 END = "<|end|>"
 CHAT = (
-    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
+    "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
 
 
@@ -102,7 +102,7 @@ def test_chat_messages(chat_tokenizer, explicit):
     if not explicit:
         row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
     row = tokenize([row], chat_tokenizer)[0]
-    assert texts(row, chat_tokenizer) == ["[user] the film?<|end|>[assistant] ", "great<|end|>", "bad<|end|>"]
+    assert texts(row, chat_tokenizer) == ["[user]\nthe film?<|end|>[assistant]\n", "great<|end|>", "bad<|end|>"]
 
 
 @pytest.mark.parametrize(
@@ -168,15 +168,15 @@ def test_tokenizers_that_open_and_close_texts(chat_tokenizer):
     tokenizer.chat_template = "<s>" + CHAT
     row = {"chosen": [message("assistant", "great")], "rejected": [message("assistant", "bad")]}
     row = tokenize([{"prompt": [message("user", "film?")], **row}], tokenizer)[0]
-    assert texts(row, tokenizer) == ["<s>[user] film?<|end|>[assistant] ", "great<|end|>", "bad<|end|>"]
+    assert texts(row, tokenizer) == ["<s>[user]\nfilm?<|end|>[assistant]\n", "great<|end|>", "bad<|end|>"]
 
 
 def test_a_prompt_may_end_within_the_answer(chat_tokenizer):
     prompt = [message("user", "film?"), message("assistant", "it was")]
     responses = {"chosen": [message("assistant", "great")], "rejected": [message("assistant", "bad")]}
     row = tokenize([{"prompt": prompt, **responses}], chat_tokenizer)[0]
-    opened = "[user] film?<|end|>[assistant] it was"  # the message is left open; what follows it is the response's
-    assert texts(row, chat_tokenizer) == [opened, *(f"<|end|>[assistant] {end}<|end|>" for end in ("great", "bad"))]
+    opened = "[user]\nfilm?<|end|>[assistant]\nit was"  # the message is left open; what follows it is the response's
+    assert texts(row, chat_tokenizer) == [opened, *(f"<|end|>[assistant]\n{end}<|end|>" for end in ("great", "bad"))]
 
 
 def test_one_text_begins_with_the_other(tokenizer):
@@ -292,7 +292,7 @@ def test_a_tool_call_needs_no_text(chat_tokenizer):
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}
     row = {**GOOD_CHAT, "prompt": [message("user", "the film?"), call, message("tool", "four stars")]}
     row = tokenize([row], chat_tokenizer, max_length=150, max_prompt_length=100)[0]
-    assert "[assistant] <|end|>[tool] four stars" in texts(row, chat_tokenizer)[0]
+    assert "[assistant]\n<|end|>[tool]\nfour stars" in texts(row, chat_tokenizer)[0]
 
 
 def test_a_list_is_no_dataset(tokenizer):
