@@ -127,8 +127,8 @@ class _Encoder:
         """The tokens of a row, of any length."""
         sides = conversations(row, self.tokenizer)
         (chosen, first), (rejected, other) = map(self._tokens, sides)
-        # A token that the prompt shares with a response belongs to that: then the prompt of both ends before it.
-        prompt = min(first, other)
+        # A token that spans the boundary belongs to its response, and then the prompt of both ends before it.
+        prompt = shared_prefix_length(chosen[:first], rejected[:other])
         return _TokenIds(
             prompt=chosen[:prompt],
             chosen=self._ended(chosen[prompt:], sides[0]),

@@ -9,28 +9,15 @@ from transformers import PreTrainedTokenizerFast
 from helpers.model_families import make_tokenizer
 
 TEXTS = [
-    "the film was great and the acting superb", "a bad movie with an awful plot", "good fun, boring end",
-    "question: what is it? answer: yes", "system user assistant human think tool im_start im_end",
-]  # fmt: skip
-SPECIAL = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<think>",
-    "</think>",
-    "<User>",
-    "<Assistant>",
+    "the film was great and the acting superb",
+    "a bad movie with an awful plot",
+    "good fun, boring end",
+    "question: what is it? answer: yes",
+    "system user assistant human think tool",
 ]
+SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>"]
+SPECIAL += ["<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<think>", "</think>"]
+SPECIAL += ["<User>", "<Assistant>"]
 
 
 def wrapped(tokenizer, begins):
