@@ -2,42 +2,86 @@
 
 from __future__ import annotations
 
+import csv
+import glob
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, ReadInstruction, Value, concatenate_datasets, load_dataset
+from datasets import load_from_disk as load_saved
 
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 
 def load_preferences(name: str, split: str = "train") -> Dataset:
-    """Rows from a JSON, JSONL, Parquet or CSV file, from a folder that `save_to_disk` wrote, or from a hub.
+    """Rows from files, from a folder that `save_to_disk` wrote, or from a hub.
+
+    Args:
+        name: JSON, JSONL, Parquet, CSV or TSV, also gzipped, or a pattern of such files (`data/*.jsonl`); a folder that
+            `save_to_disk` wrote; or a hub's name. Cells of CSV and TSV are texts as they stand.
+        split: which rows, with slices, as `datasets` writes them: `train[:100]`, `train[10%:]+test`. Files and folders
+            without splits are `train` and `test`, whichever is asked for.
 
     Raises:
         ValueError: there is no such file or split, it can't be read, or there is no such dataset on the hub.
     """
     path = Path(name)
-    if path.suffix in _FILE_FORMATS and not path.is_file():
+    files = [path] if path.exists() else [Path(file) for file in sorted(glob.glob(name))]
+    kinds = {None} if path.is_dir() else {_format(file) for file in files or [path]}
+    if kinds != {None} and not files:
         raise ValueError(f"the dataset file {name} does not exist")
     try:
-        if path.suffix in _FILE_FORMATS:
-            return load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+        if kinds != {None}:
+            return _slice(_without_splits(_read_files(files, kinds)), split)
         if not path.is_dir():
             return load_dataset(name, split=split)
-        saved = load_from_disk(name)
+        saved = load_saved(name)
+        return _slice(saved if isinstance(saved, DatasetDict) else _without_splits(saved), split)
     except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
-        reason = _malformed_json(path) or " ".join(str(error.__cause__ or error).split())
+        reason = next(filter(None, map(_malformed_json, files)), "") or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"the dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
-    if not isinstance(saved, DatasetDict):
-        return saved
-    if split not in saved:
-        raise ValueError(f"the dataset {name!r} has no split {split!r}; it has {', '.join(saved)}")
-    return saved[split]
+
+
+def _format(path: Path) -> str | None:
+    """The format of a file by its name; None where it is no name of a file of ours."""
+    return _FORMATS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)
+
+
+def _read_files(files: list[Path], kinds: set[str | None]) -> Dataset:
+    if len(kinds) > 1:
+        raise ValueError(f"the files have different formats: {', '.join(map(str, files))}")
+    options: dict[str, Any] = {}
+    if kinds == {"csv"}:
+        options = {"sep": "\t" if ".tsv" in files[0].name else ",", "keep_default_na": False}
+        options["features"] = Features({column: Value("string") for column in _header(files[0], options["sep"])})
+    return load_dataset(str(*kinds), data_files=list(map(str, files)), split="train", **options)
+
+
+def _header(path: Path, separator: str) -> list[str]:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path, newline="") as file:
+        return next(csv.reader(file, delimiter=separator), [])
+
+
+def _without_splits(dataset: Dataset) -> dict[str, Dataset]:
+    return {"train": dataset, "test": dataset}
+
+
+def _slice(splits: dict[str, Dataset], wanted: str) -> Dataset:
+    """Some rows of some splits.
+
+    Raises:
+        ValueError: a split does not exist, or `wanted` can't be read.
+    """
+    parts = ReadInstruction.from_spec(wanted).to_absolute({name: len(rows) for name, rows in splits.items()})
+    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
 def _malformed_json(path: Path) -> str:
     """Where a JSON file is malformed; "" if it isn't, or is another file."""
-    if not path.is_file() or _FILE_FORMATS.get(path.suffix) != "json":
+    if not path.is_file() or path.suffix == ".gz" or _format(path) != "json":
         return ""
     content = path.read_bytes()
     if not content.strip():

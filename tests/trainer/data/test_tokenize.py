@@ -1,10 +1,8 @@
 """Preference data in every form: prompts and responses as tokens, and what is too long."""
 
-import json
-
 import pytest
-from datasets import Dataset, DatasetDict
-from tdpo import load_preferences, tokenize_preferences
+from datasets import Dataset
+from tdpo import tokenize_preferences
 from tdpo.data.tokenize import padding_token
 from tokenizers.processors import TemplateProcessing
 
@@ -303,39 +301,3 @@ def test_a_list_is_no_dataset(tokenizer):
 def test_an_empty_dataset_is_called_that(tokenizer):
     with pytest.raises(ValueError, match="the dataset is empty"):
         tokenize_preferences(Dataset.from_dict({"chosen": [], "rejected": []}), tokenizer, 20, 10)
-
-
-def test_splits_of_a_saved_folder(tmp_path):
-    splits = {name: Dataset.from_list([{"chosen": name, "rejected": "c"}]) for name in ("train", "other")}
-    DatasetDict(splits).save_to_disk(str(tmp_path))
-    for name in splits:
-        assert load_preferences(str(tmp_path), name)["chosen"] == [name]
-    with pytest.raises(ValueError, match=r"has no split 'test'; it has train, other"):
-        load_preferences(str(tmp_path), "test")
-
-
-@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet"])
-@pytest.mark.parametrize("content", [b'{"prompt": "a", "chosen"', b"\x00\xff", b""])
-def test_malformed_files_are_named(name, content, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=name):
-        load_preferences(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_files(suffix, tmp_path):
-    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
-    path = tmp_path / f"data.{suffix}"
-    if suffix == "json":
-        path.write_text(json.dumps(rows.to_list()))
-    else:
-        {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](str(path))
-    assert load_preferences(str(path)).to_list() == rows.to_list()
-
-
-def test_saved_folders_and_missing_data(tmp_path):
-    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
-    rows.save_to_disk(tmp_path / "saved")
-    assert load_preferences(str(tmp_path / "saved")).to_list() == rows.to_list()
-    with pytest.raises(ValueError, match="does not exist"):
-        load_preferences(str(tmp_path / "none.jsonl"))
