@@ -106,7 +106,8 @@ class PreferenceCollator:
         places = self._places(sequences, [len(line.ids) for line in lines])
         lengths = [len(sequence.ids) - sequence.first for sequence in sequences]
         batch["rows"] = torch.cat([place[sequence.first - 1 : -1] for sequence, place in zip(sequences, places)])
-        batch["targets"] = torch.tensor([token for sequence in sequences for token in sequence.ids[sequence.first :]])
+        targets = [token for sequence in sequences for token in sequence.ids[sequence.first :]]
+        batch["targets"] = torch.tensor(targets, dtype=torch.long)
         batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)])
         batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
         batch["num_tokens"] = sum(len(sequence.ids) for sequence in sequences)

@@ -29,7 +29,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
     """
     path = Path(name)
     files = [path] if path.exists() else [Path(file) for file in sorted(glob.glob(name))]
-    kinds = {None} if path.is_dir() else {_format(file) for file in files or [path]}
+    kinds: set[str | None] = {None} if path.is_dir() else {_format(file) for file in files or [path]}
     if kinds != {None} and not files:
         raise ValueError(f"the dataset file {name} does not exist")
     try:

@@ -97,12 +97,11 @@ def conversations(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tu
     """The prompt with the chosen response and with the rejected one; messages go through the tokenizer's template.
 
     Args:
-        row: a row that `check_row` accepts, with both responses.
+        row: from `with_own_prompt`.
 
     Raises:
         ValueError: columns that contradict each other, or a template that does not keep the prompt apart.
     """
-    row = _with_own_prompt(row)
     if isinstance(row["chosen"], str):
         if row.get("system"):
             raise ValueError("'system' is given, but this row holds texts; only chat messages take a system message")
@@ -129,8 +128,23 @@ def conversations(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tu
     return rendered[0], rendered[1]
 
 
-def _with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its prompt, in the form of the responses, and without it in the responses."""
+def is_empty(response: Any) -> bool:
+    """Whether a response, of any form, says nothing; messages do so without content and calls of tools."""
+    if not response or isinstance(response, str) or not isinstance(response[0], dict):
+        return not response
+    return not any(value for message in response for key, value in message.items() if key != "role")
+
+
+def with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its prompt, in the form of the responses, and without it in the responses.
+
+    Args:
+        row: a row that `check_row` accepts, with both responses.
+
+    Raises:
+        ValueError: the responses are whole conversations that don't share the prompt.
+    """
+    row = {name: _without_nulls(value) for name, value in row.items()}
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if prompt is None:
         return _split(row, _implicit_prompt_length(chosen, rejected))
@@ -148,6 +162,15 @@ def _with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if prompt and all(_said(row[side][: len(prompt)]) == _said(prompt) for side in RESPONSES):
         return _split(row, min(len(prompt), len(chosen) - 1, len(rejected) - 1))
     return row
+
+
+def _without_nulls(value: Any) -> Any:
+    """Messages and tools without what a table has filled in where other rows have more; a null content stays."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return value
 
 
 def _split(row: dict[str, Any], length: int) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from .rows import (
     check_row,
     check_token_column,
     conversations,
+    is_empty,
     shared_prefix_length,
+    with_own_prompt,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,11 @@ class _Encoder:
         """The token ids of a row and the reason why it can't be used, "" if it can."""
         self._check(row)
         for side in RESPONSES:
-            if not row[f"{side}{self._suffix}"]:
+            if is_empty(row[f"{side}{self._suffix}"]):
+                return _NO_TOKENS, f"an empty {side!r} response"
+        row = self._split(row)
+        for side in RESPONSES:
+            if isinstance(row.get(side), list) and is_empty(row[side]):
                 return _NO_TOKENS, f"an empty {side!r} response"
         ids = self._whole(row)
         if len(ids.prompt) > self.max_prompt_length and self.overlong == "drop":
@@ -109,6 +115,8 @@ class _Encoder:
             responses[side] = self._cut(response, available)
         if responses["chosen"] == responses["rejected"]:
             return _NO_TOKENS, f"responses that are equal once cut to max_length, {self.max_length} tokens"
+        if not prompt and min(map(len, responses.values())) < 2:
+            return _NO_TOKENS, "a response of one token without a prompt, which nothing predicts"
         columns = {name: values[:available] for name, values in ids.columns.items()}
         return _TokenIds(prompt, responses["chosen"], responses["rejected"], columns), ""
 
@@ -122,6 +130,9 @@ class _Encoder:
 
     def _check(self, row: dict[str, Any]) -> None:
         check_row(row)
+
+    def _split(self, row: dict[str, Any]) -> dict[str, Any]:
+        return with_own_prompt(row)
 
     def _whole(self, row: dict[str, Any]) -> _TokenIds:
         """The tokens of a row, of any length."""
@@ -173,6 +184,9 @@ class _IdEncoder(_Encoder):
             check_ids(name, row[name], len(self.tokenizer))
         for name in self.token_columns:
             check_token_column(name, row[name], len(row[f"{name.partition('_')[0]}_ids"]))
+
+    def _split(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row
 
     def _whole(self, row: dict[str, Any]) -> _TokenIds:
         return _TokenIds(

@@ -217,3 +217,45 @@ def test_malformed_json_is_located(name, content, reason, tmp_path):
     with pytest.raises(ValueError, match=f"{name}.* could not be loaded: {reason}") as caught:
         load_preferences(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("nothing", [{"content": ""}, {"content": None, "name": None, "tool_calls": []}])
+def test_messages_that_say_nothing_are_dropped(nothing, implicit, chat_tokenizer, caplog):
+    silent = {"role": "assistant", **nothing}
+    asked = [ASKED] if implicit else []
+    rows = [
+        {"prompt": None if implicit else [ASKED], "chosen": [*asked, answer], "rejected": [*asked, BAD]}
+        for answer in (GREAT, silent)
+    ]
+    with caplog.at_level("WARNING"):
+        kept = tokenize(rows, chat_tokenizer)
+    assert kept["dataset_row"] == [0]
+    assert "1 with an empty 'chosen' response" in caplog.text
+
+
+def test_a_response_that_nothing_predicts_is_dropped(tokenizer, caplog):
+    rows = [{"prompt_ids": prompt, "chosen_ids": [5], "rejected_ids": [6, 7]} for prompt in ([1], [])]
+    with caplog.at_level("WARNING"):
+        kept = tokenize(rows, tokenizer)
+    assert kept["dataset_row"] == [0]
+    assert "1 with a response of one token without a prompt, which nothing predicts" in caplog.text
+
+
+def test_nulls_of_a_table_reach_no_template():
+    """Columns of a table have one type: rows get nulls for what only others have, in messages, calls and tools."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson if tools }}{% for m in messages %}{{ m | tojson }} {% endfor %}"
+    call = {"type": "function", "function": {"name": "stars", "arguments": {"film": "it"}}}
+    tools = [{"type": "function", "function": {"name": "stars", "parameters": {"type": "object"}}}]
+    asked = {"role": "user", "content": "the film?"}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    other = {**called, "tool_calls": [{"function": {"name": "year", "arguments": {"year": 1}}, "id": "a"}]}
+    rows = [
+        {"prompt": [asked], "chosen": [called], "rejected": [BAD], "tools": tools},
+        {"prompt": [{**asked, "name": "me"}], "chosen": [other], "rejected": [BAD], "tools": []},
+    ]
+    row = tokenize(rows, tokenizer, max_length=2000, max_prompt_length=1000)[0]
+    text = tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
+    assert "null" not in text.replace('"content": null', "")
+    assert '"arguments": {"film": "it"}' in text
