@@ -189,11 +189,11 @@ class DataOptions:
     """The preference data."""
 
     dataset: str | None = option(
-        None, "Preferences: a JSON, JSONL, Parquet or CSV file, a folder of save_to_disk, or a hub name. Required."
+        None, "Preferences: JSON, JSONL, Parquet, CSV or TSV files, a folder of save_to_disk, or a hub name. Required."
     )
-    split: str = option("train", "Split of a folder or hub dataset.")
+    split: str = option("train", "Split, or a slice of one, such as train[:1000].")
     eval_dataset: str | None = option(None, "Preferences to evaluate on.")
-    eval_split: str = option("test", "Split of eval_dataset.")
+    eval_split: str = option("test", "Split of eval_dataset, or a slice of one.")
 
 
 def require(options: ModelOptions | DataOptions, name: str) -> Any:

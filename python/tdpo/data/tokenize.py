@@ -216,9 +216,10 @@ def tokenize_preferences(
     with the tokenizer's end token: it is appended unless the text ends with it, or a chat template closes the message
     with it, with or without white space after it. Prompt and response are tokenized together, as the model sees them; a
     token that spans the boundary belongs to the response. A prompt longer than `max_prompt_length` tokens keeps its
-    beginning token and its end; a response that doesn't fit `max_length` keeps its beginning and the end token; or, with `overlong="drop"`, such rows
-    are dropped. Rows with an empty response, with responses that are equal, or become so by this, or with one that
-    nothing predicts are always dropped.
+    beginning token and its end; a response that doesn't fit `max_length` keeps its beginning and the end token; or,
+    with `overlong="drop"`, such rows are dropped. Rows with an empty response, with responses that are equal or become
+    so by this, or with one that nothing predicts are always dropped.
+
     A warning says how many rows were dropped, and why. `num_proc` processes share the work. `token_columns` are numbers
     per response token, which rows of token ids must have as `chosen_NAME` and `rejected_NAME`; the result has them too.
     Such rows get no end token and lose none but by cutting.
