@@ -74,7 +74,10 @@ def _slice(splits: dict[str, Dataset], wanted: str) -> Dataset:
     Raises:
         ValueError: a split does not exist, or `wanted` can't be read.
     """
-    parts = ReadInstruction.from_spec(wanted).to_absolute({name: len(rows) for name, rows in splits.items()})
+    try:
+        parts = ReadInstruction.from_spec(wanted).to_absolute({name: len(rows) for name, rows in splits.items()})
+    except ValueError as error:
+        raise ValueError(f"there is no split {wanted!r}; it has {', '.join(splits)} ({error})") from None
     chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 

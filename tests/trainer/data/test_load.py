@@ -18,7 +18,7 @@ def test_splits_of_a_saved_folder(tmp_path):
         assert load_preferences(str(tmp_path), name)["chosen"] == [name]
     with pytest.raises(
         ValueError,
-        match=r"split 'test'\) could not be loaded: Unknown split \"test\". Should be one of \['train', 'other'\]",
+        match=r"split 'test'\) could not be loaded: there is no split 'test'; it has train, other",
     ):
         load_preferences(str(tmp_path), "test")
 
@@ -76,7 +76,9 @@ def test_slices(saved, split, rows, tmp_path):
 @pytest.mark.parametrize("split", ["validation", "train[:x]", "valid[:3]"])
 def test_other_splits_of_a_file_are_refused(split, tmp_path):
     Dataset.from_list(ROWS).to_json(str(tmp_path / "data.jsonl"))
-    with pytest.raises(ValueError, match=r"data.jsonl' \(split '.*'\) could not be loaded: Un"):
+    with pytest.raises(
+        ValueError, match=r"data.jsonl' \(split '.*'\) could not be loaded: there is no split '.*'; it has train, test"
+    ):
         load_preferences(str(tmp_path / "data.jsonl"), split)
 
 
