@@ -1,5 +1,8 @@
 """Fixtures of the library's tests."""
 
+import fcntl
+from pathlib import Path
+
 import pytest
 
 import tdpo_ext.linear
@@ -17,3 +20,13 @@ def plans(monkeypatch):
 
     monkeypatch.setattr(tdpo_ext.linear, "make_plan", recorded)
     return made
+
+
+@pytest.fixture
+def building_alone():
+    """No other test builds in the source tree, whose folder `build` they share, at the same time."""
+    folder = Path(__file__).parents[2] / "build"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

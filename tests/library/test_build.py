@@ -208,6 +208,7 @@ print("grad", logits.grad.abs().sum().item() > 0)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("building_alone")
 def test_the_wheel_alone_in_a_fresh_environment(tmp_path):
     """Built by pip as a user would, installed into an environment without the source tree, run from elsewhere."""
     built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT))

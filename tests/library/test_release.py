@@ -83,6 +83,7 @@ def test_the_source_distribution_builds_a_wheel(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("building_alone")
 def test_a_repaired_wheel(tmp_path, monkeypatch):
     """For the system it was tagged for, without the optional module, and needing nothing of torch but its library."""
     if importlib.util.find_spec("auditwheel") is None or shutil.which("patchelf") is None:
