@@ -219,9 +219,14 @@ class TDPOTrainer(WholeAdapters):
         means = self._evaluation_means.take()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         if self.args.eval_samples and not refuses_samples(sharded=self._has_engine()) and self.args.should_save:
-            policy = self.accelerator.unwrap_model(self.model)
-            name = f"{metric_key_prefix}-step-{self.state.global_step}"
-            show_samples(policy, self.reference, self.processing_class, dataloader.dataset, self.args, name)
+            show_samples(
+                policy=self.accelerator.unwrap_model(self.model),
+                reference=self.reference,
+                tokenizer=self.processing_class,
+                dataset=dataloader.dataset,
+                args=self.args,
+                name=f"{metric_key_prefix}-step-{self.state.global_step}",
+            )
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -41,7 +41,7 @@ def _trainer(
     _ = options.training.device  # sets up the processes, among which DeepSpeed may partition what is loaded
     policy = load_policy(models)
     if saves_start and merges_adapters(models):
-        save_start(policy, Path(options.training.output_dir, "start"), options.training)
+        _save_start(policy, Path(options.training.output_dir, "start"), options.training)
     return TDPOTrainer(
         policy,
         load_reference(models),
@@ -89,7 +89,7 @@ def train(options: Options) -> None:
     print(f"saved {out}")
 
 
-def save_start(policy: Any, folder: Path, args: TDPOConfig) -> None:
+def _save_start(policy: Any, folder: Path, args: TDPOConfig) -> None:
     """Saves a policy that is not the checkpoint it was read from, so that adapters trained on it have a base."""
     with args.main_process_first(desc="saving the policy as it starts"):
         if args.should_save and not checkpoints_of(folder.parent):  # otherwise it is there

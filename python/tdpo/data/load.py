@@ -9,8 +9,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, ReadInstruction, Value, concatenate_datasets, load_dataset
-from datasets import load_from_disk as load_saved
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
@@ -37,7 +45,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
             return _slice(_without_splits(_read_files(files, kinds)), split)
         if not path.is_dir():
             return load_dataset(name, split=split)
-        saved = load_saved(name)
+        saved = load_from_disk(name)
         return _slice(saved if isinstance(saved, DatasetDict) else _without_splits(saved), split)
     except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
         reason = next(filter(None, map(_malformed_json, files)), "") or " ".join(str(error.__cause__ or error).split())

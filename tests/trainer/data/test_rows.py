@@ -4,42 +4,16 @@ import json
 
 import pytest
 from datasets import Dataset
-from tdpo import load_preferences, tokenize_preferences
+from tdpo import load_preferences
 from tdpo.data.tokenize import tokens_digest
 
 from helpers.model_families import make_tokenizer
-
-CHAT = (
-    "{% if tools %}<{{ tools[0].name }}>{% endif %}{% if loud %}!{% endif %}"
-    "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
-)
-
-
-def message(role, content):
-    return {"role": role, "content": content}
-
+from helpers.token_rows import CHAT, message, texts, tokenize
 
 ASKED, GREAT, BAD = message("user", "the film?"), message("assistant", "great"), message("assistant", "bad")
 WHY = message("user", "really?")
 ROW = {"prompt": [ASKED], "chosen": [GREAT], "rejected": [BAD]}
 PROMPT = "[user]\nthe film?<|end|>[assistant]\n"
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def tokenize(rows, tokenizer, **options):
-    limits = {"max_length": 150, "max_prompt_length": 100, **options}
-    return tokenize_preferences(Dataset.from_list(rows), tokenizer, **limits)
-
-
-def texts(row, tokenizer):
-    return [tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
 
 
 def whole_conversations(role):

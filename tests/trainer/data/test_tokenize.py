@@ -1,34 +1,18 @@
 """Preference data in every form: prompts and responses as tokens, and what is too long."""
 
+import functools
+
 import pytest
 from datasets import Dataset
 from tdpo import tokenize_preferences
 from tdpo.data.tokenize import padding_token
 from tokenizers.processors import TemplateProcessing
 
+from helpers import token_rows
 from helpers.model_families import make_tokenizer
+from helpers.token_rows import CHAT, END, message, texts
 
-END = "<|end|>"
-CHAT = (
-    "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def tokenize(rows, tokenizer, **limits):
-    limits = {"max_length": 60, "max_prompt_length": 30, **limits}
-    return tokenize_preferences(Dataset.from_list(rows), tokenizer, **limits)
-
-
-def texts(row, tokenizer):
-    return [tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+tokenize = functools.partial(token_rows.tokenize, max_length=60, max_prompt_length=30)
 
 
 def test_tokenization(tokenizer):
@@ -79,10 +63,6 @@ def test_transcripts(tokenizer):
     rows = [{"chosen": start + " good fun", "rejected": start + " good plot"}]
     row = tokenize(rows, tokenizer, max_length=200, max_prompt_length=150)[0]
     assert texts(row, tokenizer) == [start, " good fun<|end|>", " good plot<|end|>"]
-
-
-def message(role, content):
-    return {"role": role, "content": content}
 
 
 GOOD_CHAT = {
