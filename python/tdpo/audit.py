@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tdpo_ext import TokenDivergence
 
-from .data.rows import RESPONSES
+from .data.collator import sequences_of
 from .loss.preference_loss import PreferenceLoss
 from .models.noise import evaluation_mode, without_wanted_noise
 from .models.parameter_values import ParameterValues
@@ -80,34 +80,29 @@ class AuditPassed(Exception):
         self.report = report
 
 
-class Sequence(NamedTuple):
+class Audited(NamedTuple):
     """A prompt and a response.
 
     Attributes:
         ids: (T,), on the model's device.
-        first: the index of the first response token that is predicted: the first token of a sequence is not.
+        learned: (R,), the places of the response tokens that the loss sees and that have a predictor.
     """
 
     ids: Tensor
-    first: int
-
-    @property
-    def targets(self) -> Tensor:
-        return self.ids[self.first :]
+    learned: Tensor
 
 
 def examples_to_audit(dataset: Dataset, rows: list[int]) -> list[dict[str, Any]]:
-    """The two longest pairs of a batch, from a tokenized dataset; `rows`: the batch's `dataset_row`."""
-    places = np.flatnonzero(np.isin(dataset.with_format("numpy")["dataset_row"], rows))[: len(rows)]
+    """The two longest pairs of a batch, from a tokenized dataset; `rows`: the batch's `token_row`."""
+    places = np.flatnonzero(np.isin(dataset.with_format("numpy")["token_row"], rows))[: len(rows)]
     return sorted((dataset[int(place)] for place in places), key=lambda example: example["length"])[:-3:-1]
 
 
-def sequences_of(examples: list[dict[str, Any]], device: torch.device) -> list[Sequence]:
+def audited(examples: list[dict[str, Any]], device: torch.device) -> list[Audited]:
     """The sequences of tokenized pairs, in the order of a batch's."""
     return [
-        Sequence(torch.tensor(row["prompt_ids"] + row[f"{side}_ids"], device=device), max(len(row["prompt_ids"]), 1))
-        for side in RESPONSES
-        for row in examples
+        Audited(torch.tensor(sequence.ids, device=device), torch.tensor(sequence.learned, device=device))
+        for sequence in sequences_of(examples)
     ]
 
 
@@ -136,7 +131,7 @@ class Audit:
     disabled_dropout: bool
 
     def run(
-        self, wrapper: nn.Module, sequences: list[Sequence], batch: dict[str, Any], accelerator: Accelerator
+        self, wrapper: nn.Module, sequences: list[Audited], batch: dict[str, Any], accelerator: Accelerator
     ) -> AuditReport:
         """Compares, on all processes together. The training's random numbers are left as they are.
 
@@ -157,7 +152,7 @@ class Audit:
             if self._reference_is_gone:
                 plain = plain._replace(ref_logps=ours.ref_logps, kl=ours.kl)
             moved = ours if self._reference_is_apart else self._of_loss_with_other_parameters(wrapper, batch)
-        lengths = torch.tensor([len(sequence.targets) for sequence in sequences], device=plain.logps.device)
+        lengths = torch.tensor([len(sequence.learned) for sequence in sequences], device=plain.logps.device)
         differences = [_difference(*pair, lengths) for pair in (*zip(ours, plain), (moved.ref_logps, ours.ref_logps))]
         table = accelerator.gather(torch.tensor([*differences, time.perf_counter() - began], device=lengths.device))
         *found, seconds = table.view(-1, len(differences) + 1).max(0).values.tolist()
@@ -224,18 +219,19 @@ class Audit:
 
     # ---- plain arithmetic ----
 
-    def _plain(self, wrapper: nn.Module, sequences: list[Sequence], accelerator: Accelerator) -> _Sums:
+    def _plain(self, wrapper: nn.Module, sequences: list[Audited], accelerator: Accelerator) -> _Sums:
         """The sums of all sequences. All processes call the models equally often: an engine's passes are collective."""
-        size = max(len(sequence.targets) for sequence in sequences) * self.loss.policy.vocab_size * 4
+        size = max(len(sequence.learned) for sequence in sequences) * self.loss.policy.vocab_size * 4
         chunks = accelerator.gather(torch.tensor([math.ceil(size / _PLAIN_BYTES)], device=accelerator.device)).max()
         sums = [self._plain_sums(wrapper, sequence, int(chunks)) for sequence in sequences]
         return _Sums(*map(torch.stack, zip(*sums)))
 
-    def _plain_sums(self, wrapper: nn.Module, sequence: Sequence, chunks: int) -> tuple[Tensor, ...]:
-        places = torch.arange(sequence.first, len(sequence.ids), device=sequence.ids.device)
+    def _plain_sums(self, wrapper: nn.Module, sequence: Audited, chunks: int) -> tuple[Tensor, ...]:
         sums = torch.zeros(3, dtype=torch.float64, device=sequence.ids.device)
-        for chunk in places.tensor_split(chunks):
-            some = chunk if len(chunk) else places[:1]  # all processes call the models, whatever is left for them
+        for chunk in sequence.learned.tensor_split(chunks):
+            some = (
+                chunk if len(chunk) else sequence.learned[:1]
+            )  # all processes call the models, whatever is left for them
             logps, ref_logps = self._plain_logps(wrapper, sequence.ids, some - 1)
             p, q = (ref_logps, logps) if self.loss.kl_direction == "forward" else (logps, ref_logps)
             kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)

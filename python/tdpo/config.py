@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
+from .data.forms import column_mapping
 from .loss.objectives import OBJECTIVES, TrainedObjective, check_objective_options
 from .options import TDPOOptions
 
@@ -38,6 +39,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
             raise ValueError(
                 f"max_prompt_length is {self.max_prompt_length}; it must be below max_length, {self.max_length}"
             )
+        self.columns = column_mapping(self.columns) or None
         columns = self.token_columns
         if columns is not None and not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
             raise TypeError(f"token_columns is {columns!r}; a list of names is needed")

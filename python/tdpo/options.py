@@ -65,7 +65,48 @@ class ObjectiveOptions:
 
 
 @dataclass
-class TDPOOptions(ObjectiveOptions):
+class RowOptions:
+    """What preference rows are and what becomes of them as tokens."""
+
+    columns: dict[str, str | None] | str | None = option(  # noqa: RUF009
+        None,
+        "Columns under other names: prompt=question,chosen=best, a mapping in YAML, or JSON; an empty name (null) says "
+        "that there is no such column.",
+        identity=True,
+    )
+    pairing: str = option(
+        "best_worst",
+        "Pairs of a row's scored or ranked responses: best_worst, best_others (the best with each worse one), adjacent "
+        "or all.",
+        identity=True,
+        choices=("best_worst", "best_others", "adjacent", "all"),
+    )
+    pairs_per_prompt: int | None = option(
+        None, "Keep so many of a row's pairs, those of the largest differences (default: all).", identity=True, least=1
+    )
+    learned_turns: str = option(
+        "assistant",
+        "Turns of a response that are learned: the assistant's, the others being context, or all.",
+        identity=True,
+        choices=("assistant", "all"),
+    )
+    max_length: int = option(1024, "Maximum number of tokens of prompt and response together.", identity=True, least=2)
+    max_prompt_length: int = option(
+        512, "Maximum number of tokens of the prompt; its end is kept.", identity=True, least=1
+    )
+    overlong: str = option(
+        "truncate",
+        "What to do with rows over these lengths: truncate or drop.",
+        identity=True,
+        choices=("truncate", "drop"),
+    )
+    dataset_num_proc: int | None = option(
+        None, "Number of processes that tokenize the data (default: this one).", least=1
+    )
+
+
+@dataclass
+class TDPOOptions(ObjectiveOptions, RowOptions):
     """Options of the loss, of the reference, of the preference data and of the run; `TDPOConfig` checks them."""
 
     kl_direction: str | None = option(
@@ -101,19 +142,6 @@ class TDPOOptions(ObjectiveOptions):
         True, "Disable the policy's dropout, which the reference doesn't have either.", identity=True
     )
 
-    max_length: int = option(1024, "Maximum number of tokens of prompt and response together.", identity=True, least=2)
-    max_prompt_length: int = option(
-        512, "Maximum number of tokens of the prompt; its end is kept.", identity=True, least=1
-    )
-    overlong: str = option(
-        "truncate",
-        "What to do with rows over these lengths: truncate or drop.",
-        identity=True,
-        choices=("truncate", "drop"),
-    )
-    dataset_num_proc: int | None = option(
-        None, "Number of processes that tokenize the data (default: this one).", least=1
-    )
     padding_free: bool = option(
         False, "Pack the sequences of a batch into one row without padding; needs a model that isolates them."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
-from .data.tokenize import tokenize_preferences
+from .data.tokenize import tokenize_rows
 from .models.adapters import has_adapters
 from .models.checks import check_models, check_policy
 from .models.noise import disable_dropout
@@ -71,22 +72,23 @@ def check_needs_no_logits(arguments: dict[str, Any]) -> None:
 
 
 def tokenized(
-    data: Any, tokenizer: PreTrainedTokenizerBase, args: TDPOConfig, token_columns: tuple[str, ...] = ()
+    name: str, data: Any, tokenizer: PreTrainedTokenizerBase, args: TDPOConfig, token_columns: tuple[str, ...] = ()
 ) -> Any:
-    """A data set as token ids, or every split of a dict of them; None stays None."""
+    """A data set as token ids, or every split of a dict of them, and says what became of its rows; None stays None.
+
+    Args:
+        name: of the argument.
+    """
     if isinstance(data, dict):
-        return {name: tokenized(split, tokenizer, args, token_columns) for name, split in data.items()}
+        return {
+            key: tokenized(f"{name}[{key!r}]", split, tokenizer, args, token_columns) for key, split in data.items()
+        }
     if data is None:
         return None
-    return tokenize_preferences(
-        data,
-        tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        overlong=args.overlong,
-        num_proc=args.dataset_num_proc,
-        token_columns=token_columns,
-    )
+    dataset, summary = tokenize_rows(data, tokenizer, args, token_columns)
+    if args.should_save:
+        print(f"{name}: {summary}", file=sys.stderr)
+    return dataset
 
 
 def prepare_policy(

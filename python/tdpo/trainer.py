@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
-from .audit import Audit, AuditPassed, AuditReport, examples_to_audit, sequences_of, state_kept
+from .audit import Audit, AuditPassed, AuditReport, audited, examples_to_audit, state_kept
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
 from .data.tokenize import padding_token
@@ -99,8 +99,8 @@ class TDPOTrainer(WholeAdapters):
         )
         trained = args.trained_objective(objective)
         checks.function("objective", trained.objective)
-        train_dataset = tokenized(train_dataset, tokenizer, args, trained.token_columns)
-        eval_dataset = tokenized(eval_dataset, tokenizer, args, trained.token_columns)
+        train_dataset = tokenized("train_dataset", train_dataset, tokenizer, args, trained.token_columns)
+        eval_dataset = tokenized("eval_dataset", eval_dataset, tokenizer, args, trained.token_columns)
         check_token_ids(train_dataset, eval_dataset, model=model, ref_model=ref_model)
         collator = PreferenceCollator(
             padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
@@ -175,7 +175,7 @@ class TDPOTrainer(WholeAdapters):
         else:
             losses = self.loss.of_pairs(output)
             metrics["loss"] = PairMetric(losses, torch.ones_like(losses))
-            self._evaluation_means.add(inputs["dataset_row"], metrics)
+            self._evaluation_means.add(inputs["token_row"], metrics)
         return (output.loss, {}) if return_outputs else output.loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **others: Any) -> Tensor:
@@ -185,7 +185,7 @@ class TDPOTrainer(WholeAdapters):
             FloatingPointError: the loss is not finite; the message names the rows of the batch.
         """
         if self._audit_due:
-            self._audit(model, inputs["dataset_row"].tolist())
+            self._audit(model, inputs["token_row"].tolist())
         loss = super().training_step(model, inputs, *arguments, **others)
         self._trained = True
         self._check_finite(loss, inputs)
@@ -294,7 +294,7 @@ class TDPOTrainer(WholeAdapters):
         raise ValueError("train_dataset holds no pairs to audit")
 
     def _audit(self, model: nn.Module, rows: list[int]) -> None:
-        """Audits the two longest pairs of a batch; `rows`: its `dataset_row`."""
+        """Audits the two longest pairs of a batch; `rows`: its `token_row`."""
         self._audit_due = False
         assert self.train_dataset is not None
         examples = examples_to_audit(self.train_dataset, rows)
@@ -305,7 +305,7 @@ class TDPOTrainer(WholeAdapters):
             at_start=self._reference_is_policy and not self._trained and self.state.global_step == 0,
             disabled_dropout=self.args.disable_dropout,
         )
-        report = audit.run(model, sequences_of(examples, self.args.device), batch, self.accelerator)
+        report = audit.run(model, audited(examples, self.args.device), batch, self.accelerator)
         if self._audit_alone:
             raise AuditPassed(report)
         if self.args.should_save:

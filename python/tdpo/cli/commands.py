@@ -162,7 +162,7 @@ def cache(options: Options) -> None:
     with autocast(args):
         check_model(argument, model, args, tokenizer)
     for name, (source, split) in splits.items():
-        tokens = tokenized(load_preferences(source, split), tokenizer, args)
+        tokens = tokenized(name, load_preferences(source, split), tokenizer, args)
         check_token_ids(tokens, **{argument: model})
         folder = args.reference_folder / name
         with autocast(args):

@@ -41,16 +41,31 @@ def predicted_responses(
     }
 
 
-class _Sequence(NamedTuple):
-    """A prompt and one response."""
+class Sequence(NamedTuple):
+    """A prompt and one response.
+
+    Attributes:
+        ids: its tokens.
+        prompt: how many of them are the prompt's.
+        learned: the places of the response tokens that the loss sees and that have a predictor, ascending.
+    """
 
     ids: list[int]
-    prompt: int  # tokens
+    prompt: int
+    learned: list[int]
 
-    @property
-    def first(self) -> int:
-        """The first response token that has a predictor."""
-        return max(self.prompt, 1)
+    @classmethod
+    def of(cls, row: dict[str, Any], side: str) -> Sequence:
+        """A response of a tokenized row, with its prompt; without a mask the loss sees all of the response."""
+        prompt, response, mask = len(row["prompt_ids"]), row[f"{side}_ids"], row.get(f"{side}_mask")
+        places = range(max(prompt, 1), prompt + len(response))
+        learned = list(places) if mask is None else [place for place in places if mask[place - prompt]]
+        return cls(row["prompt_ids"] + response, prompt, learned)
+
+
+def sequences_of(rows: list[dict[str, Any]]) -> list[Sequence]:
+    """The sequences of tokenized rows, in the order of a batch's."""
+    return [Sequence.of(row, side) for side in RESPONSES for row in rows]
 
 
 class _Line(NamedTuple):
@@ -65,8 +80,8 @@ class _Line(NamedTuple):
 class PreferenceCollator:
     """Batches of tokenized preferences: the B chosen sequences first, then the B rejected ones.
 
-    A batch holds `dataset_row`, (B,), the rows of the dataset; the model's input; and for the R response tokens that
-    have a predictor, in order:
+    A batch holds `dataset_row`, (B,), the rows of the dataset; `token_row`, (B,), those of the tokenized dataset; the
+    model's input; and for the R response tokens that the loss sees and that have a predictor, in order:
 
         rows         (R,), the flat positions of the hidden states that predict them
         targets      (R,), the tokens
@@ -94,19 +109,17 @@ class PreferenceCollator:
     token_columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        sequences = [
-            _Sequence(row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"]))
-            for side in RESPONSES
-            for row in examples
-        ]
+        sequences = sequences_of(examples)
         lines = _shared_lines(sequences) if self.shared_prompts else _lines(sequences)
         # `dataset_row` comes first: transformers takes the length of a batch's first tensor for the batch size.
-        batch: dict[str, Any] = {"dataset_row": torch.tensor([row.get("dataset_row", -1) for row in examples])}
+        batch: dict[str, Any] = {
+            name: torch.tensor([row.get(name, -1) for row in examples]) for name in ("dataset_row", "token_row")
+        }
         batch |= self._inputs(lines)
         places = self._places(sequences, [len(line.ids) for line in lines])
-        lengths = [len(sequence.ids) - sequence.first for sequence in sequences]
-        batch["rows"] = torch.cat([place[sequence.first - 1 : -1] for sequence, place in zip(sequences, places)])
-        targets = [token for sequence in sequences for token in sequence.ids[sequence.first :]]
+        lengths = [len(sequence.learned) for sequence in sequences]
+        batch["rows"] = torch.cat([place[_before(sequence.learned)] for sequence, place in zip(sequences, places)])
+        targets = [sequence.ids[place] for sequence in sequences for place in sequence.learned]
         batch["targets"] = torch.tensor(targets, dtype=torch.long)
         batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)])
         batch["row_lengths"] = lengths  # known here without waiting for a device, and so never asked of it
@@ -136,7 +149,7 @@ class PreferenceCollator:
             "segments": pad_sequence(list(segments), batch_first=True, padding_value=-1),
         }
 
-    def _places(self, sequences: list[_Sequence], lengths: list[int]) -> list[Tensor]:
+    def _places(self, sequences: list[Sequence], lengths: list[int]) -> list[Tensor]:
         """Where the tokens of each sequence stand in the flattened input, (T,); `lengths` are those of the lines."""
         starts = [0, *accumulate(lengths)] if self.padding_free else range(0, max(lengths) * len(lengths), max(lengths))
         places = [torch.arange(len(sequence.ids)) for sequence in sequences]
@@ -148,20 +161,27 @@ class PreferenceCollator:
         return places
 
 
-def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[_Sequence]) -> Tensor:
-    """A column at the response tokens of all sequences that have a predictor, (R,)."""
+def _before(places: list[int]) -> Tensor:
+    """The places whose hidden states predict the tokens at `places`."""
+    return torch.tensor(places, dtype=torch.long) - 1
+
+
+def _token_column(name: str, examples: list[dict[str, Any]], sequences: list[Sequence]) -> Tensor:
+    """A column at the response tokens of all sequences that the loss sees and that have a predictor, (R,)."""
     columns = [row[f"{side}_{name}"] for side in RESPONSES for row in examples]
-    predicted = [column[sequence.first - sequence.prompt :] for column, sequence in zip(columns, sequences)]
-    return torch.tensor([value for values in predicted for value in values], dtype=torch.float32)
+    values = [
+        column[place - sequence.prompt] for column, sequence in zip(columns, sequences) for place in sequence.learned
+    ]
+    return torch.tensor(values, dtype=torch.float32)
 
 
-def _lines(sequences: list[_Sequence]) -> list[_Line]:
+def _lines(sequences: list[Sequence]) -> list[_Line]:
     """One line for each sequence."""
     lines = [torch.tensor(sequence.ids) for sequence in sequences]
     return [_Line(ids, torch.arange(len(ids)), torch.zeros_like(ids)) for ids in lines]
 
 
-def _shared_lines(sequences: list[_Sequence]) -> list[_Line]:
+def _shared_lines(sequences: list[Sequence]) -> list[_Line]:
     """One line for each pair: prompt, chosen, rejected; the positions of both responses continue the prompt's."""
     pairs, lines = len(sequences) // 2, []
     for pair, (chosen, rejected) in enumerate(zip(sequences[:pairs], sequences[pairs:])):

@@ -9,25 +9,21 @@ token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, with numbers per token
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from tdpo_ext import checks
 
 RESPONSES = ("chosen", "rejected")
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_BEFORE_ANSWERS = ("system", "developer", "user")  # roles that begin a conversation, never a response
+HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
+BEFORE_ANSWERS = ("system", "developer", "user")  # roles that begin a conversation, never a response
 _MEDIA = ("image", "image_url", "video", "audio", "input_audio")
 
 
 def check_row(row: dict[str, Any]) -> None:
     """Checks that the columns of a row are texts or lists of chat messages, or null; the error names the column."""
-    for name in ("prompt", *RESPONSES):
+    for name in ("prompt", "conversations", *RESPONSES):
         value = row.get(name)
         if value is None or isinstance(value, str):
             continue
@@ -38,8 +34,6 @@ def check_row(row: dict[str, Any]) -> None:
     chosen, rejected = row["chosen"], row["rejected"]
     if None not in (chosen, rejected) and isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("'chosen' and 'rejected' must both be texts or both lists of chat messages")
-    if isinstance(chosen, str) and isinstance(row.get("prompt"), list):
-        raise ValueError("'prompt' is a list of chat messages, so 'chosen' and 'rejected' must be such lists too")
 
 
 def check_ids(name: str, ids: Any, vocab_size: int) -> None:
@@ -53,7 +47,7 @@ def check_ids(name: str, ids: Any, vocab_size: int) -> None:
 
 def check_token_column(name: str, values: Any, length: int) -> None:
     """Checks that a column is a list of `length` finite numbers; the error names it."""
-    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    numbers = isinstance(values, list) and all(type(value) in (bool, int, float) for value in values)
     if not numbers or not all(map(math.isfinite, values)):
         raise ValueError(f"{name!r} is {checks.describe(values)}; it must be a list of finite numbers")
     if len(values) != length:
@@ -79,55 +73,6 @@ def _check_message(name: str, message: dict[str, Any]) -> None:
         raise ValueError(f"the 'content' of a message of {name!r} is {checks.describe(content)}; it must be a text")
 
 
-class Conversation(NamedTuple):
-    """A prompt with one response behind it, as the model sees it.
-
-    Attributes:
-        text: all of it.
-        response: where the response begins, in characters.
-        templated: a chat template made it, special tokens included.
-    """
-
-    text: str
-    response: int
-    templated: bool
-
-
-def conversations(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Conversation, Conversation]:
-    """The prompt with the chosen response and with the rejected one; messages go through the tokenizer's template.
-
-    Args:
-        row: from `with_own_prompt`.
-
-    Raises:
-        ValueError: columns that contradict each other, or a template that does not keep the prompt apart.
-    """
-    if isinstance(row["chosen"], str):
-        if row.get("system"):
-            raise ValueError("'system' is given, but this row holds texts; only chat messages take a system message")
-        prompt = row["prompt"]
-        chosen, rejected = (Conversation(prompt + row[side], len(prompt), False) for side in RESPONSES)
-        return chosen, rejected
-    messages = _with_system(row)
-    options = {"tools": _tools(row), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
-    render: Any = functools.partial(tokenizer.apply_chat_template, **options)  # to a text, since nothing is tokenized
-    begun = bool(messages) and messages[-1]["role"] == "assistant"
-    prompt = render(messages, **{"continue_final_message" if begun else "add_generation_prompt": True})
-    # What a template writes to ask for a response may differ from what it writes before one, such as `<think>`.
-    asked = shared_prefix_length(prompt, render(messages)) if messages and not begun else len(prompt.rstrip())
-    rendered = []
-    for side in RESPONSES:
-        conversation = render([*messages, *row[side]])
-        response = shared_prefix_length(conversation, prompt)
-        if response < asked or row[side][0]["role"] in _BEFORE_ANSWERS:
-            raise ValueError(
-                "the tokenizer's chat template renders the prompt differently when a response follows, so the response "
-                f"can't be separated from it; prompt: {prompt[-80:]!r}"
-            )
-        rendered.append(Conversation(conversation, response, True))
-    return rendered[0], rendered[1]
-
-
 def is_empty(response: Any) -> bool:
     """Whether a response, of any form, says nothing; messages do so without content and calls of tools."""
     if not response or isinstance(response, str) or not isinstance(response[0], dict):
@@ -151,7 +96,7 @@ def with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(chosen, str):
         return row
     if isinstance(prompt, str):
-        if chosen[0]["role"] not in _BEFORE_ANSWERS:
+        if chosen[0]["role"] not in BEFORE_ANSWERS:
             return {**row, "prompt": [{"role": "user", "content": prompt}]}
         # The prompt's text and whole conversations, as in UltraFeedback binarized.
         length = _implicit_prompt_length(chosen, rejected)
@@ -192,33 +137,9 @@ def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
     shared = shared_prefix_length(chosen, rejected)
     if not isinstance(chosen, str):
         return min(shared, len(chosen) - 1, len(rejected) - 1)
-    if chosen.startswith(_HUMAN):  # a transcript: the prompt ends where the assistant's last shared turn begins
-        turn = chosen.rfind(_ASSISTANT, 0, shared)
-        return 0 if turn < 0 else turn + len(_ASSISTANT)
+    if chosen.startswith(HUMAN_TURN):  # a transcript: the prompt ends where the assistant's last shared turn begins
+        turn = chosen.rfind(ASSISTANT_TURN, 0, shared)
+        return 0 if turn < 0 else turn + len(ASSISTANT_TURN)
     if shared < min(len(chosen), len(rejected)):  # not within a word
         shared = chosen.rfind(" ", 0, shared)
     return max(shared, 0)
-
-
-def _with_system(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompt's messages, after that of the column `system` if there is one."""
-    messages, system = row["prompt"], row.get("system")
-    if system is None or system == "":
-        return messages
-    if not isinstance(system, str):
-        raise ValueError(f"'system' is {checks.describe(system)}; it must be a text")
-    if messages and messages[0]["role"] == "system":
-        raise ValueError("'system' is given, but the conversation begins with a system message of its own")
-    return [{"role": "system", "content": system}, *messages]
-
-
-def _tools(row: dict[str, Any]) -> Any:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise ValueError(f"'tools' is no valid JSON: {error}") from error
-    if not isinstance(tools, (list, type(None))):
-        raise ValueError(f"'tools' is {checks.describe(tools)}; it must be a list of tools, or one as JSON text")
-    return tools

@@ -32,9 +32,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data.collator import PreferenceCollator
+from ..data.collator import PreferenceCollator, Sequence
 from ..data.rows import RESPONSES
-from ..data.tokenize import tokens_digest
+from ..data.tokenize import TOKENS, tokens_digest
 from ..files import allocate, digest, file_digest, read_sealed, write_bytes, write_sealed
 from ..models.causal_lm import CausalLM
 from ..models.noise import evaluation_mode
@@ -42,7 +42,7 @@ from ..models.probes import depends_on_the_batch
 from .digests import reference_digest
 from .stored_states import STORED_STATES, StoredStates
 
-FORMAT = 5
+FORMAT = 6
 _SHARD_ROWS = 64
 _RESERVED = "reserved.bin"  # holds the space of the shards that are not done
 
@@ -79,10 +79,9 @@ def _check_source(folder: str | Path, header: Header, source: Source) -> None:
 
 
 def _response_offsets(dataset: Dataset) -> np.ndarray:
-    """Where each response begins among all response tokens that something predicts, (2 rows + 1), and the end."""
-    columns = dataset.select_columns(["prompt_ids", *(f"{side}_ids" for side in RESPONSES)])
-    # Nothing predicts the first token of a sequence without a prompt.
-    lengths = [len(row[f"{side}_ids"]) - (not row["prompt_ids"]) for row in columns for side in RESPONSES]
+    """Where each response begins among all response tokens that are learned, (2 rows + 1), and the end."""
+    columns = dataset.select_columns(list(TOKENS))
+    lengths = [len(Sequence.of(row, side).learned) for row in columns for side in RESPONSES]
     return np.array([0, *accumulate(lengths)])
 
 

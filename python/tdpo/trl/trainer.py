@@ -24,7 +24,7 @@ from trl.trainer.utils import create_model_from_path, use_adapter
 
 from tdpo_ext import checks
 
-from ..audit import Audit, Sequence
+from ..audit import Audit, Audited
 from ..data.collator import predicted_responses
 from ..loss.metrics import MetricMeans, preference_metrics
 from ..loss.preference_loss import FusedLoss, why_not_fused
@@ -179,7 +179,7 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
         sequences = []
         for ids, tokens, response in zip(*(some[name] for name in some)):
             kept = tokens.bool()
-            sequences.append(Sequence(ids[kept], max(1, int(response[kept].argmax()))))
+            sequences.append(Audited(ids[kept], 1 + response[kept][1:].nonzero()[:, 0]))
         audit = Audit(
             self._tdpo,
             self.model,

@@ -88,7 +88,7 @@ def test_a_prompt_that_one_response_does_not_repeat_is_left_in_both(side, other,
             "of 'chosen' is 5; it must",
         ),
         ({**ROW, "prompt": [{"role": 1, "content": "a"}]}, "the 'role' of a message of 'prompt' is 1"),
-        ({"prompt": [ASKED], "chosen": "a", "rejected": "b"}, "'prompt' is a list of chat messages, so"),
+        ({"prompt": [ASKED], "chosen": "a", "rejected": [BAD]}, "must both be texts or both lists"),
         ({"prompt": "a", "chosen": 0, "rejected": 1}, "'chosen' is 0; it must be"),
         ({**ROW, "prompt": [message("user", ["the film?"])]}, "the 'content' of a message of 'prompt' is"),
         (

@@ -85,6 +85,8 @@ def test_rows_that_are_left_know_where_they_stood_and_stand():
         "prompt_ids",
         "chosen_ids",
         "rejected_ids",
+        "chosen_mask",
+        "rejected_mask",
         "dataset_row",
         "length",
         "token_row",

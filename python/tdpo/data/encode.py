@@ -1,0 +1,205 @@
+"""From one preference row, in any of its forms, to token ids within the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ..options import RowOptions
+from .conversation import conversations, tokens
+from .forms import renamed, with_messages, with_prompt
+from .ranked import is_ranked, pairs_of
+from .rows import (
+    RESPONSES,
+    check_ids,
+    check_row,
+    check_token_column,
+    is_empty,
+    shared_prefix_length,
+    with_own_prompt,
+)
+
+
+class Response(NamedTuple):
+    """A response as the models see it.
+
+    Attributes:
+        ids: its tokens.
+        mask: of every token, whether the loss sees it; the others are context.
+        columns: numbers per token by name, such as `weight`.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+    columns: dict[str, list[float]] = {}  # noqa: RUF012
+
+    def first(self, length: int) -> Response:
+        """Its beginning."""
+        columns = {name: values[:length] for name, values in self.columns.items()}
+        return Response(self.ids[:length], self.mask[:length], columns)
+
+    def without_trailing_context(self) -> Response:
+        """Without the tokens at its end that the loss does not see: nothing learned reads them."""
+        return self.first(next((place + 1 for place in reversed(range(len(self.ids))) if self.mask[place]), 0))
+
+    def closed(self, end: int) -> Response:
+        """Itself with the token `end` behind it, unless it ends with it already."""
+        return self if self.ids[-1:] == [end] else Response([*self.ids, end], [*self.mask, True], self.columns)
+
+
+class Pair(NamedTuple):
+    """A preference as the models see it."""
+
+    prompt: list[int]
+    chosen: Response
+    rejected: Response
+
+    @property
+    def length(self) -> int:
+        """The tokens of the prompt and the longer response."""
+        return len(self.prompt) + max(len(self.chosen.ids), len(self.rejected.ids))
+
+
+class Encoded(NamedTuple):
+    """What becomes of a pair: itself within the limits, or the reason why it can't be used."""
+
+    pair: Pair | None
+    dropped: str = ""
+    cut_prompt: bool = False
+    cut_responses: bool = False
+
+
+@dataclass
+class Encoder:
+    """Turns rows into tokens, within the limits of `options`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    options: RowOptions
+    columns: dict[str, str | None]  # the mapping of `options`
+    _suffix = ""  # a row's responses are named side + suffix
+
+    def pairs(self, row: dict[str, Any]) -> Iterator[Encoded]:
+        """What becomes of a row's pair, or of all pairs of its scored or ranked responses.
+
+        Raises:
+            ValueError: the row is malformed; the message says how.
+        """
+        row = renamed(row, self.columns)
+        if not is_ranked(row):
+            yield self._encode(row)
+            return
+        pairs = pairs_of(row, self.options.pairing, self.options.pairs_per_prompt)
+        if not pairs:
+            yield Encoded(None, "no response that is better than another")
+        yield from map(self._encode, pairs)
+
+    def _encode(self, row: dict[str, Any]) -> Encoded:
+        row = self._checked(row)
+        for side in RESPONSES:
+            if is_empty(row[f"{side}{self._suffix}"]):
+                return Encoded(None, f"an empty {side!r} response")
+        row = self._split(row)
+        for side in RESPONSES:  # of a conversation, what is behind the prompt
+            if isinstance(row.get(side), list) and is_empty(row[side]):
+                return Encoded(None, f"an empty {side!r} response")
+        return self._within_limits(self._whole(row))
+
+    def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = with_messages(row)
+        check_row(row)
+        return row
+
+    def _split(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its prompt, apart from its responses."""
+        return with_own_prompt(with_prompt(row, self.columns))
+
+    def _whole(self, row: dict[str, Any]) -> Pair:
+        """The tokens of a row, of any length."""
+        sides = conversations(row, self.tokenizer, learned_turns=self.options.learned_turns)
+        chosen, rejected = (tokens(side, self.tokenizer) for side in sides)
+        # A token that spans the boundary belongs to its response, and then the prompt of both ends before it.
+        prompt = shared_prefix_length(chosen.ids[: chosen.prompt], rejected.ids[: rejected.prompt])
+        responses = []
+        for conversation, side in zip(sides, (chosen, rejected)):
+            response = Response(side.ids[prompt:], side.mask[prompt:])
+            # A template may put white space after the end token; models were trained with it, so it stays.
+            ended = conversation.templated and conversation.text.rstrip().endswith(self.tokenizer.eos_token)
+            responses.append(response if ended else response.closed(self.tokenizer.eos_token_id))
+        return Pair(chosen.ids[:prompt], *responses)
+
+    def _within_limits(self, pair: Pair) -> Encoded:
+        limits, responses = self.options, {"chosen": pair.chosen, "rejected": pair.rejected}
+        cut_prompt = len(pair.prompt) > limits.max_prompt_length
+        if cut_prompt and limits.overlong == "drop":
+            return Encoded(None, f"a prompt over {limits.max_prompt_length} tokens")
+        if pair.chosen.ids == pair.rejected.ids:
+            return Encoded(None, "equal responses")
+        prompt = self._end_of(pair.prompt)
+        available = limits.max_length - len(prompt)
+        overlong = [side for side, response in responses.items() if len(response.ids) > available]
+        if overlong and limits.overlong == "drop":
+            return Encoded(None, f"prompt and {overlong[0]!r} response over {limits.max_length} tokens")
+        responses |= {side: self._cut(responses[side], available) for side in overlong}
+        if responses["chosen"].ids == responses["rejected"].ids:
+            return Encoded(None, f"responses that are equal once cut to max_length, {limits.max_length} tokens")
+        for side, response in responses.items():
+            if not any(response.mask):
+                return Encoded(None, f"a {side!r} response without a turn of the assistant to learn")
+            if not prompt and not any(response.mask[1:]):
+                return Encoded(None, "a response of one token without a prompt, which nothing predicts")
+        return Encoded(Pair(prompt, **responses), "", cut_prompt, bool(overlong))
+
+    def _end_of(self, prompt: list[int]) -> list[int]:
+        """The end of a prompt that is too long, behind its beginning token if it has one."""
+        limit = self.options.max_prompt_length
+        if len(prompt) <= limit:
+            return prompt
+        begins = prompt[0] == self.tokenizer.bos_token_id and limit > 1
+        kept = limit - begins
+        return [*prompt[:begins], *prompt[len(prompt) - kept :]]
+
+    def _cut(self, response: Response, length: int) -> Response:
+        """The beginning of a response, closed by the end token; it ends with it too, perhaps before white space."""
+        end = self.tokenizer.eos_token_id
+        last_end = len(response.ids) - 1 - response.ids[::-1].index(end)
+        if last_end < length:
+            return response.first(length)
+        return response.first(length - 1).without_trailing_context().closed(end)
+
+
+@dataclass
+class IdEncoder(Encoder):
+    """For rows that hold token ids.
+
+    Attributes:
+        token_columns: names of numbers per response token that the rows have.
+    """
+
+    token_columns: tuple[str, ...] = ()
+    _suffix = "_ids"
+
+    def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
+        check_ids("prompt_ids", row["prompt_ids"], len(self.tokenizer))
+        for side in RESPONSES:
+            check_ids(f"{side}_ids", row[f"{side}_ids"], len(self.tokenizer))
+            names = [*self.token_columns, *(["mask"] if row.get(f"{side}_mask") is not None else [])]
+            for name in names:
+                check_token_column(f"{side}_{name}", row[f"{side}_{name}"], len(row[f"{side}_ids"]))
+        return row
+
+    def _split(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row
+
+    def _whole(self, row: dict[str, Any]) -> Pair:
+        responses = []
+        for side in RESPONSES:
+            ids, mask = row[f"{side}_ids"], row.get(f"{side}_mask")
+            columns = {name: row[f"{side}_{name}"] for name in self.token_columns}
+            responses.append(Response(ids, [True] * len(ids) if mask is None else list(map(bool, mask)), columns))
+        return Pair(row["prompt_ids"], *responses)
+
+    def _cut(self, response: Response, length: int) -> Response:
+        return response.first(length)
