@@ -59,6 +59,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         """The loss that `variant` names, or `own` instead."""
         columns, named = self.token_columns or [], OBJECTIVES[self.variant]
         if own is not None:
+            checks.function("objective", own)
             return TrainedObjective(own, self.kl_direction or "forward", tuple(columns))
         return TrainedObjective(
             objective=named.build(self),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
-from .data.tokenize import tokenize_rows
 from .models.adapters import has_adapters
 from .models.checks import check_models, check_policy
 from .models.noise import disable_dropout
@@ -71,26 +69,6 @@ def check_needs_no_logits(arguments: dict[str, Any]) -> None:
             raise ValueError(f"{name} is given, but no logits are formed that it could work on: leave it out")
 
 
-def tokenized(
-    name: str, data: Any, tokenizer: PreTrainedTokenizerBase, args: TDPOConfig, token_columns: tuple[str, ...] = ()
-) -> Any:
-    """A data set as token ids, or every split of a dict of them, and says what became of its rows; None stays None.
-
-    Args:
-        name: of the argument.
-    """
-    if isinstance(data, dict):
-        return {
-            key: tokenized(f"{name}[{key!r}]", split, tokenizer, args, token_columns) for key, split in data.items()
-        }
-    if data is None:
-        return None
-    dataset, summary = tokenize_rows(data, tokenizer, args, token_columns)
-    if args.should_save:
-        print(f"{name}: {summary}", file=sys.stderr)
-    return dataset
-
-
 def prepare_policy(
     model: nn.Module, ref_model: nn.Module | None, args: TDPOConfig, tokenizer: Any, peft_config: Any
 ) -> nn.Module:
@@ -127,6 +105,8 @@ def check_output_dir(output_dir: str | Path, folders: dict[str, Any]) -> None:
             )
 
 
-def default_learning_rate(policy: nn.Module) -> float:
-    """The learning rate of what trains: adapters, or the whole policy."""
+def learning_rate(args: TDPOConfig, policy: nn.Module) -> float:
+    """The learning rate of `args`, or the default one of what trains: adapters, or the whole policy."""
+    if args.learning_rate is not None:
+        return args.learning_rate
     return _LEARNING_RATE_OF_ADAPTERS if has_adapters(policy) else _LEARNING_RATE

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
-from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
 from .audit import Audit, AuditPassed, AuditReport, audited, examples_to_audit, state_kept
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
+from .data.prepare import Tokenization
 from .data.tokenize import padding_token
 from .files import check_manifest
 from .loss.identity import objective_name
@@ -29,8 +29,8 @@ from .loss.metrics import DatasetMeans, MetricMeans, PairMetric, preference_metr
 from .loss.set_up import set_up_loss
 from .models.forward import patch_forward
 from .models.noise import configured_dropout
-from .models.sizes import check_token_ids
-from .policy import check_output_dir, check_trainer_arguments, default_learning_rate, prepare_policy, tokenized
+from .models.sizes import embedded_ids
+from .policy import check_output_dir, check_trainer_arguments, learning_rate, prepare_policy
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
 from .reference.digests import digests_at_start
@@ -98,17 +98,16 @@ class TDPOTrainer(WholeAdapters):
             model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None, others=others
         )
         trained = args.trained_objective(objective)
-        checks.function("objective", trained.objective)
-        train_dataset = tokenized("train_dataset", train_dataset, tokenizer, args, trained.token_columns)
-        eval_dataset = tokenized("eval_dataset", eval_dataset, tokenizer, args, trained.token_columns)
-        check_token_ids(train_dataset, eval_dataset, model=model, ref_model=ref_model)
+        embedded = embedded_ids(model=model, ref_model=ref_model)
+        self._tokenize = Tokenization(tokenizer, args, embedded, trained.token_columns)
+        train_dataset = self._tokenize("train_dataset", train_dataset)
+        eval_dataset = self._tokenize("eval_dataset", eval_dataset)
         collator = PreferenceCollator(
             padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
         )
         self._weights = digests_at_start(model, ref_model)
         policy = prepare_policy(model, ref_model, args, tokenizer, peft_config)
-        if args.learning_rate is None:
-            args.learning_rate = default_learning_rate(policy)
+        args.learning_rate = learning_rate(args, policy)
         super().__init__(
             model=policy,
             args=args,
@@ -148,7 +147,9 @@ class TDPOTrainer(WholeAdapters):
     # ---- data ----
 
     def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
-        """With `precompute_reference`, batches also hold the hidden states in the cache of `dataset`."""
+        """Also of rows; with `precompute_reference`, batches hold the hidden states in the cache of `dataset` too."""
+        if "token_row" not in dataset.column_names:  # given to `evaluate` or `predict`
+            dataset = self._tokenize("the dataset", dataset)
         collator = self.data_collator
         try:
             self.data_collator = self._collator_of(dataset)

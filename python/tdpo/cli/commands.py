@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import TDPOConfig
 from ..data.load import load_preferences
+from ..data.prepare import Tokenization
 from ..data.tokenize import padding_token
 from ..models.checks import check_model
 from ..models.loading import (
@@ -23,9 +24,9 @@ from ..models.loading import (
     merges_adapters,
     trains_adapters,
 )
-from ..models.sizes import check_token_ids
+from ..models.sizes import embedded_ids
 from ..options import ModelOptions, require
-from ..policy import check_output_dir, tokenized
+from ..policy import check_output_dir
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
@@ -161,9 +162,9 @@ def cache(options: Options) -> None:
     argument = "model" if reference is None else "ref_model"
     with autocast(args):
         check_model(argument, model, args, tokenizer)
+    tokenize = Tokenization(tokenizer, args, embedded_ids(**{argument: model}))
     for name, (source, split) in splits.items():
-        tokens = tokenized(name, load_preferences(source, split), tokenizer, args)
-        check_token_ids(tokens, **{argument: model})
+        tokens = tokenize(name, load_preferences(source, split))
         folder = args.reference_folder / name
         with autocast(args):
             cache_reference(folder, model, tokens, padding_token(tokenizer), args.reference_dtype)

@@ -24,7 +24,7 @@ class Conversation(NamedTuple):
     """A prompt with one response behind it, as the model sees it.
 
     Attributes:
-        text: all of it, up to the end of the last turn that is learned.
+        text: all of it, up to the end of the last turn that is learned, if any is.
         response: where the response begins, in characters.
         context: the parts of the response that the model reads but does not learn, in order.
         templated: a chat template made it, special tokens included.
@@ -117,11 +117,13 @@ def _of_texts(prompt: str, response: str, learned_turns: str) -> Conversation:
 
 
 def _without_trailing_context(conversation: Conversation) -> Conversation:
-    """Without turns at the end that nothing learned follows."""
-    if conversation.context and conversation.context[-1][1] == len(conversation.text):
-        *context, (end, _) = conversation.context
-        return conversation._replace(text=conversation.text[:end], context=context)
-    return conversation
+    """Without turns at the end that nothing learned follows; where all of a response is context, it stays."""
+    if not conversation.context:
+        return conversation
+    *context, (begin, end) = conversation.context
+    if end < len(conversation.text) or begin == conversation.response:
+        return conversation
+    return conversation._replace(text=conversation.text[:begin], context=context)
 
 
 class _Template(NamedTuple):

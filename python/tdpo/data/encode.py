@@ -127,7 +127,10 @@ class Encoder:
             response = Response(side.ids[prompt:], side.mask[prompt:])
             # A template may put white space after the end token; models were trained with it, so it stays.
             ended = conversation.templated and conversation.text.rstrip().endswith(self.tokenizer.eos_token)
-            responses.append(response if ended else response.closed(self.tokenizer.eos_token_id))
+            learns_nothing = bool(response.ids) and not any(response.mask)
+            if not ended and not learns_nothing:
+                response = response.closed(self.tokenizer.eos_token_id)
+            responses.append(response)
         return Pair(chosen.ids[:prompt], *responses)
 
     def _within_limits(self, pair: Pair) -> Encoded:

@@ -6,6 +6,7 @@ import csv
 import glob
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,19 @@ from datasets import (
 )
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_SPLITS = {  # by the words in the names of files and folders, as `datasets` has them
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 
 
 def load_preferences(name: str, split: str = "train") -> Dataset:
-    """Rows from files, from a folder that `save_to_disk` wrote, or from a hub.
+    """Rows from files, from a folder, or from a hub.
 
     Args:
-        name: JSON, JSONL, Parquet, CSV or TSV, also gzipped, or a pattern of such files (`data/*.jsonl`); a folder that
+        name: JSON, JSONL, Parquet, CSV or TSV, also gzipped, or a pattern of such files (`data/*.jsonl`); a folder of
+            such files, whose names say which split they are (`train.jsonl`, `test/0.parquet`), or one that
             `save_to_disk` wrote; or a hub's name. Cells of CSV and TSV are texts as they stand.
         split: which rows, with slices, as `datasets` writes them: `train[:100]`, `train[10%:]+test`. Files and folders
             without splits are `train` and `test`, whichever is asked for.
@@ -36,13 +43,13 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
         ValueError: there is no such file or split, it can't be read, or there is no such dataset on the hub.
     """
     path = Path(name)
-    files = [path] if path.exists() else [Path(file) for file in sorted(glob.glob(name))]
-    kinds: set[str | None] = {None} if path.is_dir() else {_format(file) for file in files or [path]}
-    if kinds != {None} and not files:
+    splits = _files_of_splits(path) if path.is_dir() else _without_splits(list(map(Path, sorted(glob.glob(name)))))
+    files = [file for files in splits.values() for file in files]
+    if not files and not path.is_dir() and _format(path) is not None:
         raise ValueError(f"the dataset file {name} does not exist")
     try:
-        if kinds != {None}:
-            return _slice(_without_splits(_read_files(files, kinds)), split)
+        if files:
+            return _slice({split: _read_files(files) for split, files in splits.items()}, split)
         if not path.is_dir():
             return load_dataset(name, split=split)
         saved = load_from_disk(name)
@@ -52,12 +59,32 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
         raise ValueError(f"the dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
 
 
+def _files_of_splits(folder: Path) -> dict[str, list[Path]]:
+    """The files of preferences in a folder by split; none in a folder of `save_to_disk`, which is read as a whole.
+
+    Raises:
+        ValueError: some files belong to a split by their names and others do not.
+    """
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return {}
+    inside = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if _format(file) is not None)
+    files = [file for file in inside if not any(part.startswith((".", "_")) for part in file.parts)]
+    words = {file: set(re.split("[^a-z]+", str(file).lower())) for file in files}
+    splits = {split: [file for file in files if words[file] & names] for split, names in _SPLITS.items()}
+    named = {split: [folder / file for file in of_split] for split, of_split in splits.items() if of_split}
+    strays = set(files).difference(*splits.values())
+    if named and strays:
+        raise ValueError(f"{folder} holds {min(strays)}, which its name gives to no split, unlike other files there")
+    return named or _without_splits([folder / file for file in files])
+
+
 def _format(path: Path) -> str | None:
     """The format of a file by its name; None where it is no name of a file of ours."""
     return _FORMATS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)
 
 
-def _read_files(files: list[Path], kinds: set[str | None]) -> Dataset:
+def _read_files(files: list[Path]) -> Dataset:
+    kinds = {_format(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"the files have different formats: {', '.join(map(str, files))}")
     options: dict[str, Any] = {}
@@ -72,8 +99,8 @@ def _header(path: Path, separator: str) -> list[str]:
         return next(csv.reader(file, delimiter=separator), [])
 
 
-def _without_splits(dataset: Dataset) -> dict[str, Dataset]:
-    return {"train": dataset, "test": dataset}
+def _without_splits(rows: Any) -> dict[str, Any]:
+    return {"train": rows, "test": rows}
 
 
 def _slice(splits: dict[str, Dataset], wanted: str) -> Dataset:

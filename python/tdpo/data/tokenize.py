@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Audio, Dataset, Features, Image, List, Value, Video
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -145,6 +145,9 @@ def tokenize_rows(
         raise TypeError(f"the dataset is {type(dataset).__name__}; a datasets.Dataset is needed")
     if len(dataset) == 0:
         raise ValueError("the dataset is empty")
+    for name, feature in dataset.features.items():
+        if _is_media(feature):
+            raise ValueError(f"the column {name!r} holds media; only text is supported: remove it")
     if dataset.format["type"] != "custom":  # a transform is what the rows are, other formats are how they look
         dataset = dataset.with_format(None)
     num_proc = options.dataset_num_proc
@@ -196,6 +199,11 @@ def row_encoder(
     if are_ids:
         return IdEncoder(tokenizer, options, columns, token_columns)
     return Encoder(tokenizer, options, columns)
+
+
+def _is_media(feature: Any) -> bool:
+    entries = getattr(feature, "feature", None)
+    return isinstance(feature, (Audio, Image, Video)) or (entries is not None and _is_media(entries))
 
 
 def _of_sides(token_columns: tuple[str, ...]) -> list[str]:

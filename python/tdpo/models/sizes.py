@@ -117,23 +117,26 @@ def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizer
             )
 
 
-def check_token_ids(*datasets: Dataset | dict[str, Dataset] | None, **models: nn.Module | None) -> None:
-    """Checks the token ids of tokenized datasets, whose rows may have been given as token ids.
+def embedded_ids(**models: nn.Module | None) -> dict[str, int]:
+    """How many token ids models embed and predict, by the names of their arguments; where that is unknown, none."""
+    sizes = {name: _embedded_ids(unwrap_peft(model)) for name, model in models.items() if model is not None}
+    return {name: rows for name, rows in sizes.items() if rows is not None}
+
+
+def check_token_ids(dataset: Any, embedded: dict[str, int]) -> None:
+    """Checks the token ids of a tokenized dataset, whose rows may have been given as token ids.
 
     Args:
-        datasets: with some of the columns of `TOKEN_IDS`; or dicts of such; or None.
-        models: those that read them, by the names of their arguments.
+        dataset: with some of the columns of `TOKEN_IDS`; or a dict of such; or None.
+        embedded: how many ids the models embed, by the names of their arguments.
 
     Raises:
         ValueError: a model has no embedding for an id; the message names the row and the column.
     """
-    splits = (split for given in datasets for split in (given.values() if isinstance(given, dict) else [given]))
-    sizes = {name: _embedded_ids(unwrap_peft(model)) for name, model in models.items() if model is not None}
-    for dataset in splits:
-        if isinstance(dataset, Dataset):  # streams are not read ahead
-            for name, rows in sizes.items():
-                if rows is not None:
-                    _check_ids(dataset, name, rows)
+    for split in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if isinstance(split, Dataset):  # streams are not read ahead
+            for name, rows in embedded.items():
+                _check_ids(split, name, rows)
 
 
 def _check_ids(dataset: Dataset, name: str, rows: int) -> None:

@@ -36,7 +36,7 @@ from ..models.noise import evaluation_mode
 from ..models.probes import depends_on_the_batch
 from ..models.routers import router_coefficient
 from ..models.sharding import is_sharded
-from ..models.sizes import check_token_ids
+from ..models.sizes import check_token_ids, embedded_ids
 from ..policy import check_needs_no_logits
 from ..precision import WarnOfCoarseWeights, autocast
 from ..reference.choose import policy_at_start
@@ -118,7 +118,8 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
         with autocast(self.args):
             check_model("model", self.model, self.args, self._tokenizer)
             check_policy(self.model, self.ref_model, self._tokenizer, trains=True)
-        check_token_ids(self.train_dataset, self.eval_dataset, model=self.model)
+        for dataset in (self.train_dataset, self.eval_dataset):
+            check_token_ids(dataset, embedded_ids(model=self.model))
         self.add_callback(WarnOfCoarseWeights())
         with autocast(self.args):
             policy = CausalLM.of(self.model)

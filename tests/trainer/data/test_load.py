@@ -109,3 +109,45 @@ def test_compressed_files_and_patterns(tmp_path):
     Dataset.from_list(ROWS).to_csv(str(tmp_path / "part-2.csv"))
     with pytest.raises(ValueError, match="the files have different formats"):
         load_preferences(str(tmp_path / "part-*"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"train": ["train.jsonl"], "test": ["test.jsonl"]},
+        {"train": ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"], "test": ["data/eval.jsonl"]},
+        {"train": ["training/a.jsonl"], "validation": ["dev/a.jsonl"], "test": ["testing/a.jsonl"]},
+        {"train": ["my_train.jsonl"], "validation": ["my_val.jsonl"]},
+        {"train": ["a.jsonl", "b.jsonl"]},
+    ],
+)
+def test_folders_of_files(names, tmp_path):
+    expected = {}
+    for split, files in names.items():
+        for file in files:
+            path = tmp_path / file
+            path.parent.mkdir(exist_ok=True)
+            rows = [{**row, "prompt": str(file)} for row in ROWS]
+            Dataset.from_list(rows).to_json(str(path))
+            expected.setdefault(split, []).extend(rows)
+    (tmp_path / "README.md").write_text("of training and test")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/test.jsonl").write_text("no JSON")
+    for split, rows in expected.items():
+        assert load_preferences(str(tmp_path), split).to_list() == rows
+        assert load_preferences(str(tmp_path), f"{split}[3:5]").to_list() == rows[3:5]
+    if len(names) > 1 and "test" not in names:
+        with pytest.raises(ValueError, match="there is no split 'test'; it has train, validation"):
+            load_preferences(str(tmp_path), "test")
+
+
+def test_files_of_a_folder_that_belong_to_no_split_are_named(tmp_path):
+    for name in ("train.jsonl", "more.jsonl"):
+        Dataset.from_list(ROWS).to_json(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"holds more\.jsonl, which its name gives to no split"):
+        load_preferences(str(tmp_path))
+
+
+def test_empty_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="could not be loaded: Directory"):
+        load_preferences(str(tmp_path))

@@ -7,7 +7,7 @@ import torch
 import transformers as t
 from datasets import Dataset
 from tdpo import TDPOConfig, TDPOTrainer
-from tdpo.models.sizes import check_token_ids, position_table
+from tdpo.models.sizes import check_token_ids, embedded_ids, position_table
 
 from helpers.model_families import make_model, make_tokenizer
 from helpers.refused_models import BART, BERT, checked, cut, tokenizer_with, vision_model
@@ -184,8 +184,8 @@ def test_token_ids_beyond_an_embedding_are_refused(split, tmp_path):
     with pytest.raises(
         ValueError, match=r"row 2 of the dataset has the token id 290 in .chosen_ids., but ref_model embeds"
     ):
-        check_token_ids({split: data}, data, model=make_model("gpt2"), ref_model=cut(make_model("gpt2"), 280))
-    check_token_ids({split: data}, None, model=make_model("gpt2"), ref_model=cut(make_model("gpt2"), 300))
+        check_token_ids({split: data}, embedded_ids(model=make_model("gpt2"), ref_model=cut(make_model("gpt2"), 280)))
+    check_token_ids({split: data}, embedded_ids(model=make_model("gpt2"), ref_model=cut(make_model("gpt2"), 300)))
 
 
 def test_negative_token_ids_are_refused(tmp_path):
