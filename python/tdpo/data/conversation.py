@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -50,70 +51,92 @@ class Tokens(NamedTuple):
     mask: list[bool]
 
 
-def conversations(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, learned_turns: str
-) -> tuple[Conversation, Conversation]:
-    """The prompt with the chosen response and with the rejected one; messages go through the tokenizer's template.
+@dataclass
+class ConversationTokenizer:
+    """Makes conversations of rows, and tokens of conversations.
 
-    Args:
-        row: from `with_own_prompt`.
+    Attributes:
         tokenizer: of the policy.
         learned_turns: "assistant": of a response of several turns the others are context; "all": nothing is.
-
-    Raises:
-        ValueError: columns that contradict each other, or a template that does not keep prompt or turns apart.
     """
-    if isinstance(row["chosen"], str):
-        if row.get("system"):
-            raise ValueError("'system' is given, but this row holds texts; only chat messages take a system message")
-        chosen, rejected = (_of_texts(row["prompt"], row[side], learned_turns) for side in RESPONSES)
+
+    tokenizer: PreTrainedTokenizerBase
+    learned_turns: str
+
+    def conversations(self, row: dict[str, Any]) -> tuple[Conversation, Conversation]:
+        """The prompt with the chosen response and with the rejected one; messages go through the chat template.
+
+        Args:
+            row: from `with_own_prompt`.
+
+        Raises:
+            ValueError: columns that contradict each other, or a template that does not keep prompt or turns apart.
+        """
+        if isinstance(row["chosen"], str):
+            if row.get("system"):
+                raise ValueError("'system' is given, but this row holds texts; only chat messages take one")
+            chosen, rejected = (self._of_texts(row["prompt"], row[side]) for side in RESPONSES)
+            return chosen, rejected
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the dataset holds chat messages but the tokenizer has no chat template")
+        messages = _with_system(row)
+        options = {"tools": _tools(row), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
+        render = functools.partial(self.tokenizer.apply_chat_template, **options)  # to a text
+        template = _Template(render, self)
+        chosen, rejected = (template.conversation(messages, row[side]) for side in RESPONSES)
         return chosen, rejected
-    if tokenizer.chat_template is None:
-        raise ValueError("the dataset holds chat messages but the tokenizer has no chat template")
-    messages = _with_system(row)
-    options = {"tools": _tools(row), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
-    render = functools.partial(tokenizer.apply_chat_template, **options)  # to a text, since nothing is tokenized
-    template = _Template(render, tokenizer)
-    chosen, rejected = (template.conversation(messages, row[side], learned_turns) for side in RESPONSES)
-    return chosen, rejected
 
+    def _of_texts(self, prompt: str, response: str) -> Conversation:
+        """Texts; in a transcript the human's turns inside the response are context."""
+        text, context = prompt + response, []
+        if self.learned_turns == "assistant" and prompt.startswith(HUMAN_TURN):
+            begin = text.find(HUMAN_TURN, len(prompt))
+            while begin >= 0:
+                answer = text.find(ASSISTANT_TURN, begin)
+                end = len(text) if answer < 0 else answer + len(ASSISTANT_TURN)
+                context.append((begin, end))
+                begin = text.find(HUMAN_TURN, end)
+        return _without_trailing_context(Conversation(text, len(prompt), context, templated=False))
 
-def tokens(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """A conversation as tokens; one that spans the end of prompt or context belongs to what is learned."""
-    text, response = conversation.text, conversation.response
-    encode = functools.partial(tokenizer, add_special_tokens=not conversation.templated)
-    if tokenizer.is_fast:
-        encoded = encode(text, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        prompt = next((place for place, (_, end) in enumerate(offsets) if end > response), len(ids))
-        spans = [
-            [place for place, (begin, end) in enumerate(offsets) if first <= begin and first < end <= last]
-            for first, last in conversation.context
-        ]
-        hidden = {place for span in spans for place in span}
-    else:
-        ids = encode(text)["input_ids"]
-        until = [shared_prefix_length(ids, encode(text[:place])["input_ids"]) for place in _edges(conversation)]
-        prompt, edges = until[0], until[1:]
-        hidden = {place for first, last in zip(edges[::2], edges[1::2]) for place in range(first, last)}
-    return Tokens(ids, prompt, [place not in hidden for place in range(len(ids))])
+    def tokens(self, conversation: Conversation) -> Tokens:
+        """A conversation as tokens; one that spans the end of prompt or context belongs to what is learned."""
+        text, response = conversation.text, conversation.response
+        encode = functools.partial(self.tokenizer, add_special_tokens=not conversation.templated)
+        if self.tokenizer.is_fast:
+            encoded = encode(text, return_offsets_mapping=True)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            prompt = next((place for place, (_, end) in enumerate(offsets) if end > response), len(ids))
+            hidden = {
+                place
+                for first, last in conversation.context
+                for place, (begin, end) in enumerate(offsets)
+                if first <= begin and first < end <= last
+            }
+        else:
+            ids = encode(text)["input_ids"]
+            until = [shared_prefix_length(ids, encode(text[:place])["input_ids"]) for place in _edges(conversation)]
+            prompt, edges = until[0], until[1:]
+            hidden = {place for first, last in zip(edges[::2], edges[1::2]) for place in range(first, last)}
+        return Tokens(ids, prompt, [place not in hidden for place in range(len(ids))])
+
+    def closing_token(self, text: str) -> int | None:
+        """The special token that a text ends with, perhaps before white space: of chat templates, what ends a turn.
+
+        White space behind it stays in a conversation, since models were trained with it.
+        """
+        text = text.rstrip()
+        ends = [token for token in self._special_tokens if text.endswith(token)]
+        return self._special_tokens[max(ends, key=len)] if ends else None
+
+    @functools.cached_property
+    def _special_tokens(self) -> dict[str, int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        ids = {token.content: number for number, token in added if token.special}
+        return ids | {self.tokenizer.eos_token: self.tokenizer.eos_token_id}
 
 
 def _edges(conversation: Conversation) -> list[int]:
     return [conversation.response, *(place for span in conversation.context for place in span)]
-
-
-def _of_texts(prompt: str, response: str, learned_turns: str) -> Conversation:
-    """Texts; in a transcript the human's turns inside the response are context."""
-    text, context = prompt + response, []
-    if learned_turns == "assistant" and prompt.startswith(HUMAN_TURN):
-        begin = text.find(HUMAN_TURN, len(prompt))
-        while begin >= 0:
-            answer = text.find(ASSISTANT_TURN, begin)
-            end = len(text) if answer < 0 else answer + len(ASSISTANT_TURN)
-            context.append((begin, end))
-            begin = text.find(HUMAN_TURN, end)
-    return _without_trailing_context(Conversation(text, len(prompt), context, templated=False))
 
 
 def _without_trailing_context(conversation: Conversation) -> Conversation:
@@ -130,9 +153,9 @@ class _Template(NamedTuple):
     """A tokenizer's chat template, with what a row gives it."""
 
     render: functools.partial[Any]
-    tokenizer: PreTrainedTokenizerBase
+    reader: ConversationTokenizer
 
-    def conversation(self, prompt: list[Message], response: list[Message], learned_turns: str) -> Conversation:
+    def conversation(self, prompt: list[Message], response: list[Message]) -> Conversation:
         """The prompt's messages with a response's behind them."""
         text = self.render([*prompt, *response])
         begun = bool(prompt) and prompt[-1]["role"] == "assistant"  # then its message stays open
@@ -143,7 +166,7 @@ class _Template(NamedTuple):
                 f"can't be separated from it; prompt: {self._asking(prompt, begun=begun)[-80:]!r}"
             )
         context: list[Span] = []
-        if learned_turns == "assistant" and len(response) > 1:
+        if self.reader.learned_turns == "assistant" and len(response) > 1:
             marked = self._marked(prompt, response)
             learned = self._turns(text, begin, prompt, response) if marked is None else marked
             context = _between(learned, begin, len(text))
@@ -163,14 +186,14 @@ class _Template(NamedTuple):
 
     def _marked(self, prompt: list[Message], response: list[Message]) -> list[Span] | None:
         """The spans that the template's `generation` marks enclose; None where it has no marks."""
-        template = self.render.keywords.get("chat_template") or self.tokenizer.get_chat_template(
+        template = self.render.keywords.get("chat_template") or self.reader.tokenizer.get_chat_template(
             tools=self.render.keywords["tools"]
         )
         if not _MARKS.search(template):
             return None
         messages = [*prompt, *response]
         marked = self.render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        again = self.tokenizer(self.render(messages), add_special_tokens=False, return_offsets_mapping=True)
+        again = self.reader.tokenizer(self.render(messages), add_special_tokens=False, return_offsets_mapping=True)
         if marked["input_ids"] != again["input_ids"]:
             raise ValueError("the tokenizer gives other tokens when its chat template's `generation` marks are read")
         return [span for span, inside in zip(again["offset_mapping"], marked["assistant_masks"]) if inside]
@@ -206,8 +229,8 @@ class _Template(NamedTuple):
         said, turn = _said(message), turn[more:]
         if more and not (said and said in turn):
             return None
-        closed = turn.rstrip()  # the white space behind an end token is nobody's turn
-        return begin + len(closed if closed.endswith(self.tokenizer.eos_token) else turn)
+        closed = self.reader.closing_token(turn) is not None
+        return begin + len(turn.rstrip() if closed else turn)  # white space behind an end token is nobody's turn
 
 
 def _said(message: Message) -> str:

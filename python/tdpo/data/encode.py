@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ..options import RowOptions
-from .conversation import conversations, tokens
+from .conversation import ConversationTokenizer
 from .forms import renamed, with_messages, with_prompt
 from .ranked import is_ranked, pairs_of
 from .rows import (
@@ -29,25 +30,35 @@ class Response(NamedTuple):
     Attributes:
         ids: its tokens.
         mask: of every token, whether the loss sees it; the others are context.
+        end: the token that ends it, perhaps before white space; None if it need not end with any.
         columns: numbers per token by name, such as `weight`.
     """
 
     ids: list[int]
     mask: list[bool]
+    end: int | None = None
     columns: dict[str, list[float]] = {}  # noqa: RUF012
 
     def first(self, length: int) -> Response:
         """Its beginning."""
         columns = {name: values[:length] for name, values in self.columns.items()}
-        return Response(self.ids[:length], self.mask[:length], columns)
+        return self._replace(ids=self.ids[:length], mask=self.mask[:length], columns=columns)
 
     def without_trailing_context(self) -> Response:
         """Without the tokens at its end that the loss does not see: nothing learned reads them."""
         return self.first(next((place + 1 for place in reversed(range(len(self.ids))) if self.mask[place]), 0))
 
-    def closed(self, end: int) -> Response:
-        """Itself with the token `end` behind it, unless it ends with it already."""
-        return self if self.ids[-1:] == [end] else Response([*self.ids, end], [*self.mask, True], self.columns)
+    def closed(self) -> Response:
+        """Itself with `end` behind it, unless that is its last token."""
+        if self.end is None or self.ids[-1:] == [self.end]:
+            return self
+        return self._replace(ids=[*self.ids, self.end], mask=[*self.mask, True])
+
+    def cut(self, length: int) -> Response:
+        """Its beginning, closed like itself."""
+        if self.end not in self.ids[length:]:
+            return self.first(length)
+        return self.first(length - 1).without_trailing_context().closed()
 
 
 class Pair(NamedTuple):
@@ -116,20 +127,24 @@ class Encoder:
         """The row with its prompt, apart from its responses."""
         return with_own_prompt(with_prompt(row, self.columns))
 
+    @functools.cached_property
+    def _reader(self) -> ConversationTokenizer:
+        return ConversationTokenizer(self.tokenizer, self.options.learned_turns)
+
     def _whole(self, row: dict[str, Any]) -> Pair:
         """The tokens of a row, of any length."""
-        sides = conversations(row, self.tokenizer, learned_turns=self.options.learned_turns)
-        chosen, rejected = (tokens(side, self.tokenizer) for side in sides)
+        sides = self._reader.conversations(row)
+        chosen, rejected = map(self._reader.tokens, sides)
         # A token that spans the boundary belongs to its response, and then the prompt of both ends before it.
         prompt = shared_prefix_length(chosen.ids[: chosen.prompt], rejected.ids[: rejected.prompt])
         responses = []
         for conversation, side in zip(sides, (chosen, rejected)):
             response = Response(side.ids[prompt:], side.mask[prompt:])
-            # A template may put white space after the end token; models were trained with it, so it stays.
-            ended = conversation.templated and conversation.text.rstrip().endswith(self.tokenizer.eos_token)
+            if conversation.templated:
+                response = response._replace(end=self._reader.closing_token(conversation.text))
             learns_nothing = bool(response.ids) and not any(response.mask)
-            if not ended and not learns_nothing:
-                response = response.closed(self.tokenizer.eos_token_id)
+            if response.end is None and not learns_nothing:
+                response = response._replace(end=self.tokenizer.eos_token_id).closed()
             responses.append(response)
         return Pair(chosen.ids[:prompt], *responses)
 
@@ -145,7 +160,7 @@ class Encoder:
         overlong = [side for side, response in responses.items() if len(response.ids) > available]
         if overlong and limits.overlong == "drop":
             return Encoded(None, f"prompt and {overlong[0]!r} response over {limits.max_length} tokens")
-        responses |= {side: self._cut(responses[side], available) for side in overlong}
+        responses |= {side: responses[side].cut(available) for side in overlong}
         if responses["chosen"].ids == responses["rejected"].ids:
             return Encoded(None, f"responses that are equal once cut to max_length, {limits.max_length} tokens")
         for side, response in responses.items():
@@ -163,14 +178,6 @@ class Encoder:
         begins = prompt[0] == self.tokenizer.bos_token_id and limit > 1
         kept = limit - begins
         return [*prompt[:begins], *prompt[len(prompt) - kept :]]
-
-    def _cut(self, response: Response, length: int) -> Response:
-        """The beginning of a response, closed by the end token; it ends with it too, perhaps before white space."""
-        end = self.tokenizer.eos_token_id
-        last_end = len(response.ids) - 1 - response.ids[::-1].index(end)
-        if last_end < length:
-            return response.first(length)
-        return response.first(length - 1).without_trailing_context().closed(end)
 
 
 @dataclass
@@ -201,8 +208,6 @@ class IdEncoder(Encoder):
         for side in RESPONSES:
             ids, mask = row[f"{side}_ids"], row.get(f"{side}_mask")
             columns = {name: row[f"{side}_{name}"] for name in self.token_columns}
-            responses.append(Response(ids, [True] * len(ids) if mask is None else list(map(bool, mask)), columns))
+            mask = [True] * len(ids) if mask is None else list(map(bool, mask))
+            responses.append(Response(ids, mask, columns=columns))
         return Pair(row["prompt_ids"], *responses)
-
-    def _cut(self, response: Response, length: int) -> Response:
-        return response.first(length)

@@ -1,11 +1,4 @@
-"""The forms of a preference row.
-
-Prompt/chosen/rejected texts; chosen/rejected texts that both begin with the prompt (an implicit prompt), among
-them transcripts in the style of Anthropic's HH ("\\n\\nHuman: ...\\n\\nAssistant: ..."); the same as lists of chat
-messages, to which the tokenizer's chat template is applied, or a prompt's text beside whole conversations. With
-messages, the columns `system` (a text), `tools` (a list, or JSON) and `chat_template_kwargs` reach the template. Or
-token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, with numbers per token beside them (docs/objectives.md).
-"""
+"""Rows of a prompt, a chosen and a rejected response: checks, and prompts apart from responses that repeat them."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import trl
 from tdpo.data.collator import PreferenceCollator, Sequence
-from tdpo.data.conversation import conversations
+from tdpo.data.conversation import ConversationTokenizer
 
 from helpers.chat_tokenizers import TEMPLATES, TOKENIZERS, byte_level
 from helpers.model_families import make_tokenizer
@@ -197,9 +197,9 @@ def test_templates_of_many_models(name):
     tokenizer.chat_template = (TEMPLATES_OF_TRL / f"{name}.jinja").read_text()
     if name in NO_SINGLE_WAY:
         with pytest.raises(ValueError, match="learned_turns='all'"):
-            conversations(ROW, tokenizer, learned_turns="assistant")
+            ConversationTokenizer(tokenizer, "assistant").conversations(ROW)
         return
-    chosen, _ = conversations(ROW, tokenizer, learned_turns="assistant")
+    chosen, _ = ConversationTokenizer(tokenizer, "assistant").conversations(ROW)
     place, said = chosen.response, []
     for begin, end in [*chosen.context, (len(chosen.text), 0)]:
         said.append(chosen.text[place:begin])
