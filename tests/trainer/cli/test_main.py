@@ -1,9 +1,12 @@
 """How the commands end: what is missing is named, and a signal has the shell's exit status."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from tdpo.cli import commands
 from tdpo.cli.main import main
+from tdpo.cli.parse import parse_options
 from tdpo.runs.stopping import Terminated
 
 NEEDED = {
@@ -30,3 +33,17 @@ def test_sigterm_has_the_shells_exit_status(monkeypatch, capsys):
         main(["train"])
     assert ended.value.code == 143
     assert "Terminated; run the same command again to resume." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["columns.yaml"],
+        ["--columns", "prompt=question,chosen="],
+        ["--columns", '{"prompt": "question", "chosen": null}'],
+    ],
+)
+def test_columns_under_other_names(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("columns.yaml").write_text("columns: {prompt: question, chosen: null}\n")
+    assert parse_options("train", "", arguments).training.columns == {"prompt": "question", "chosen": None}
