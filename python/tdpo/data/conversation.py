@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,12 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tdpo_ext import checks
 
-from .rows import ASSISTANT_TURN, BEFORE_ANSWERS, HUMAN_TURN, RESPONSES, shared_prefix_length
-
-Message = dict[str, Any]
-Span = tuple[int, int]  # begin and end, in characters
-_LEARNED_ROLES = ("assistant", "model")
-_MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
+from .rows import ASSISTANT_TURN, HUMAN_TURN, RESPONSES, shared_prefix_length
+from .template import ChatTemplate, Message, Span
 
 
 class Conversation(NamedTuple):
@@ -79,12 +74,18 @@ class ConversationTokenizer:
             return chosen, rejected
         if self.tokenizer.chat_template is None:
             raise ValueError("the dataset holds chat messages but the tokenizer has no chat template")
-        messages = _with_system(row)
-        options = {"tools": _tools(row), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
-        render = functools.partial(self.tokenizer.apply_chat_template, **options)  # to a text
-        template = _Template(render, self)
-        chosen, rejected = (template.conversation(messages, row[side]) for side in RESPONSES)
+        options = {"tools": _tools(row), **(row.get("chat_template_kwargs") or {})}
+        template, prompt = ChatTemplate(self.tokenizer, options, self.closing_token), _with_system(row)
+        chosen, rejected = (self._of_messages(template, prompt, row[side]) for side in RESPONSES)
         return chosen, rejected
+
+    def _of_messages(self, template: ChatTemplate, prompt: list[Message], response: list[Message]) -> Conversation:
+        text = template.render([*prompt, *response])
+        begin = template.response_begins(text, prompt, response)
+        context: list[Span] = []
+        if self.learned_turns == "assistant" and len(response) > 1:
+            context = _between(template.learned_spans(text, begin, prompt, response), begin, len(text))
+        return _without_trailing_context(Conversation(text, begin, context, templated=True))
 
     def _of_texts(self, prompt: str, response: str) -> Conversation:
         """Texts; in a transcript the human's turns inside the response are context."""
@@ -147,98 +148,6 @@ def _without_trailing_context(conversation: Conversation) -> Conversation:
     if end < len(conversation.text) or begin == conversation.response:
         return conversation
     return conversation._replace(text=conversation.text[:begin], context=context)
-
-
-class _Template(NamedTuple):
-    """A tokenizer's chat template, with what a row gives it."""
-
-    render: functools.partial[Any]
-    reader: ConversationTokenizer
-
-    def conversation(self, prompt: list[Message], response: list[Message]) -> Conversation:
-        """The prompt's messages with a response's behind them."""
-        text = self.render([*prompt, *response])
-        begun = bool(prompt) and prompt[-1]["role"] == "assistant"  # then its message stays open
-        begin = self._turn_begins(text, prompt, begun=begun)
-        if begin is None or response[0]["role"] in BEFORE_ANSWERS:
-            raise ValueError(
-                "the tokenizer's chat template renders the prompt differently when a response follows, so the response "
-                f"can't be separated from it; prompt: {self._asking(prompt, begun=begun)[-80:]!r}"
-            )
-        context: list[Span] = []
-        if self.reader.learned_turns == "assistant" and len(response) > 1:
-            marked = self._marked(prompt, response)
-            learned = self._turns(text, begin, prompt, response) if marked is None else marked
-            context = _between(learned, begin, len(text))
-        return _without_trailing_context(Conversation(text, begin, context, templated=True))
-
-    def _asking(self, messages: list[Message], *, begun: bool) -> str:
-        """The messages and what asks for the assistant's next, or the last of them left open."""
-        return self.render(messages, **{"continue_final_message" if begun else "add_generation_prompt": True})
-
-    def _turn_begins(self, text: str, before: list[Message], *, begun: bool = False) -> int | None:
-        """Where in a conversation the turn behind some of its messages begins; None if they read differently in it."""
-        asking = self._asking(before, begun=begun)
-        # What a template writes to ask for a turn may differ from what it writes before one, such as `<think>`.
-        plain = asking.rstrip() if begun or not before else self.render(before)
-        begin = shared_prefix_length(text, asking)
-        return begin if begin >= shared_prefix_length(asking, plain) else None
-
-    def _marked(self, prompt: list[Message], response: list[Message]) -> list[Span] | None:
-        """The spans that the template's `generation` marks enclose; None where it has no marks."""
-        template = self.render.keywords.get("chat_template") or self.reader.tokenizer.get_chat_template(
-            tools=self.render.keywords["tools"]
-        )
-        if not _MARKS.search(template):
-            return None
-        messages = [*prompt, *response]
-        marked = self.render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        again = self.reader.tokenizer(self.render(messages), add_special_tokens=False, return_offsets_mapping=True)
-        if marked["input_ids"] != again["input_ids"]:
-            raise ValueError("the tokenizer gives other tokens when its chat template's `generation` marks are read")
-        return [span for span, inside in zip(again["offset_mapping"], marked["assistant_masks"]) if inside]
-
-    def _turns(self, text: str, begin: int, prompt: list[Message], response: list[Message]) -> list[Span]:
-        """The spans of the assistant's turns in a response, found by rendering the conversation up to each of them."""
-        spans = []
-        for place, message in enumerate(response):
-            if message["role"] not in _LEARNED_ROLES:
-                continue
-            before = [*prompt, *response[:place]]
-            first = self._turn_begins(text, before) if place else begin
-            last = len(text) if place == len(response) - 1 else self._turn_ends(text, first, before, message)
-            if first is None or last is None:
-                raise ValueError(
-                    f"the tokenizer's chat template has no `generation` marks and renders turn {place + 1} of a "
-                    "response differently when others follow, so the assistant's turns can't be told from the rest: "
-                    "mark them in the template, or learn every turn of a response with learned_turns='all'"
-                )
-            spans.append((first, last))
-        return spans
-
-    def _turn_ends(self, text: str, begin: int | None, before: list[Message], message: Message) -> int | None:
-        """Where the turn of a message ends in a longer conversation; None if it reads differently when it is the last.
-
-        A last turn may have more at its beginning, such as an empty `<think>` block.
-        """
-        alone = self.render([*before, message])
-        if begin is None or alone[:begin] != text[:begin]:
-            return None
-        turn = alone[begin:]
-        more = next((place for place in range(len(turn)) if text.startswith(turn[place:], begin)), len(turn))
-        said, turn = _said(message), turn[more:]
-        if more and not (said and said in turn):
-            return None
-        closed = self.reader.closing_token(turn) is not None
-        return begin + len(turn.rstrip() if closed else turn)  # white space behind an end token is nobody's turn
-
-
-def _said(message: Message) -> str:
-    """The last text of a message, without its thoughts."""
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        content = content[-1].get("text") or ""
-    return content.rpartition("</think>")[2].strip()
 
 
 def _between(spans: Sequence[Span], begin: int, end: int) -> list[Span]:
