@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
+from .data.stream import Training, check_stream_options, is_stream, tokenize_stream
 from .data.tokenize import tokenize_rows
 from .models.adapters import has_adapters
 from .models.checks import check_models, check_policy
@@ -27,13 +28,13 @@ def check_trainer_arguments(
     processing_class: Any,
     peft_config: Any,
     *,
-    trains: bool,
+    data: tuple[Any, Any],
     others: dict[str, Any],
 ) -> PreTrainedTokenizerBase:
     """Checks the arguments of `TDPOTrainer` and what its models are; returns `processing_class`, a tokenizer.
 
     Args:
-        trains: the policy will be trained, not only evaluated.
+        data: for training, without which the policy is only evaluated, and for evaluation.
         others: arguments of transformers' Trainer.
 
     Raises:
@@ -42,6 +43,9 @@ def check_trainer_arguments(
     check_needs_no_logits(others)
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
+    train_dataset, _ = data
+    if any(map(is_stream, data)):
+        check_stream_options(args, trains=is_stream(train_dataset))
     for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
         if not isinstance(given, nn.Module):
             raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
@@ -56,7 +60,7 @@ def check_trainer_arguments(
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is {processing_class!r}; a tokenizer is needed")
     with autocast(args):
-        check_models(model, ref_model, args, processing_class, peft_config, trains=trains)
+        check_models(model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None)
     return processing_class
 
 
@@ -72,12 +76,19 @@ def check_needs_no_logits(arguments: dict[str, Any]) -> None:
 
 
 def tokenized(
-    name: str, data: Any, tokenizer: PreTrainedTokenizerBase, args: TDPOConfig, token_columns: tuple[str, ...] = ()
+    name: str,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TDPOConfig,
+    token_columns: tuple[str, ...] = (),
+    *,
+    trains: bool = False,
 ) -> Any:
     """A data set as token ids, or every split of a dict of them, and says what became of its rows; None stays None.
 
     Args:
         name: of the argument.
+        trains: it is for training, which reads a stream again and again.
     """
     if isinstance(data, dict):
         return {
@@ -85,6 +96,10 @@ def tokenized(
         }
     if data is None:
         return None
+    if is_stream(data):
+        if args.should_save:
+            print(f"{name}: a stream, tokenized while it is read", file=sys.stderr)
+        return tokenize_stream(data, tokenizer, args, token_columns, Training.of(args) if trains else None)
     dataset, summary = tokenize_rows(data, tokenizer, args, token_columns)
     if args.should_save:
         print(f"{name}: {summary}", file=sys.stderr)

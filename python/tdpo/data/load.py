@@ -13,6 +13,7 @@ from datasets import (
     Dataset,
     DatasetDict,
     Features,
+    IterableDataset,
     ReadInstruction,
     Value,
     concatenate_datasets,
@@ -23,7 +24,7 @@ from datasets import (
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 
-def load_preferences(name: str, split: str = "train") -> Dataset:
+def load_preferences(name: str, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
     """Rows from files, from a folder that `save_to_disk` wrote, or from a hub.
 
     Args:
@@ -31,6 +32,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
             `save_to_disk` wrote; or a hub's name. Cells of CSV and TSV are texts as they stand.
         split: which rows, with slices, as `datasets` writes them: `train[:100]`, `train[10%:]+test`. Files and folders
             without splits are `train` and `test`, whichever is asked for.
+        streaming: rows are read when they are asked for: an IterableDataset. Only those of a folder have slices.
 
     Raises:
         ValueError: there is no such file or split, it can't be read, or there is no such dataset on the hub.
@@ -40,13 +42,17 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
     kinds: set[str | None] = {None} if path.is_dir() else {_format(file) for file in files or [path]}
     if kinds != {None} and not files:
         raise ValueError(f"the dataset file {name} does not exist")
+    if streaming and "[" in split and not path.is_dir():
+        raise ValueError(f"streaming is True and the split is {split!r}, but slices are not streamed: leave one out")
     try:
         if kinds != {None}:
-            return _slice(_without_splits(_read_files(files, kinds)), split)
+            rows = _without_splits(_read_files(files, kinds, streaming))
+            return _whole(rows, split) if streaming else _slice(rows, split)
         if not path.is_dir():
-            return load_dataset(name, split=split)
+            return load_dataset(name, split=split, streaming=streaming)
         saved = load_from_disk(name)
-        return _slice(saved if isinstance(saved, DatasetDict) else _without_splits(saved), split)
+        rows = _slice(saved if isinstance(saved, DatasetDict) else _without_splits(saved), split)
+        return rows.to_iterable_dataset() if streaming else rows
     except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
         reason = next(filter(None, map(_malformed_json, files)), "") or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"the dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
@@ -57,14 +63,14 @@ def _format(path: Path) -> str | None:
     return _FORMATS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)
 
 
-def _read_files(files: list[Path], kinds: set[str | None]) -> Dataset:
+def _read_files(files: list[Path], kinds: set[str | None], streaming: bool) -> Any:
     if len(kinds) > 1:
         raise ValueError(f"the files have different formats: {', '.join(map(str, files))}")
     options: dict[str, Any] = {}
     if kinds == {"csv"}:
         options = {"sep": "\t" if ".tsv" in files[0].name else ",", "keep_default_na": False}
         options["features"] = Features({column: Value("string") for column in _header(files[0], options["sep"])})
-    return load_dataset(str(*kinds), data_files=list(map(str, files)), split="train", **options)
+    return load_dataset(str(*kinds), data_files=list(map(str, files)), split="train", streaming=streaming, **options)
 
 
 def _header(path: Path, separator: str) -> list[str]:
@@ -72,8 +78,14 @@ def _header(path: Path, separator: str) -> list[str]:
         return next(csv.reader(file, delimiter=separator), [])
 
 
-def _without_splits(dataset: Dataset) -> dict[str, Dataset]:
+def _without_splits(dataset: Any) -> dict[str, Any]:
     return {"train": dataset, "test": dataset}
+
+
+def _whole(splits: dict[str, IterableDataset], wanted: str) -> IterableDataset:
+    if wanted not in splits:
+        raise ValueError(f"there is no split {wanted!r} of a streamed file; it has {', '.join(splits)}")
+    return splits[wanted]
 
 
 def _slice(splits: dict[str, Dataset], wanted: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.stream import PreferenceStream
 from ..data.tokenize import TOKEN_IDS, padding_token
 from .causal_lm import unwrap_peft
 from .sharding import is_tensor_parallel
@@ -117,8 +119,8 @@ def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizer
             )
 
 
-def check_token_ids(*datasets: Dataset | dict[str, Dataset] | None, **models: nn.Module | None) -> None:
-    """Checks the token ids of tokenized datasets, whose rows may have been given as token ids.
+def check_token_ids(*datasets: Dataset | PreferenceStream | dict[str, Any] | None, **models: nn.Module | None) -> None:
+    """Checks the token ids of tokenized datasets, whose rows may have been given as token ids; of streams when read.
 
     Args:
         datasets: with some of the columns of `TOKEN_IDS`; or dicts of such; or None.
@@ -130,10 +132,19 @@ def check_token_ids(*datasets: Dataset | dict[str, Dataset] | None, **models: nn
     splits = (split for given in datasets for split in (given.values() if isinstance(given, dict) else [given]))
     sizes = {name: _embedded_ids(unwrap_peft(model)) for name, model in models.items() if model is not None}
     for dataset in splits:
-        if isinstance(dataset, Dataset):  # streams are not read ahead
-            for name, rows in sizes.items():
-                if rows is not None:
-                    _check_ids(dataset, name, rows)
+        for name, rows in sizes.items():
+            if isinstance(dataset, Dataset) and rows is not None:
+                _check_ids(dataset, name, rows)
+        if isinstance(dataset, PreferenceStream):
+            dataset.check = functools.partial(_check_pair, sizes)
+
+
+def _check_pair(sizes: dict[str, int | None], pair: dict[str, Any]) -> None:
+    for name, rows in sizes.items():
+        for column in TOKEN_IDS:
+            wrong = [] if rows is None else [token for token in pair[column] if not 0 <= token < rows]
+            if wrong:
+                raise _not_embedded(pair["dataset_row"], wrong[0], column, name, rows)
 
 
 def _check_ids(dataset: Dataset, name: str, rows: int) -> None:
@@ -147,11 +158,14 @@ def _check_ids(dataset: Dataset, name: str, rows: int) -> None:
             if len(wrong):
                 ends = lists.value_lengths().to_numpy(zero_copy_only=False).cumsum()
                 row = first + int(ends.searchsorted(wrong[0], side="right"))
-                raise ValueError(
-                    f"row {dataset[row].get('dataset_row', row)} of the dataset has the token id {ids[wrong[0]]} in "
-                    f"{column!r}, but {name} embeds {rows:,} tokens: {_RESIZE}"
-                )
+                raise _not_embedded(dataset[row].get("dataset_row", row), ids[wrong[0]], column, name, rows)
         first += len(lists)
+
+
+def _not_embedded(row: int, token: int, column: str, name: str, rows: int | None) -> ValueError:
+    return ValueError(
+        f"row {row} of the dataset has the token id {token} in {column!r}, but {name} embeds {rows:,} tokens: {_RESIZE}"
+    )
 
 
 _ROWS_AT_ONCE = 1000
