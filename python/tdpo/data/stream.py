@@ -10,7 +10,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
-from torch.utils.data import IterableDataset
+import fsspec
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from ..options import RowOptions
@@ -53,14 +54,14 @@ class PreferenceStream(IterableDataset):
         rows: with their numbers.
         pairs: makes pairs of a row.
         columns: of the first row; other rows without one have null there, as in a table.
-        repeats: it begins again when it ends.
+        training: it is read so; None ends with the rows.
         check: is called with every pair, to refuse it.
     """
 
     rows: datasets.IterableDataset
     pairs: RowPairs
     columns: tuple[str, ...]
-    repeats: bool
+    training: Training | None
     check: Callable[[dict[str, Any]], None] | None = None
     _told: int = field(default=0, repr=False)  # so many dropped rows, in this process
 
@@ -70,7 +71,7 @@ class PreferenceStream(IterableDataset):
         Raises:
             ValueError: a row can't be read or is malformed, no pair is left of a whole pass, or `check` refuses one.
         """
-        for epoch in count() if self.repeats else range(1):
+        for epoch in range(1) if self.training is None else count():
             yield from self._one_pass(epoch)
 
     def _one_pass(self, epoch: int) -> Iterator[dict[str, Any]]:
@@ -95,11 +96,14 @@ class PreferenceStream(IterableDataset):
 
     def _read(self, epoch: int) -> Iterator[dict[str, Any]]:
         rows = self.rows.with_format(None)  # a copy: another iteration may be in another epoch
-        rows.set_epoch(epoch)
-        source = iter(rows)
+        if self.training is not None and self.training.seed is not None:
+            rows.set_epoch(epoch)  # which shuffles the files of any stream
+        if get_worker_info() is not None:
+            fsspec.asyn.reset_lock()  # the thread that reads remote files did not survive the fork
+        source = rows.iter(batch_size=1)  # unlike `iter(rows)` in the same order in a worker as without one
         for read in count():
             try:
-                row = next(source)
+                row = {name: value for name, (value,) in next(source).items()}
             except StopIteration:
                 return
             except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
@@ -124,8 +128,9 @@ def tokenize_stream(
 ) -> PreferenceStream:
     """Tokenizes a stream of preference rows as `tokenize_preferences` does a dataset, while it is read.
 
-    Only the first row is read here. `dataset_row` is a row's number as the dataset is read, `token_row` that of a pair
-    among those that are kept. Dropped rows are told as they come, in warnings at 1, 10, 100, ... of them.
+    Only the first row is read here. `dataset_row` is a row's number in the dataset, or in the order of the pass where a
+    dataset of several files is shuffled; `token_row` is a pair's number among those that the pass keeps. Dropped rows
+    are told as they come, in warnings at 1, 10, 100, ... of them.
 
     Args:
         dataset: the same rows in the same order on every process and whenever it is read.
@@ -144,13 +149,20 @@ def tokenize_stream(
     if first is None:
         raise ValueError("the dataset is empty")
     pairs = RowPairs(row_encoder(first, tokenizer, options, token_columns), token_columns)
-    rows = rows.map(_numbered, with_indices=True)
-    if training is not None and training.seed is not None:
-        rows = rows.shuffle(seed=training.seed, buffer_size=SHUFFLED_ROWS)
-    return PreferenceStream(rows, pairs, tuple(first), repeats=training is not None)
+    if training is None or training.seed is None:
+        rows = _numbered(rows)
+    elif rows.num_shards == 1:
+        rows = _numbered(rows).shuffle(seed=training.seed, buffer_size=SHUFFLED_ROWS)
+    else:  # files are read by turns, each with numbers of its own
+        rows = _numbered(rows.shuffle(seed=training.seed, buffer_size=SHUFFLED_ROWS))
+    return PreferenceStream(rows, pairs, tuple(first), training)
 
 
-def _numbered(row: dict[str, Any], number: int) -> dict[str, Any]:
+def _numbered(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    return rows.map(_with_number, with_indices=True)
+
+
+def _with_number(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, _NUMBER: number}
 
 
