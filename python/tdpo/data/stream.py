@@ -100,16 +100,7 @@ class PreferenceStream(IterableDataset):
             rows.set_epoch(epoch)  # which shuffles the files of any stream
         if get_worker_info() is not None:
             fsspec.asyn.reset_lock()  # the thread that reads remote files did not survive the fork
-        source = rows.iter(batch_size=1)  # unlike `iter(rows)` in the same order in a worker as without one
-        for read in count():
-            try:
-                row = {name: value for name, (value,) in next(source).items()}
-            except StopIteration:
-                return
-            except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
-                reason = " ".join(str(error.__cause__ or error).split())
-                raise ValueError(f"the dataset could not be read on behind {read} rows: {reason}") from error
-            yield row
+        return _rows_of(rows)
 
     def _tell(self, dropped: Counter[str], rows: int) -> None:
         """Warns at 1, 10, 100, ... dropped rows, once for each number."""
@@ -145,7 +136,7 @@ def tokenize_stream(
             "the dataset is one process's share (split_dataset_by_node): give all of it, and the trainer shares it out"
         )
     rows = dataset.with_format(None)
-    first = next(iter(rows), None)
+    first = next(_rows_of(rows), None)
     if first is None:
         raise ValueError("the dataset is empty")
     pairs = RowPairs(row_encoder(first, tokenizer, options, token_columns), token_columns)
@@ -156,6 +147,19 @@ def tokenize_stream(
     else:  # files are read by turns, each with numbers of its own
         rows = _numbered(rows.shuffle(seed=training.seed, buffer_size=SHUFFLED_ROWS))
     return PreferenceStream(rows, pairs, tuple(first), training)
+
+
+def _rows_of(dataset: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    source = dataset.iter(batch_size=1)  # unlike `iter(dataset)` in the same order in a worker as without one
+    for read in count():
+        try:
+            row = {name: value for name, (value,) in next(source).items()}
+        except StopIteration:
+            return
+        except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"the dataset could not be read on behind {read} rows: {reason}") from error
+        yield row
 
 
 def _numbered(rows: datasets.IterableDataset) -> datasets.IterableDataset:

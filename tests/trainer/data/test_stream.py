@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 from datasets.distributed import split_dataset_by_node
-from tdpo import TDPOConfig
+from tdpo import TDPOConfig, load_preferences
 from tdpo.data.stream import SHUFFLED_ROWS, Training, check_stream_options, is_stream, tokenize_stream
 from tdpo.data.tokenize import tokenize_rows
 from tdpo.options import RowOptions
@@ -136,6 +136,12 @@ def test_rows_that_can_not_be_read_are_named(tmp_path, tokenizer):
     rows = IterableDataset.from_csv(str(path), chunksize=1)
     with pytest.raises(ValueError, match=r"^the dataset could not be read on behind 3 rows: .*Expected 3 fields"):
         list(tokenize_stream(rows, tokenizer, LIMITS))
+
+
+def test_a_first_row_that_can_not_be_read_is_named(tmp_path, tokenizer):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "cho')
+    with pytest.raises(ValueError, match="^the dataset could not be read on behind 0 rows: .*JSON parse error"):
+        tokenize_stream(load_preferences(str(tmp_path / "data.jsonl"), streaming=True), tokenizer, LIMITS)
 
 
 def test_dropped_rows_are_told_at_powers_of_ten(tokenizer, caplog):
