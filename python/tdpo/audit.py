@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tdpo_ext import TokenDivergence
 
 from .data.collator import sequences_of
+from .data.stream import PreferenceStream
 from .loss.preference_loss import PreferenceLoss
 from .models.noise import evaluation_mode, without_wanted_noise
 from .models.parameter_values import ParameterValues
@@ -92,10 +94,17 @@ class Audited(NamedTuple):
     learned: Tensor
 
 
-def examples_to_audit(dataset: Dataset, rows: list[int]) -> list[dict[str, Any]]:
-    """The two longest pairs of a batch, from a tokenized dataset; `rows`: the batch's `token_row`."""
-    places = np.flatnonzero(np.isin(dataset.with_format("numpy")["token_row"], rows))[: len(rows)]
-    return sorted((dataset[int(place)] for place in places), key=lambda example: example["length"])[:-3:-1]
+def examples_to_audit(dataset: Dataset | PreferenceStream, rows: list[int]) -> list[dict[str, Any]]:
+    """The two longest pairs of a batch, from tokenized data; `rows`: the batch's `token_row`.
+
+    Of a stream, whose rows can't be looked up, those of as many pairs at its beginning.
+    """
+    if isinstance(dataset, PreferenceStream):
+        batch = list(islice(dataset, len(rows)))
+    else:
+        places = np.flatnonzero(np.isin(dataset.with_format("numpy")["token_row"], rows))[: len(rows)]
+        batch = [dataset[int(place)] for place in places]
+    return sorted(batch, key=lambda example: example["length"])[:-3:-1]
 
 
 def audited(examples: list[dict[str, Any]], device: torch.device) -> list[Audited]:

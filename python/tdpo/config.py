@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -49,6 +49,14 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
             if getattr(self, name) != unused:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has no meaning for this loss: leave it unset")
         super().__post_init__()
+        loading: Any = self.accelerator_config
+        if loading.dispatch_batches:
+            raise ValueError(
+                "accelerator_config sets dispatch_batches, which cuts every tensor of a batch after some of its rows; "
+                "ours hold the response tokens of all pairs: leave it unset"
+            )
+        # Unset, accelerate would dispatch the batches of streams, on one process too.
+        self.accelerator_config = replace(loading, dispatch_batches=False)
 
     @property
     def reference_folder(self) -> Path:

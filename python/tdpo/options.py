@@ -222,6 +222,10 @@ class DataOptions:
     split: str = option("train", "Split, or a slice of one, such as train[:1000].")
     eval_dataset: str | None = option(None, "Preferences to evaluate on.")
     eval_split: str = option("test", "Split of eval_dataset, or a slice of one.")
+    streaming: bool = option(
+        False,
+        "Read rows while training instead of tokenizing all of them first: for data that do not fit; needs max_steps.",
+    )
 
 
 def require(options: ModelOptions | DataOptions, name: str) -> Any:
@@ -265,7 +269,9 @@ class CommonOptions:
     save_steps: float = option(500, "Steps between checkpoints; below 1, a share of all steps.")
     save_total_limit: int | None = option(None, "Number of checkpoints to keep.")
     train_sampling_strategy: str = option(
-        "random", "Order of the data: random, sequential or group_by_length.", identity=True
+        "random",
+        "Order of the data: random (of a stream, in a buffer of 1000 rows), sequential or group_by_length.",
+        identity=True,
     )
     report_to: str = option("none", "Where to send logs: none, tensorboard, wandb, ...")
     seed: int = option(42, "Seed of the data's order, of dropout and of new adapters.", identity=True)

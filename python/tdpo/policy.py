@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
+from .data.stream import check_stream_options, is_stream
 from .models.adapters import has_adapters
 from .models.checks import check_models, check_policy
 from .models.noise import disable_dropout
@@ -25,13 +26,13 @@ def check_trainer_arguments(
     processing_class: Any,
     peft_config: Any,
     *,
-    trains: bool,
+    data: tuple[Any, Any],
     others: dict[str, Any],
 ) -> PreTrainedTokenizerBase:
     """Checks the arguments of `TDPOTrainer` and what its models are; returns `processing_class`, a tokenizer.
 
     Args:
-        trains: the policy will be trained, not only evaluated.
+        data: for training, without which the policy is only evaluated, and for evaluation.
         others: arguments of transformers' Trainer.
 
     Raises:
@@ -40,6 +41,9 @@ def check_trainer_arguments(
     check_needs_no_logits(others)
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
+    train_dataset, _ = data
+    if any(map(is_stream, data)):
+        check_stream_options(args, trains=is_stream(train_dataset))
     for name, given in {"model": model, "ref_model": model if ref_model is None else ref_model}.items():
         if not isinstance(given, nn.Module):
             raise TypeError(f"{name} is {given!r}; a causal language model is needed, loaded")
@@ -54,7 +58,7 @@ def check_trainer_arguments(
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is {processing_class!r}; a tokenizer is needed")
     with autocast(args):
-        check_models(model, ref_model, args, processing_class, peft_config, trains=trains)
+        check_models(model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None)
     return processing_class
 
 

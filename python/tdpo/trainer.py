@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 from tdpo_ext.losses import Objective
 
@@ -22,6 +22,7 @@ from .audit import Audit, AuditPassed, AuditReport, audited, examples_to_audit, 
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
 from .data.prepare import Tokenization
+from .data.stream import PreferenceStream
 from .data.tokenize import padding_token
 from .files import check_manifest
 from .loss.identity import objective_name
@@ -54,7 +55,7 @@ class TDPOTrainer(WholeAdapters):
         model: the policy, an AutoModelForCausalLM or a peft model.
         ref_model: the frozen reference. None takes the policy as it is now (docs/reliability.md says in what form).
         args: options; a copy is kept, so that they can serve another trainer.
-        train_dataset, eval_dataset: preference rows (see `tdpo.data.rows`); eval_dataset may be a dict of splits.
+        train_dataset, eval_dataset: preference rows (`tdpo.data.rows`) or streams of them; eval_dataset may be a dict.
         processing_class: the tokenizer.
         peft_config: adapters to train instead of the whole policy, such as `peft.LoraConfig`.
         objective: a loss of your own, as `tdpo_ext.linear_preference_loss` takes it (docs/objectives.md), instead of
@@ -69,8 +70,8 @@ class TDPOTrainer(WholeAdapters):
 
     args: TDPOConfig
     model: PreTrainedModel
-    train_dataset: Dataset | None
-    eval_dataset: Dataset | dict[str, Dataset] | None
+    train_dataset: Dataset | PreferenceStream | None
+    eval_dataset: Dataset | PreferenceStream | dict[str, Dataset | PreferenceStream] | None
     processing_class: PreTrainedTokenizerBase
     data_collator: Any
     data_name: str | None = None  # how the model card names the training data
@@ -86,8 +87,8 @@ class TDPOTrainer(WholeAdapters):
         model: nn.Module,
         ref_model: nn.Module | None = None,
         args: TDPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         objective: Objective | None = None,
@@ -95,12 +96,12 @@ class TDPOTrainer(WholeAdapters):
     ) -> None:
         args = TDPOConfig(output_dir="out") if args is None else copy.copy(args)
         tokenizer = check_trainer_arguments(
-            model, ref_model, args, processing_class, peft_config, trains=train_dataset is not None, others=others
+            model, ref_model, args, processing_class, peft_config, data=(train_dataset, eval_dataset), others=others
         )
         trained = args.trained_objective(objective)
         embedded = embedded_ids(model=model, ref_model=ref_model)
         self._tokenize = Tokenization(tokenizer, args, embedded, trained.token_columns)
-        train_dataset = self._tokenize("train_dataset", train_dataset)
+        train_dataset = self._tokenize("train_dataset", train_dataset, trains=True)
         eval_dataset = self._tokenize("eval_dataset", eval_dataset)
         collator = PreferenceCollator(
             padding_token(tokenizer), padding_free=args.padding_free, token_columns=trained.token_columns
@@ -146,10 +147,9 @@ class TDPOTrainer(WholeAdapters):
 
     # ---- data ----
 
-    def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
         """Also of rows; with `precompute_reference`, batches hold the hidden states in the cache of `dataset` too."""
-        if "token_row" not in dataset.column_names:  # given to `evaluate` or `predict`
-            dataset = self._tokenize("the dataset", dataset)
+        dataset = self._tokenize.unless_tokenized(dataset)  # given to `evaluate` or `predict`
         collator = self.data_collator
         try:
             self.data_collator = self._collator_of(dataset)
@@ -157,7 +157,7 @@ class TDPOTrainer(WholeAdapters):
         finally:
             self.data_collator = collator
 
-    def _collator_of(self, dataset: Dataset) -> Any:
+    def _collator_of(self, dataset: Any) -> Any:
         if not isinstance(self.reference, CachedStates):
             return self.data_collator
         return replace(self.data_collator, stored_hidden=self.reference.stored_hidden(dataset))
@@ -389,7 +389,7 @@ class TDPOTrainer(WholeAdapters):
             self.accelerator.unwrap_model(self.model),
             self.state,
             data=self.data_name,
-            pairs=None if self.train_dataset is None else len(self.train_dataset),
+            pairs=len(self.train_dataset) if has_length(self.train_dataset) else None,
             processes=self.accelerator.num_processes,
             **details,
         )

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import TDPOConfig
 from ..data.load import load_preferences
 from ..data.prepare import Tokenization
+from ..data.stream import check_stream_options
 from ..data.tokenize import padding_token
 from ..models.checks import check_model
 from ..models.loading import (
@@ -36,7 +37,11 @@ from .parse import Options
 
 
 def _trainer(
-    options: Options, *, train_dataset: Dataset | None, eval_dataset: Dataset | None, saves_start: bool = False
+    options: Options,
+    *,
+    train_dataset: Dataset | IterableDataset | None,
+    eval_dataset: Dataset | IterableDataset | None,
+    saves_start: bool = False,
 ) -> TDPOTrainer:
     models = options.models
     _ = options.training.device  # sets up the processes, among which DeepSpeed may partition what is loaded
@@ -54,6 +59,20 @@ def _trainer(
     )
 
 
+def _training_data(options: Options) -> Dataset | IterableDataset:
+    _, data, args = options
+    if data.streaming:
+        check_stream_options(args, trains=True)
+    return load_preferences(require(data, "dataset"), data.split, data.streaming)
+
+
+def _evaluation_data(options: Options) -> Dataset | IterableDataset:
+    _, data, args = options
+    if data.streaming:
+        check_stream_options(args, trains=False)
+    return load_preferences(require(data, "eval_dataset"), data.eval_split, data.streaming)
+
+
 def train(options: Options) -> None:
     """Trains, resuming from the last checkpoint in output_dir if there is one, and saves the model there.
 
@@ -69,8 +88,8 @@ def train(options: Options) -> None:
     out = Path(args.output_dir)
     interrupted = bool(checkpoints_of(out))
     resume = _checkpoint_wanted(args, interrupted)
-    preferences = load_preferences(require(data, "dataset"), data.split)
-    evaluation = None if data.eval_dataset is None else load_preferences(data.eval_dataset, data.eval_split)
+    preferences = _training_data(options)
+    evaluation = None if data.eval_dataset is None else _evaluation_data(options)
     trainer = _trainer(options, train_dataset=preferences, eval_dataset=evaluation, saves_start=True)
     trainer.data_name = data.dataset
     if resume is True or not interrupted:
@@ -127,21 +146,18 @@ def _save_merged(models: ModelOptions, out: Path) -> None:
 
 def audit(options: Options) -> None:
     """Compares the loss of two pairs with plain arithmetic, as training does before its first step; trains nothing."""
-    models, data, _ = options
-    require(models, "model")
-    preferences = load_preferences(require(data, "dataset"), data.split)
-    report = _trainer(options, train_dataset=preferences, eval_dataset=None).audit()
+    require(options.models, "model")
+    report = _trainer(options, train_dataset=_training_data(options), eval_dataset=None).audit()
     if options.training.should_save:
         print(report)
 
 
 def evaluate(options: Options) -> None:
     """Prints the metrics of a policy against a reference on preference pairs, as JSON."""
-    models, data, args = options
+    models, _, args = options
     require(models, "model")
     require(models, "ref_model")
-    evaluation = load_preferences(require(data, "eval_dataset"), data.eval_split)
-    trainer = _trainer(options, train_dataset=None, eval_dataset=evaluation)
+    trainer = _trainer(options, train_dataset=None, eval_dataset=_evaluation_data(options))
     metrics = trainer.evaluate()
     if args.should_save:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -153,6 +169,8 @@ def cache(options: Options) -> None:
     """Runs the reference over the data and caches its hidden states for training with `--precompute_reference`."""
     models, data, args = options
     require(models, "model")
+    if data.streaming:
+        raise ValueError("streaming is True, but a cache holds the hidden states of rows by number: leave it out")
     splits = {"train": (require(data, "dataset"), data.split)}
     if data.eval_dataset is not None:
         splits["eval"] = (data.eval_dataset, data.eval_split)

@@ -14,6 +14,7 @@ from datasets import (
     Dataset,
     DatasetDict,
     Features,
+    IterableDataset,
     ReadInstruction,
     Value,
     concatenate_datasets,
@@ -29,7 +30,7 @@ _SPLITS = {  # by the words in the names of files and folders, as `datasets` has
 }
 
 
-def load_preferences(name: str, split: str = "train") -> Dataset:
+def load_preferences(name: str, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
     """Rows from files, from a folder, or from a hub.
 
     Args:
@@ -38,6 +39,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
             `save_to_disk` wrote; or a hub's name. Cells of CSV and TSV are texts as they stand.
         split: which rows, with slices, as `datasets` writes them: `train[:100]`, `train[10%:]+test`. Files and folders
             without splits are `train` and `test`, whichever is asked for.
+        streaming: rows are read when they are asked for: an IterableDataset. Only those of a folder have slices.
 
     Raises:
         ValueError: there is no such file or split, it can't be read, or there is no such dataset on the hub.
@@ -47,13 +49,18 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
     files = [file for files in splits.values() for file in files]
     if not files and not path.is_dir() and _format(path) is not None:
         raise ValueError(f"the dataset file {name} does not exist")
+    if streaming and "[" in split and not path.is_dir():
+        raise ValueError(f"streaming is True and the split is {split!r}, but slices are not streamed: leave one out")
     try:
         if files:
+            if streaming:
+                return _read_files(_part(splits, split), streaming=True)
             return _slice({split: _read_files(files) for split, files in splits.items()}, split)
         if not path.is_dir():
-            return load_dataset(name, split=split)
+            return load_dataset(name, split=split, streaming=streaming)
         saved = load_from_disk(name)
-        return _slice(saved if isinstance(saved, DatasetDict) else _without_splits(saved), split)
+        rows = _slice(saved if isinstance(saved, DatasetDict) else _without_splits(saved), split)
+        return rows.to_iterable_dataset() if streaming else rows
     except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
         reason = next(filter(None, map(_malformed_json, files)), "") or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"the dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
@@ -83,7 +90,7 @@ def _format(path: Path) -> str | None:
     return _FORMATS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)
 
 
-def _read_files(files: list[Path]) -> Dataset:
+def _read_files(files: list[Path], *, streaming: bool = False) -> Any:
     kinds = {_format(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"the files have different formats: {', '.join(map(str, files))}")
@@ -91,7 +98,7 @@ def _read_files(files: list[Path]) -> Dataset:
     if kinds == {"csv"}:
         options = {"sep": "\t" if ".tsv" in files[0].name else ",", "keep_default_na": False}
         options["features"] = Features({column: Value("string") for column in _header(files[0], options["sep"])})
-    return load_dataset(str(*kinds), data_files=list(map(str, files)), split="train", **options)
+    return load_dataset(str(*kinds), data_files=list(map(str, files)), split="train", streaming=streaming, **options)
 
 
 def _header(path: Path, separator: str) -> list[str]:
@@ -101,6 +108,12 @@ def _header(path: Path, separator: str) -> list[str]:
 
 def _without_splits(rows: Any) -> dict[str, Any]:
     return {"train": rows, "test": rows}
+
+
+def _part(splits: dict[str, list[Path]], wanted: str) -> list[Path]:
+    if wanted not in splits:
+        raise ValueError(f"there is no split {wanted!r} of streamed files; it has {', '.join(splits)}")
+    return splits[wanted]
 
 
 def _slice(splits: dict[str, Dataset], wanted: str) -> Dataset:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..config import TDPOConfig
-from ..models.sizes import check_token_ids
+from ..models.sizes import check_pair, check_token_ids
+from .stream import PreferenceStream, Training, is_stream, tokenize_stream
 from .tokenize import tokenize_rows
 
 
@@ -29,12 +32,13 @@ class Tokenization:
     embedded: dict[str, int]
     token_columns: tuple[str, ...] = ()
 
-    def __call__(self, name: str, data: Any) -> Any:
+    def __call__(self, name: str, data: Any, *, trains: bool = False) -> Any:
         """A data set as token ids, or every split of a dict of them; None stays None.
 
         Args:
             name: of the argument.
-            data: as `tokenize_preferences` takes it.
+            data: as `tokenize_preferences` takes it, or a stream.
+            trains: it is for training, which reads a stream again and again.
 
         Raises:
             ValueError: as `tokenize_preferences`; or a token id that a model does not embed.
@@ -43,8 +47,23 @@ class Tokenization:
             return {key: self(f"{name}[{key!r}]", split) for key, split in data.items()}
         if data is None:
             return None
+        if is_stream(data):
+            training = Training.of(self.options) if trains else None
+            stream = tokenize_stream(data, self.tokenizer, self.options, self.token_columns, training)
+            stream.check = functools.partial(check_pair, self.embedded)
+            self._say(f"{name}: a stream, tokenized while it is read")
+            return stream
         dataset, summary = tokenize_rows(data, self.tokenizer, self.options, self.token_columns)
         check_token_ids(dataset, self.embedded)
-        if self.options.should_save:
-            print(f"{name}: {summary}", file=sys.stderr)
+        self._say(f"{name}: {summary}")
         return dataset
+
+    def unless_tokenized(self, data: Any) -> Any:
+        """Data as token ids, which they may be already."""
+        if isinstance(data, PreferenceStream) or (isinstance(data, Dataset) and "token_row" in data.column_names):
+            return data
+        return self("the dataset", data)
+
+    def _say(self, line: str) -> None:
+        if self.options.should_save:
+            print(line, file=sys.stderr)

@@ -25,8 +25,8 @@ _ROWS_PER_DIGEST = 1000
 TOKEN_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _MASKS = ("chosen_mask", "rejected_mask")
 TOKENS = {**{name: List(Value("int64")) for name in TOKEN_IDS}, **{name: List(Value("bool")) for name in _MASKS}}
-_FATE = {"dropped": Value("string"), "cut_prompt": Value("bool"), "cut_responses": Value("bool")}  # as `Encoded`
-_COLUMNS = {**TOKENS, "dataset_row": Value("int64"), "length": Value("int64"), **_FATE}
+FATE = {"dropped": Value("string"), "cut_prompt": Value("bool"), "cut_responses": Value("bool")}  # as `Encoded`
+_COLUMNS = {**TOKENS, "dataset_row": Value("int64"), "length": Value("int64"), **FATE}
 
 
 def tokens_digest(dataset: Dataset) -> str:
@@ -41,31 +41,41 @@ def tokens_digest(dataset: Dataset) -> str:
 
 
 @dataclass
-class _Rows:
-    """Turns batches of rows into batches of pairs; some rows have several, those that can't be used an empty one."""
+class RowPairs:
+    """Turns batches of rows into batches of pairs; some rows have several, those that can't be used an empty one.
+
+    Attributes:
+        token_columns: names of numbers per response token that the rows have.
+    """
 
     encoder: Encoder
     token_columns: tuple[str, ...]
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        pairs = [(index, encoded) for index, row in zip(indices, rows) for encoded in self._pairs(row, index)]
+        pairs = [(index, encoded) for index, row in zip(indices, rows) for encoded in self.of_row(row, index)]
         table: dict[str, list[Any]] = {name: [] for name in (*_COLUMNS, *_of_sides(self.token_columns))}
         for index, encoded in pairs:
-            for name, value in self._values(encoded, index).items():
+            for name, value in self.values(encoded, index).items():
                 table[name].append(value)
         return table
 
-    def _pairs(self, row: dict[str, Any], index: int) -> list[Encoded]:
+    def of_row(self, row: dict[str, Any], index: int) -> list[Encoded]:
+        """What becomes of the pairs of a row; `index` is its number.
+
+        Raises:
+            ValueError: the row is malformed; the message names it.
+        """
         try:
             return list(self.encoder.pairs(row))
         except (ValueError, TemplateError) as error:  # a template may refuse the order of roles, for example
             raise ValueError(f"row {index} of the dataset: {error}") from error
 
-    def _values(self, encoded: Encoded, index: int) -> dict[str, Any]:
-        values = {name: [] for name in (*TOKENS, *_of_sides(self.token_columns))}
+    def values(self, encoded: Encoded, index: int) -> dict[str, Any]:
+        """A pair of row `index` as a row of the tokenized data, with the columns of `FATE`."""
+        values: dict[str, Any] = {name: [] for name in (*TOKENS, *_of_sides(self.token_columns))}
         values |= {"dataset_row": index, "length": 0}
-        values |= {name: getattr(encoded, name) for name in _FATE}
+        values |= {name: getattr(encoded, name) for name in FATE}
         if encoded.pair is None:
             return values
         values |= {"prompt_ids": encoded.pair.prompt, "length": encoded.pair.length}
@@ -152,7 +162,7 @@ def tokenize_rows(
         dataset = dataset.with_format(None)
     num_proc = options.dataset_num_proc
     encoded = dataset.map(
-        _Rows(row_encoder(dataset[0], tokenizer, options, token_columns), token_columns),
+        RowPairs(row_encoder(dataset[0], tokenizer, options, token_columns), token_columns),
         with_indices=True,
         batched=True,
         remove_columns=dataset.column_names,
@@ -167,7 +177,7 @@ def tokenize_rows(
     if dropped:
         encoded = encoded.filter(lambda reason: not reason, input_columns="dropped", desc="Dropping rows")
     summary = _summary(encoded, len(dataset), dropped)
-    return encoded.remove_columns(list(_FATE)).add_column("token_row", list(range(len(encoded)))), summary
+    return encoded.remove_columns(list(FATE)).add_column("token_row", list(range(len(encoded)))), summary
 
 
 def row_encoder(

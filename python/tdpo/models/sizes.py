@@ -134,9 +134,18 @@ def check_token_ids(dataset: Any, embedded: dict[str, int]) -> None:
         ValueError: a model has no embedding for an id; the message names the row and the column.
     """
     for split in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        if isinstance(split, Dataset):  # streams are not read ahead
+        if isinstance(split, Dataset):  # of streams, `check_pair` checks what is read
             for name, rows in embedded.items():
                 _check_ids(split, name, rows)
+
+
+def check_pair(embedded: dict[str, int], pair: dict[str, Any]) -> None:
+    """The same for one tokenized pair."""
+    for name, rows in embedded.items():
+        for column in TOKEN_IDS:
+            wrong = [token for token in pair[column] if not 0 <= token < rows]
+            if wrong:
+                raise _not_embedded(pair["dataset_row"], wrong[0], column, name, rows)
 
 
 def _check_ids(dataset: Dataset, name: str, rows: int) -> None:
@@ -150,11 +159,14 @@ def _check_ids(dataset: Dataset, name: str, rows: int) -> None:
             if len(wrong):
                 ends = lists.value_lengths().to_numpy(zero_copy_only=False).cumsum()
                 row = first + int(ends.searchsorted(wrong[0], side="right"))
-                raise ValueError(
-                    f"row {dataset[row].get('dataset_row', row)} of the dataset has the token id {ids[wrong[0]]} in "
-                    f"{column!r}, but {name} embeds {rows:,} tokens: {_RESIZE}"
-                )
+                raise _not_embedded(dataset[row].get("dataset_row", row), ids[wrong[0]], column, name, rows)
         first += len(lists)
+
+
+def _not_embedded(row: int, token: int, column: str, name: str, rows: int | None) -> ValueError:
+    return ValueError(
+        f"row {row} of the dataset has the token id {token} in {column!r}, but {name} embeds {rows:,} tokens: {_RESIZE}"
+    )
 
 
 _ROWS_AT_ONCE = 1000

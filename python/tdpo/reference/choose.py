@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..config import TDPOConfig
+from ..data.stream import PreferenceStream
 from ..models.adapters import has_adapters
 from ..models.causal_lm import CausalLM
 from ..models.sharding import is_sharded, whole_size
@@ -18,8 +19,8 @@ from .reference import Reference
 from .second_model import SecondModel, copy_of
 from .without_adapters import WithoutAdapters, starts_without_adapters
 
-# For training, and for evaluation: one dataset, or several by name.
-Datasets = tuple["Dataset | None", "Dataset | dict[str, Dataset] | None"]
+# For training, and for evaluation: one dataset, or several by name. Streams have no cache.
+Datasets = tuple["Dataset | PreferenceStream | None", "Dataset | PreferenceStream | dict[str, Any] | None"]
 
 
 def choose_reference(
@@ -76,9 +77,7 @@ def trains_little(model: nn.Module) -> bool:
     return trained < frozen
 
 
-def _splits_by_name(
-    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
-) -> dict[str, Dataset]:
+def _splits_by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Dataset]:
     """The training data as "train", the evaluation data as "eval" or under the names of its splits."""
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     if "train" in evals:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..config import TDPOConfig
+from ..data.stream import PreferenceStream
 from ..data.tokenize import tokens_digest
 from ..files import read_json, write_json
 from ..models.causal_lm import unwrap_peft
@@ -19,6 +20,7 @@ from ..options import identity_options
 
 logger = logging.getLogger(__name__)
 FILE = "run.json"
+_STREAM = "a stream"
 _WEIGHTS = "weights of "
 _NO_ADAPTER_OPTIONS = {"peft_version", "base_model_name_or_path"}  # the model is recorded under its own name
 
@@ -27,7 +29,7 @@ class RunRecord(NamedTuple):
     """What identifies a run, as JSON holds it."""
 
     options: dict[str, Any]
-    training_data: str  # digest of the tokens
+    training_data: str  # digest of the tokens, which streams have none of
 
     @classmethod
     def of(
@@ -35,7 +37,7 @@ class RunRecord(NamedTuple):
         args: TDPOConfig,
         model: nn.Module,
         ref_model: nn.Module | None,
-        dataset: Dataset,
+        dataset: Dataset | PreferenceStream,
         *,
         weights: dict[str, str],
         dtypes: str,
@@ -62,7 +64,8 @@ class RunRecord(NamedTuple):
             options["ref_model"] = _name(ref_model)
         if objective is not None:
             options["objective"] = objective
-        return cls(json.loads(json.dumps(options, default=_plain)), tokens_digest(dataset))
+        data = _STREAM if isinstance(dataset, PreferenceStream) else tokens_digest(dataset)
+        return cls(json.loads(json.dumps(options, default=_plain)), data)
 
     def check(self, checkpoint: str | Path, *, anyway: bool) -> None:
         """Compares this run with the one that wrote a checkpoint.

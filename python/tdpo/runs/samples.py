@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..config import TDPOConfig
+from ..data.stream import PreferenceStream
 from ..models.noise import evaluation_mode
 from ..precision import autocast
 from ..reference.cached_states import CachedStates
@@ -33,7 +36,7 @@ def show_samples(
     policy: Any,
     reference: Reference,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
+    dataset: Dataset | PreferenceStream | IterableDatasetShard,
     args: TDPOConfig,
     name: str,
 ) -> None:
@@ -42,10 +45,12 @@ def show_samples(
     Args:
         policy: with its adapters.
         reference: it is left out where no more than its head is in memory.
-        dataset: from `tokenize_preferences`.
+        dataset: tokenized data, or a process's share of a stream.
         args: `eval_samples` is the number of prompts, `eval_sample_tokens` the limit of a continuation.
     """
-    prompts = [row["prompt_ids"] for row in dataset.select(range(min(args.eval_samples, len(dataset))))]
+    if isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset
+    prompts = [row["prompt_ids"] for row in islice(dataset, args.eval_samples)]
     columns = {"prompt": tokenizer.batch_decode(prompts)}
     with autocast(args):
         columns["policy"] = [_continuation(policy, tokenizer, ids, args.eval_sample_tokens) for ids in prompts]

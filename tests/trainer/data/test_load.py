@@ -5,7 +5,7 @@ import gzip
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from tdpo import load_preferences
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(10)]
@@ -151,3 +151,31 @@ def test_files_of_a_folder_that_belong_to_no_split_are_named(tmp_path):
 def test_empty_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="could not be loaded: Directory"):
         load_preferences(str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["data.jsonl", "data.csv", "data.parquet", "data.tsv.gz", "part-*.jsonl", "folder"])
+def test_streams(form, tmp_path):
+    rows = Dataset.from_list([{"prompt": "007", "chosen": "None", "rejected": "NA"}, *ROWS])
+    rows.save_to_disk(tmp_path / "folder")
+    rows.to_json(str(tmp_path / "data.jsonl"))
+    rows.to_csv(str(tmp_path / "data.csv"))
+    rows.to_csv(str(tmp_path / "data.tsv"), sep="\t")
+    (tmp_path / "data.tsv.gz").write_bytes(gzip.compress((tmp_path / "data.tsv").read_bytes()))
+    rows.to_parquet(str(tmp_path / "data.parquet"))
+    for part in range(2):
+        rows.shard(2, part, contiguous=True).to_json(str(tmp_path / f"part-{part}.jsonl"))
+    for split in ("train", "test"):
+        stream = load_preferences(str(tmp_path / form), split, streaming=True)
+        assert isinstance(stream, IterableDataset)
+        assert list(stream) == rows.to_list()
+
+
+def test_slices_are_streamed_of_folders_alone(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "folder")
+    Dataset.from_list(ROWS).to_json(str(tmp_path / "data.jsonl"))
+    assert list(load_preferences(str(tmp_path / "folder"), "train[2:4]", streaming=True)) == ROWS[2:4]
+    for name in (str(tmp_path / "data.jsonl"), "a/hub-name"):
+        with pytest.raises(ValueError, match=r"^streaming is True and the split is 'train\[:2\]', but slices"):
+            load_preferences(name, "train[:2]", streaming=True)
+    with pytest.raises(ValueError, match="there is no split 'validation' of streamed files; it has train, test"):
+        load_preferences(str(tmp_path / "data.jsonl"), "validation", streaming=True)

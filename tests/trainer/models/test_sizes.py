@@ -161,16 +161,20 @@ def test_special_tokens_that_text_does_not_use_may_have_no_embedding(tmp_path):
     rows = make_preferences(4)
     used = Dataset.from_list([*rows, {"prompt": "the film", "chosen": " bad", "rejected": " good <image>"}])
 
-    def trainer(data):
+    def trainer(data, evaluated=None):
         tokenizer = make_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         args = TDPOConfig(output_dir=str(tmp_path), **SETTINGS)
-        return TDPOTrainer(small, args=args, train_dataset=data, processing_class=tokenizer)
+        return TDPOTrainer(small, args=args, train_dataset=data, eval_dataset=evaluated, processing_class=tokenizer)
 
     trainer(rows)
     message = "^row 4 of the dataset has the token id 290 in 'rejected_ids', but model embeds 290 tokens"
     with pytest.raises(ValueError, match=message):
         trainer(used)
+    with pytest.raises(ValueError, match=message):  # of streams, when the row is read
+        trainer(used.to_iterable_dataset()).train()
+    with pytest.raises(ValueError, match=message):
+        trainer(rows, {"a": rows, "b": used.to_iterable_dataset()}).evaluate()
 
 
 @pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
