@@ -1,9 +1,11 @@
-"""The commands train, evaluate, audit and cache-reference."""
+"""The commands train, data, evaluate, audit and cache-reference."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import TDPOConfig
 from ..data.load import load_preferences
-from ..data.tokenize import padding_token
+from ..data.show import View, data_text, legend_text
+from ..data.tokenize import padding_token, tokenize_rows
 from ..models.checks import check_model
 from ..models.loading import (
     load_adapted_model,
@@ -24,7 +27,7 @@ from ..models.loading import (
     trains_adapters,
 )
 from ..models.sizes import check_token_ids
-from ..options import ModelOptions, require
+from ..options import DataOptions, ModelOptions, ShowOptions, require
 from ..policy import check_output_dir, tokenized
 from ..precision import autocast
 from ..reference.cache import cache_reference
@@ -124,6 +127,38 @@ def _save_merged(models: ModelOptions, out: Path) -> None:
     PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
 
 
+def show(options: Options) -> None:
+    """Prints what will be trained on: the data as counts, lengths and tokens. Reads no weights."""
+    models, data, args = options
+    require(models, "model")
+    sources, columns = _sources(data), args.trained_objective().token_columns
+    assert isinstance(data, ShowOptions)
+    view = View(
+        rows=data.show_rows,
+        tokens=data.show_tokens,
+        width=shutil.get_terminal_size((100, 24)).columns,
+        colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
+    )
+    tokenizer = load_tokenizer(models)
+    texts = []
+    for name, (source, split) in sources.items():
+        dataset, summary = tokenize_rows(load_preferences(source, split), tokenizer, args, columns)
+        texts.append(data_text(f"{name} data: {source}, split {split}", dataset, summary, tokenizer, args, view))
+    if data.show_rows:
+        texts.append(legend_text(view))
+    if args.should_save:
+        encoding = sys.stdout.encoding  # which may lack characters
+        print("\n\n".join(texts).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _sources(data: DataOptions) -> dict[str, tuple[str, str]]:
+    """The training data and, where given, the evaluation data, each with its split."""
+    sources = {"train": (require(data, "dataset"), data.split)}
+    if data.eval_dataset is not None:
+        sources["eval"] = (data.eval_dataset, data.eval_split)
+    return sources
+
+
 def audit(options: Options) -> None:
     """Compares the loss of two pairs with plain arithmetic, as training does before its first step; trains nothing."""
     models, data, _ = options
@@ -152,16 +187,14 @@ def cache(options: Options) -> None:
     """Runs the reference over the data and caches its hidden states for training with `--precompute_reference`."""
     models, data, args = options
     require(models, "model")
-    splits = {"train": (require(data, "dataset"), data.split)}
-    if data.eval_dataset is not None:
-        splits["eval"] = (data.eval_dataset, data.eval_split)
+    sources = _sources(data)
     tokenizer = load_tokenizer(models)
     reference = load_reference(models)
     model = (load_policy(models) if reference is None else reference).to(args.device)
     argument = "model" if reference is None else "ref_model"
     with autocast(args):
         check_model(argument, model, args, tokenizer)
-    for name, (source, split) in splits.items():
+    for name, (source, split) in sources.items():
         tokens = tokenized(name, load_preferences(source, split), tokenizer, args)
         check_token_ids(tokens, **{argument: model})
         folder = args.reference_folder / name

@@ -1,5 +1,6 @@
 """The commands train, evaluate and cache-reference, as a user types them."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from peft import PeftModel
 from tdpo.cli import commands
 from tdpo.cli.main import main
 from tdpo.cli.parse import parse_options
-from tdpo.data.tokenize import tokenize_preferences
+from tdpo.data.tokenize import tokenize_rows
 from tdpo.models.loading import lora_config
 from tdpo.options import ModelOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,11 +68,11 @@ def test_cache_then_train(home, tmp_path):
 def test_processes_tokenize_for_a_cache_too(home, tmp_path, monkeypatch):
     asked = []
 
-    def record(*arguments, num_proc, **options):
-        asked.append(num_proc)
-        return tokenize_preferences(*arguments, **options)
+    def record(dataset, tokenizer, options, token_columns):
+        asked.append(options.dataset_num_proc)
+        return tokenize_rows(dataset, tokenizer, dataclasses.replace(options, dataset_num_proc=None), token_columns)
 
-    monkeypatch.setattr("tdpo.policy.tokenize_preferences", record)
+    monkeypatch.setattr("tdpo.policy.tokenize_rows", record)
     options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--eval_split", "train"]
     assert main(["cache-reference", *options, "--dataset_num_proc", "3"]) == 0
     assert asked == [3, 3]
