@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from tokenizers.pre_tokenizers import ByteLevel
@@ -101,7 +101,7 @@ def summary_text(summary: Summary, options: RowOptions) -> str:
     return "\n".join(lines) + f"\n\n{summary.table()}\n\n{summary.histogram(options.max_length)}"
 
 
-def pair_text(row: dict, tokenizer: PreTrainedTokenizerBase, view: View) -> str:
+def pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, view: View) -> str:
     """A row of a tokenized data set, token by token: every part behind its name."""
     prompt = row["prompt_ids"]
     parts = [*_parts("prompt", prompt, [True] * len(prompt), tokenizer, view)] or [_Part("prompt", [_NO_PROMPT])]

@@ -1,17 +1,19 @@
 """The command data, as a user types it."""
 
+import io
 import json
 import re
 import sys
 
 import pytest
 import yaml
+from datasets import Dataset
 from tdpo.cli.main import main
 from tdpo.data.summary import Summary
-from tdpo.trainer import TDPOTrainer
+from transformers import PreTrainedModel
 
 from helpers.model_families import make_tokenizer
-from helpers.trainer_cases import make_preferences, run_python
+from helpers.trainer_cases import make_preferences, make_trainer
 
 ROWS = [*make_preferences(5), {"prompt": "the film", "chosen": " great", "rejected": ""}]
 
@@ -50,49 +52,34 @@ def test_the_data_of_training_is_shown(home, capsys):
     )
     assert "  dropped        1 with an empty 'rejected' response\n" in shown
     assert re.findall(r"^row (\d)", shown, re.MULTILINE) == ["0", "1", "2"]
-    assert "  prompt   │ the ·film ·was\n" in shown
-    assert "  chosen   │ ·great <|end|>\n" in shown
-    assert "  rejected │ ·bad <|end|>\n" in shown
+    assert "  prompt   │ the · fi lm ·w as\n  chosen   │ · gr eat <|end|>\n  rejected │ ·b ad <|end|>\n" in shown
     assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) <= 100
 
 
-def test_no_weights_are_read_and_nothing_is_written(home):
-    """The folder of the model has no weights; none are loaded from anywhere."""
+def test_no_weights_are_read_and_nothing_is_written(home, monkeypatch):
+    """The folder of the model has none, and no other model is loaded instead."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    monkeypatch.setattr(PreTrainedModel, "__init__", refuse)
     before = sorted(home.rglob("*"))
     assert not [path for path in before if path.suffix in (".safetensors", ".bin")]
-    code = (
-        "import transformers, sys\n"
-        "def refuse(*_, **__): raise AssertionError('weights are read')\n"
-        "transformers.PreTrainedModel.from_pretrained = refuse\n"
-        "from tdpo.cli.main import main\n"
-        "sys.exit(main(['data', 'config.yaml']))"
-    )
-    done = run_python("-c", code, cwd=home)
-    assert done.returncode == 0, done.stderr
+    assert main(["data", "config.yaml"]) == 0
     assert sorted(home.rglob("*")) == before
 
 
-def test_the_tokens_are_those_that_the_trainer_gets(home, capsys, monkeypatch):
+def test_the_lengths_are_those_that_the_trainer_gets(home, capsys, monkeypatch):
     summaries = []
-    lengths = Summary.histogram
-    monkeypatch.setattr(
-        Summary, "histogram", lambda summary, *limit: summaries.append(summary) or lengths(summary, *limit)
-    )
-    assert main(["data", "config.yaml", "--max_length", "20", "--learned_turns", "all"]) == 0
-    assert capsys.readouterr().out.count("max_length 20)") == 1
-    (summary,) = summaries
-    from datasets import Dataset
-    from tdpo import TDPOConfig
-
-    from helpers.model_families import make_model
-
-    args = TDPOConfig(str(home / "out"), use_cpu=True, max_length=20, max_prompt_length=16, report_to=[])
-    trainer = TDPOTrainer(
-        make_model("llama"), args=args, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer()
-    )
-    assert list(map(len, trainer.train_dataset["prompt_ids"])) == summary.prompts.tolist()
-    assert list(map(len, trainer.train_dataset["rejected_ids"])) == summary.rejected.tolist()
+    monkeypatch.setattr(Summary, "histogram", lambda summary, limit: summaries.append(summary) or str(limit))
+    assert main(["data", "config.yaml", "--max_length", "8", "--max_prompt_length", "6"]) == 0
+    assert "(max_prompt_length 6)" in capsys.readouterr().out
+    limits = {"max_length": 8, "max_prompt_length": 6}
+    trained = make_trainer(home / "out", train_dataset=Dataset.from_list(ROWS), **limits).train_dataset
+    for name, lengths in {"prompt": summaries[0].prompts, "rejected": summaries[0].rejected}.items():
+        assert lengths.tolist() == list(map(len, trained[f"{name}_ids"]))
 
 
 def test_evaluation_data_is_shown_too(home, capsys):
@@ -105,7 +92,7 @@ def test_evaluation_data_is_shown_too(home, capsys):
     assert "  rows           2\n" in evaluation
     for part in (train, evaluation):
         assert part.count("\nrow ") == 1
-        assert "  prompt   │ the\n           │ … 1 token left out …\n  prompt   │ ·was\n" in part
+        assert "  prompt   │ the\n           │ … 4 tokens left out …\n  prompt   │ as\n" in part
     assert shown.count("Tokens stand apart") == 1
 
 
@@ -139,10 +126,11 @@ def test_numbers_per_token_are_read_as_in_training(home, capsys):
     assert "the dataset lacks rejected_weight" in capsys.readouterr().err
 
 
-def test_output_in_an_encoding_that_lacks_the_marks(home):
-    done = run_python("-m", "tdpo", "data", "config.yaml", cwd=home, environment={"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr
-    assert "  chosen   \\u2502 \\xb7great <|end|>\n" in done.stdout
+def test_output_in_an_encoding_that_lacks_the_marks(home, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert main(["data", "config.yaml"]) == 0
+    assert b"  rejected \\u2502 \\xb7b ad <|end|>\n" in written.getvalue()
 
 
 @pytest.mark.parametrize(

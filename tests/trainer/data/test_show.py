@@ -25,7 +25,7 @@ def tokens(row, tokenizer, options=OPTIONS):
 
 
 def parts(text):
-    """The parts of a pair that is shown without its head, as (name, tokens) with the names of continued lines filled in."""
+    """The parts of a pair that is shown, each as its name and its tokens."""
     found = []
     for line in text.splitlines()[1:]:
         name, shown = line.split(" │ ")
