@@ -171,6 +171,12 @@ def test_a_character_begun_in_a_token():
     assert token_text(0, byte_level("Ġaæķ")) == "·a\\xe6\\x95"
 
 
+def test_wide_characters_take_two_columns():
+    row = {"prompt_ids": [0] * 50, "chosen_ids": [0], "rejected_ids": [0], "dataset_row": 0}
+    lines = pair_text(row, byte_level("æĹ¥"), View(rows=1, tokens=60, width=44)).splitlines()
+    assert lines[1] == "  prompt   │ " + " ".join(["日"] * 10)  # 29 columns beside the margin's 13; eleven take 32
+
+
 def test_ids_without_a_token_are_shown_by_number(tokenizer):
     assert token_text(len(tokenizer) + 3, tokenizer) == f"<token {len(tokenizer) + 3}>"
 
