@@ -228,6 +228,16 @@ class DataOptions:
     )
 
 
+@dataclass
+class ShowOptions(DataOptions):
+    """The preference data, and how much of it `tdpo data` shows."""
+
+    show_rows: int = option(3, "Number of pairs to show token by token.", least=0)
+    show_tokens: int = option(
+        60, "Tokens to show of a prompt or a response; of longer ones the middle is left out.", least=2
+    )
+
+
 def require(options: ModelOptions | DataOptions, name: str) -> Any:
     """The value of an option.
 

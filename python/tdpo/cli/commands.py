@@ -1,9 +1,11 @@
-"""The commands train, evaluate, audit and cache-reference."""
+"""The commands train, data, evaluate, audit and cache-reference."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..config import TDPOConfig
 from ..data.load import load_preferences
 from ..data.prepare import Tokenization
+from ..data.show import View, data_text, legend_text
 from ..data.stream import check_stream_options
-from ..data.tokenize import padding_token
+from ..data.tokenize import padding_token, tokenize_rows
 from ..models.checks import check_model
 from ..models.loading import (
     load_adapted_model,
@@ -26,7 +29,7 @@ from ..models.loading import (
     trains_adapters,
 )
 from ..models.sizes import embedded_ids
-from ..options import ModelOptions, require
+from ..options import DataOptions, ModelOptions, ShowOptions, require
 from ..policy import check_output_dir
 from ..precision import autocast
 from ..reference.cache import cache_reference
@@ -34,6 +37,8 @@ from ..runs.checkpoints import checkpoints_of
 from ..runs.resume import finished_steps
 from ..trainer import TDPOTrainer
 from .parse import Options
+
+_OF_A_STREAM = 1000  # rows that `tdpo data` reads
 
 
 def _trainer(
@@ -144,6 +149,41 @@ def _save_merged(models: ModelOptions, out: Path) -> None:
     PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
 
 
+def show(options: Options) -> None:
+    """Prints what will be trained on: the data as counts, lengths and tokens. Reads no weights."""
+    models, data, args = options
+    require(models, "model")
+    sources, columns = _sources(data), args.trained_objective().token_columns
+    assert isinstance(data, ShowOptions)
+    view = View(
+        rows=data.show_rows,
+        tokens=data.show_tokens,
+        width=shutil.get_terminal_size((100, 24)).columns,
+        colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
+    )
+    tokenizer = load_tokenizer(models)
+    texts = []
+    for name, (source, split) in sources.items():
+        title, rows = f"{name} data: {source}, split {split}", load_preferences(source, split, data.streaming)
+        if isinstance(rows, IterableDataset):
+            title, rows = f"{title}, its first {_OF_A_STREAM:,} rows", Dataset.from_list(list(rows.take(_OF_A_STREAM)))
+        dataset, summary = tokenize_rows(rows, tokenizer, args, columns)
+        texts.append(data_text(title, dataset, summary, tokenizer, args, view))
+    if data.show_rows:
+        texts.append(legend_text(view))
+    if args.should_save:
+        encoding = sys.stdout.encoding  # which may lack characters
+        print("\n\n".join(texts).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _sources(data: DataOptions) -> dict[str, tuple[str, str]]:
+    """The training data and, where given, the evaluation data, each with its split."""
+    sources = {"train": (require(data, "dataset"), data.split)}
+    if data.eval_dataset is not None:
+        sources["eval"] = (data.eval_dataset, data.eval_split)
+    return sources
+
+
 def audit(options: Options) -> None:
     """Compares the loss of two pairs with plain arithmetic, as training does before its first step; trains nothing."""
     require(options.models, "model")
@@ -171,9 +211,7 @@ def cache(options: Options) -> None:
     require(models, "model")
     if data.streaming:
         raise ValueError("streaming is True, but a cache holds the hidden states of rows by number: leave it out")
-    splits = {"train": (require(data, "dataset"), data.split)}
-    if data.eval_dataset is not None:
-        splits["eval"] = (data.eval_dataset, data.eval_split)
+    sources = _sources(data)
     tokenizer = load_tokenizer(models)
     reference = load_reference(models)
     model = (load_policy(models) if reference is None else reference).to(args.device)
@@ -181,7 +219,7 @@ def cache(options: Options) -> None:
     with autocast(args):
         check_model(argument, model, args, tokenizer)
     tokenize = Tokenization(tokenizer, args, embedded_ids(**{argument: model}))
-    for name, (source, split) in splits.items():
+    for name, (source, split) in sources.items():
         tokens = tokenize(name, load_preferences(source, split))
         folder = args.reference_folder / name
         with autocast(args):

@@ -16,9 +16,9 @@ def usage(command: str) -> str:
     return f"tdpo {command} [config.yaml] [--OPTION VALUE ...]"
 
 
-def print_help(command: str, description: str, *, everything: bool) -> None:
+def print_help(command: str, description: str, data_options: type[DataOptions], *, everything: bool) -> None:
     """Prints our options, then the most used of transformers', or `everything` that transformers takes."""
-    groups: dict[str, type] = {"Models": ModelOptions, "Data": DataOptions, "TDPO and the run": TDPOOptions}
+    groups: dict[str, type] = {"Models": ModelOptions, "Data": data_options, "TDPO and the run": TDPOOptions}
     end = ""
     if everything:
         from transformers import TrainingArguments

@@ -6,9 +6,11 @@ import argparse
 import os
 import signal
 import sys
+from typing import Any
 
 _COMMANDS = {
     "train": "train a policy on preference pairs",
+    "data": "show what will be trained on: rows kept and dropped, lengths, tokens",
     "audit": "compare the loss on your model and data with plain arithmetic",
     "evaluate": "metrics of a policy against a reference",
     "cache-reference": "run the reference once and cache its hidden states",
@@ -16,6 +18,8 @@ _COMMANDS = {
 }
 _DESCRIPTIONS = {
     "train": "Trains a policy on preference pairs; run again, it resumes from its last checkpoint.",
+    "data": "Shows what will be trained on: how many rows are kept, and why others are dropped; their lengths; and the "
+    "first pairs, token by token. Takes the options of training, but reads no weights and writes no file.",
     "audit": "Compares the loss of two pairs with plain arithmetic, as training does before its first step, and prints "
     "what it found. Takes the options of training; nothing is trained or written.",
     "evaluate": "Evaluates a policy against a reference on preference pairs; prints the metrics as JSON.",
@@ -49,13 +53,16 @@ def _demo(arguments: list[str]) -> None:
 def _run(command: str, arguments: list[str]) -> None:
     if command == "demo":
         return _demo(arguments)
+    from ..options import ShowOptions
     from .parse import parse_options
 
-    options = parse_options(command, _DESCRIPTIONS[command], arguments)
+    own: dict[str, Any] = {"data_options": ShowOptions, "needs_device": False} if command == "data" else {}
+    options = parse_options(command, _DESCRIPTIONS[command], arguments, **own)
     from . import commands  # loads torch and transformers, for which `--help` need not wait
 
     run = {
         "train": commands.train,
+        "data": commands.show,
         "audit": commands.audit,
         "evaluate": commands.evaluate,
         "cache-reference": commands.cache,

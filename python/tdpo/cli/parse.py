@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ..config import TDPOConfig
 
 
+# transformers refuses bf16 and tf32 where no accelerator has them, unless the CPU is asked for.
+_NO_DEVICE = ("--use_cpu", "true", "--tf32", "false")
+
+
 class Options(NamedTuple):
     """All options of a command."""
 
@@ -29,8 +33,19 @@ class Options(NamedTuple):
     training: TDPOConfig
 
 
-def parse_options(command: str, description: str, arguments: list[str]) -> Options:
+def parse_options(
+    command: str,
+    description: str,
+    arguments: list[str],
+    *,
+    data_options: type[DataOptions] = DataOptions,
+    needs_device: bool = True,
+) -> Options:
     """The options of `tdpo command` from `[config.yaml] [--flag value ...]`; flags override the file.
+
+    Args:
+        data_options: the class of `Options.data`.
+        needs_device: without, options of an accelerator are allowed where there is none, and none is used.
 
     Raises:
         ValueError: the file is missing or holds no mapping in YAML, or a key is no option (the nearest is suggested).
@@ -38,13 +53,13 @@ def parse_options(command: str, description: str, arguments: list[str]) -> Optio
     """
     for flag, everything in HELP_FLAGS.items():
         if flag in arguments:
-            print_help(command, description, everything=everything)
+            print_help(command, description, data_options, everything=everything)
             raise SystemExit(0)
     from transformers import HfArgumentParser
 
     from ..config import TDPOConfig
 
-    option_classes: tuple[Any, ...] = (ModelOptions, DataOptions, TDPOConfig)
+    option_classes: tuple[Any, ...] = (ModelOptions, data_options, TDPOConfig)
     parser = HfArgumentParser(option_classes, prog=f"tdpo {command}", usage=usage(command), description=description)
     hints = {name: kind for options in option_classes for name, kind in get_type_hints(options).items()}
     kinds = {item.name: hints[item.name] for options in option_classes for item in fields(options) if item.init}
@@ -56,6 +71,8 @@ def parse_options(command: str, description: str, arguments: list[str]) -> Optio
         if flag.startswith("--"):
             flag = flag[2:].split("=")[0]
             _check_known(flag.replace("-", "_"), known, f"unknown flag --{flag}")
+    if not needs_device:
+        arguments = [*arguments, *_NO_DEVICE]
     return Options._make(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 _BARS = 8  # of a histogram
 _WIDTH = 40  # of its longest, in characters
+_LABEL = 28  # width of what stands before a bar
 
 
 @dataclass
@@ -43,23 +44,41 @@ class Summary:
             parts.append(f"dropped {self.dropped.total():,}: {listed(self.dropped)}")
         cut = {"prompts": self.cut_prompts, "responses": self.cut_responses}
         if any(cut.values()):
-            parts.append("cut " + " and ".join(f"{count:,} {name}" for name, count in cut.items() if count))
+            parts.append("cut " + ", ".join(f"{name}: {count:,}" for name, count in cut.items() if count))
         if self.context:
             parts.append(f"{self.context:,} response tokens are context")
-        lengths = {"prompts": self.prompts, "chosen": self.chosen, "rejected": self.rejected}
-        parts.append("tokens: " + ", ".join(f"{name} {_range(values)}" for name, values in lengths.items()))
+        parts.append("tokens: " + ", ".join(f"{name} {_range(values)}" for name, values in self._lengths().items()))
         return "; ".join(parts)
 
-    def histogram(self) -> str:
-        """How many pairs have how many tokens, prompt and longer response together."""
-        lengths = self.prompts + np.maximum(self.chosen, self.rejected)
-        step = max(1, -(-int(lengths.max() + 1) // _BARS))
-        counts = np.bincount(lengths // step)
-        lines = []
-        for place, count in enumerate(counts):
-            bar = "█" * round(_WIDTH * count / counts.max())
-            lines.append(f"{place * step:>7,} to {(place + 1) * step - 1:<7,} {bar} {count:,}")
+    def table(self) -> str:
+        """The lengths of prompts and responses, in tokens."""
+        lines = [f"  {'tokens':<8}{'shortest':>10}{'median':>10}{'longest':>10}"]
+        for name, values in self._lengths().items():
+            numbers = (values.min(), np.median(values), values.max())
+            lines.append(f"  {name:<8}" + "".join(f"{number:>10,.0f}" for number in numbers))
         return "\n".join(lines)
+
+    def histogram(self, limit: int | None = None) -> str:
+        """How many pairs have how many tokens, prompt and longer response together.
+
+        Args:
+            limit: a length to mark: `max_length`.
+        """
+        lengths = self.prompts + np.maximum(self.chosen, self.rejected)
+        step = 1 << ((int(np.ptp(lengths)) // _BARS).bit_length())
+        groups = (lengths - 1) // step  # the first has the lengths from 1 to `step`
+        counts = np.bincount(groups - groups.min())
+        lines = [f"  {'prompt and longer response':<{_LABEL}}pairs"]
+        for group, count in enumerate(counts.tolist(), start=groups.min()):
+            begin, end = group * step + 1, (group + 1) * step
+            label = f"{begin:>8,} to {end:,}" if step > 1 else f"{begin:>8,}"
+            bar = "█" * -(-_WIDTH * count // counts.max())
+            mark = f"  <- max_length, {limit:,}" if limit is not None and begin <= limit <= end else ""
+            lines.append(f"  {label:<{_LABEL}}{bar} {count:,}{mark}")
+        return "\n".join(lines)
+
+    def _lengths(self) -> dict[str, np.ndarray]:
+        return {"prompt": self.prompts, "chosen": self.chosen, "rejected": self.rejected}
 
 
 def listed(dropped: Counter[str]) -> str:

@@ -11,6 +11,7 @@ from tdpo.runs.stopping import Terminated
 
 NEEDED = {
     "train": ["model", "dataset"],
+    "data": ["model", "dataset"],
     "evaluate": ["model", "ref_model", "eval_dataset"],
     "cache-reference": ["model", "dataset"],
 }
