@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tdpo_ext import checks
 
-from .rows import ASSISTANT_TURN, HUMAN_TURN, RESPONSES, shared_prefix_length
+from .rows import ASSISTANT_TURN, HUMAN_TURN, RESPONSES, is_transcript, shared_prefix_length
 from .template import ChatTemplate, Message, Span
 
 
@@ -68,14 +68,17 @@ class ConversationTokenizer:
             ValueError: columns that contradict each other, or a template that does not keep prompt or turns apart.
         """
         if isinstance(row["chosen"], str):
-            if row.get("system"):
-                raise ValueError("'system' is given, but this row holds texts; only chat messages take one")
+            for name in ("system", "tools", "chat_template_kwargs"):
+                if row.get(name):
+                    raise ValueError(f"{name!r} is given, but this row holds texts; only chat messages take it")
             chosen, rejected = (self._of_texts(row["prompt"], row[side]) for side in RESPONSES)
             return chosen, rejected
         if self.tokenizer.chat_template is None:
             raise ValueError("the dataset holds chat messages but the tokenizer has no chat template")
-        options = {"tools": _tools(row), **(row.get("chat_template_kwargs") or {})}
-        template, prompt = ChatTemplate(self.tokenizer, options, self.closing_token), _with_system(row)
+        options = {"tools": _list_or_none("tools", row), **_template_options(row)}
+        end_tokens = self._special_tokens.values()
+        template = ChatTemplate(self.tokenizer, options, self.closing_token, end_tokens)
+        prompt = _with_system(row)
         chosen, rejected = (self._of_messages(template, prompt, row[side]) for side in RESPONSES)
         return chosen, rejected
 
@@ -90,8 +93,8 @@ class ConversationTokenizer:
     def _of_texts(self, prompt: str, response: str) -> Conversation:
         """Texts; in a transcript the human's turns inside the response are context."""
         text, context = prompt + response, []
-        if self.learned_turns == "assistant" and prompt.startswith(HUMAN_TURN):
-            begin = text.find(HUMAN_TURN, len(prompt))
+        if self.learned_turns == "assistant" and is_transcript(text):
+            begin = text.find(HUMAN_TURN, len(prompt)) if prompt else 0
             while begin >= 0:
                 answer = text.find(ASSISTANT_TURN, begin)
                 end = len(text) if answer < 0 else answer + len(ASSISTANT_TURN)
@@ -133,6 +136,7 @@ class ConversationTokenizer:
     def _special_tokens(self) -> dict[str, int]:
         added = self.tokenizer.added_tokens_decoder.items()
         ids = {token.content: number for number, token in added if token.special}
+        ids.pop(self.tokenizer.unk_token, None)
         return ids | {self.tokenizer.eos_token: self.tokenizer.eos_token_id}
 
 
@@ -172,13 +176,30 @@ def _with_system(row: dict[str, Any]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _tools(row: dict[str, Any]) -> Any:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise ValueError(f"'tools' is no valid JSON: {error}") from error
-    if not isinstance(tools, (list, type(None))):
-        raise ValueError(f"'tools' is {checks.describe(tools)}; it must be a list of tools, or one as JSON text")
-    return tools
+def _list_or_none(name: str, row: dict[str, Any]) -> list[Any] | None:
+    value = _parsed(name, row)
+    if not isinstance(value, (list, type(None))):
+        raise ValueError(f"{name!r} is {checks.describe(value)}; it must be a list of {name}, or one as JSON text")
+    return value
+
+
+def _template_options(row: dict[str, Any]) -> dict[str, Any]:
+    name = "chat_template_kwargs"
+    options = _parsed(name, row) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{name!r} is {checks.describe(options)}; it must be a mapping, or one as JSON text")
+    for reserved in ("add_generation_prompt", "continue_final_message", "tokenize", "tools"):
+        if reserved in options:
+            raise ValueError(f"{name!r} has {reserved!r}, which is set for every part of a row: leave it out")
+    return options
+
+
+def _parsed(name: str, row: dict[str, Any]) -> Any:
+    """A column's value, which may be JSON text; a blank text is None."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise ValueError(f"{name!r} is no valid JSON: {error}") from error

@@ -19,6 +19,7 @@ from .rows import (
     check_row,
     check_token_column,
     is_empty,
+    is_transcript,
     shared_prefix_length,
     with_own_prompt,
 )
@@ -58,7 +59,8 @@ class Response(NamedTuple):
         """Its beginning, closed like itself."""
         if self.end not in self.ids[length:]:
             return self.first(length)
-        return self.first(length - 1).without_trailing_context().closed()
+        cut = self.first(length - 1).without_trailing_context()
+        return cut.closed() if cut.ids else cut
 
 
 class Pair(NamedTuple):
@@ -98,14 +100,16 @@ class Encoder:
         Raises:
             ValueError: the row is malformed; the message says how.
         """
-        row = renamed(row, self.columns)
-        if not is_ranked(row):
-            yield self._encode(row)
-            return
-        pairs = pairs_of(row, self.options.pairing, self.options.pairs_per_prompt)
-        if not pairs:
+        rows = self._rows(renamed(row, self.columns))
+        if not rows:
             yield Encoded(None, "no response that is better than another")
-        yield from map(self._encode, pairs)
+        yield from map(self._encode, rows)
+
+    def _rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows of one pair each."""
+        if is_ranked(row):
+            return pairs_of(row, self.options.pairing, self.options.pairs_per_prompt)
+        return [row]
 
     def _encode(self, row: dict[str, Any]) -> Encoded:
         row = self._checked(row)
@@ -113,12 +117,15 @@ class Encoder:
             if is_empty(row[f"{side}{self._suffix}"]):
                 return Encoded(None, f"an empty {side!r} response")
         row = self._split(row)
-        for side in RESPONSES:  # of a conversation, what is behind the prompt
-            if isinstance(row.get(side), list) and is_empty(row[side]):
+        for side in RESPONSES:
+            if self._says_nothing(row, side):
                 return Encoded(None, f"an empty {side!r} response")
         return self._within_limits(self._whole(row))
 
     def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
+        missing = [side for side in RESPONSES if side not in row]
+        if missing:
+            raise ValueError(f"it has no {missing[0]!r}, and no 'responses' to choose from; it has {', '.join(row)}")
         row = with_messages(row)
         check_row(row)
         return row
@@ -126,6 +133,12 @@ class Encoder:
     def _split(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its prompt, apart from its responses."""
         return with_own_prompt(with_prompt(row, self.columns))
+
+    def _says_nothing(self, row: dict[str, Any], side: str) -> bool:
+        """Whether nothing of a conversation is behind the prompt; a text may end with what both begin with."""
+        if isinstance(row[side], str):
+            return is_transcript(row["prompt"]) and not row[side].strip()
+        return is_empty(row[side])
 
     @functools.cached_property
     def _reader(self) -> ConversationTokenizer:
@@ -191,6 +204,9 @@ class IdEncoder(Encoder):
     token_columns: tuple[str, ...] = ()
     _suffix = "_ids"
 
+    def _rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        return [row]
+
     def _checked(self, row: dict[str, Any]) -> dict[str, Any]:
         check_ids("prompt_ids", row["prompt_ids"], len(self.tokenizer))
         for side in RESPONSES:
@@ -202,6 +218,9 @@ class IdEncoder(Encoder):
 
     def _split(self, row: dict[str, Any]) -> dict[str, Any]:
         return row
+
+    def _says_nothing(self, row: dict[str, Any], side: str) -> bool:
+        return False
 
     def _whole(self, row: dict[str, Any]) -> Pair:
         responses = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tdpo_ext import checks
 
-from .rows import BEFORE_ANSWERS, HUMAN_TURN, RESPONSES
+from .rows import BEFORE_ANSWERS, RESPONSES, is_transcript
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _READ = ("prompt", *RESPONSES, "system", "tools", "chat_template_kwargs")  # beside token ids
@@ -24,6 +25,9 @@ _ROLES = {  # of ShareGPT
     "observation": "tool",
     "function_response": "tool",
 }
+
+_SPEAKERS = {*_ROLES, "developer", "function", "ipython"}
+_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*{\s*["'](role|content|from|value)["']\s*:""")
 
 
 def column_mapping(columns: Any) -> dict[str, str | None]:
@@ -61,22 +65,26 @@ def check_columns(columns: Mapping[str, str | None], names: list[str]) -> None:
     """Checks a mapping of columns against the names that a dataset has.
 
     Raises:
-        ValueError: a name that rows never read, or one that the dataset lacks although it has no column of the other.
+        ValueError: a name that rows never read, one that the dataset lacks, or an `instruction` without its `input`.
     """
     for ours, theirs in columns.items():
         if ours not in _TARGETS and not ours.startswith(("prompt_", "chosen_", "rejected_")):
             raise ValueError(f"columns maps {ours!r}, which no row reads; names to map are {', '.join(_TARGETS)}")
-        if theirs is not None and theirs not in names and ours not in names:
+        if theirs is not None and theirs not in names:
             raise ValueError(
                 f"columns takes {ours!r} from {theirs!r}, which the dataset lacks; it has {', '.join(names)}"
             )
+    if columns.get("prompt") == "instruction" and "input" in names and "input" not in columns.values():
+        raise ValueError(
+            "columns takes 'prompt' from 'instruction', so 'input' would be lost; leave that out, and both are read"
+        )
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
     """The row under the names that rows have here; a column that is mapped to None is left out.
 
     Args:
-        row: of a dataset that `check_mapping` accepts.
+        row: of a dataset that `check_columns` accepts.
         columns: from the names here to those in the data.
     """
     taken = {theirs for theirs in columns.values() if theirs in row}
@@ -110,19 +118,30 @@ def _messages(name: str, value: Any) -> Any:
 
 
 def _parsed(name: str, text: str) -> Any:
-    begin = "".join(text[:40].split())
-    if not begin.startswith(
-        ('[{"role"', '[{"content"', '[{"from"', '[{"value"', "[{'role'", "[{'content'", "[{'from'")
-    ):
-        return text
+    """Messages that a text holds as JSON, or the text."""
     try:
-        return json.loads(text)
+        messages = json.loads(text) if text.lstrip().startswith(("[", "{")) else None
     except ValueError as error:
-        raise ValueError(f"{name!r} begins like chat messages as JSON, but is none: {error}") from error
+        if _LIKE_MESSAGES.match(text):
+            raise ValueError(f"{name!r} begins like chat messages as JSON, but is none: {error}") from error
+        return text
+    entries = messages if isinstance(messages, list) else [messages]
+    return messages if entries and all(map(_is_message, entries)) else text
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    speaks = value.get("role", value.get("from"))
+    return (
+        isinstance(speaks, str)
+        and speaks.lower() in _SPEAKERS
+        and bool({"content", "value", "tool_calls"} & value.keys())
+    )
 
 
 def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
-    if message.get("from") is None or "role" in message:
+    if message.get("from") is None or message.get("role") is not None:
         return message
     speaker = message["from"]
     if speaker not in _ROLES:
@@ -130,7 +149,7 @@ def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
             f"a message of {name!r} is from {speaker!r}; known are {', '.join(_ROLES)}. Messages with 'role' and "
             "'content' may have any role that the chat template knows"
         )
-    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    others = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
     return {"role": _ROLES[speaker], "content": message.get("value"), **others}
 
 
@@ -153,6 +172,8 @@ def with_prompt(row: dict[str, Any], columns: Mapping[str, str | None]) -> dict[
         if columns.get("prompt", "") is not None and not _hold_their_prompt(row):
             _check_nothing_unused(row)
         return {**row, "prompt": None}
+    if _holds_something(row.get("history")):
+        raise ValueError("'history' is given, which no row reads; write the conversation as chat messages in 'prompt'")
     prompt = _instruction(row) if given == ["instruction"] else row[given[0]]
     if isinstance(prompt, list):
         answers = {side: row[side] for side in RESPONSES if isinstance(row[side], str)}
@@ -171,8 +192,6 @@ def _instruction(row: dict[str, Any]) -> str:
         raise ValueError(
             f"'instruction' is {checks.describe(parts[0])}, 'input' {checks.describe(parts[1])}: not texts"
         )
-    if _holds_something(row.get("history")):
-        raise ValueError("'history' is given beside 'instruction'; write the conversation as chat messages in 'prompt'")
     return "\n\n".join(filter(None, parts))
 
 
@@ -180,7 +199,7 @@ def _hold_their_prompt(row: dict[str, Any]) -> bool:
     """Whether the responses are whole conversations."""
     given = [row[side] for side in RESPONSES if row[side]]
     return all(
-        response.startswith(HUMAN_TURN)
+        is_transcript(response)
         if isinstance(response, str)
         else isinstance(response[0], dict) and response[0].get("role") in BEFORE_ANSWERS
         for response in given

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import gzip
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,16 +10,15 @@ from typing import Any
 from datasets import (
     Dataset,
     DatasetDict,
-    Features,
     IterableDataset,
     ReadInstruction,
-    Value,
     concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+from .files import format_of, read_rows
+
 _SPLITS = {  # by the words in the names of files and folders, as `datasets` has them
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -45,10 +41,11 @@ def load_preferences(name: str, split: str = "train", streaming: bool = False) -
         ValueError: there is no such file or split, it can't be read, or there is no such dataset on the hub.
     """
     path = Path(name)
-    splits = _files_of_splits(path) if path.is_dir() else _without_splits(list(map(Path, sorted(glob.glob(name)))))
+    splits = _files_of_splits(path) if path.is_dir() else _without_splits(_files_named(name))
     files = [file for files in splits.values() for file in files]
-    if not files and not path.is_dir() and _format(path) is not None:
-        raise ValueError(f"the dataset file {name} does not exist")
+    if not files and not path.is_dir() and (format_of(path) is not None or path.exists()):
+        found = "is of no format that is read here" if path.exists() else "does not exist"
+        raise ValueError(f"the dataset file {name} {found}")
     if streaming and "[" in split and not path.is_dir():
         raise ValueError(f"streaming is True and the split is {split!r}, but slices are not streamed: leave one out")
     try:
@@ -62,48 +59,59 @@ def load_preferences(name: str, split: str = "train", streaming: bool = False) -
         rows = _slice(saved if isinstance(saved, DatasetDict) else _without_splits(saved), split)
         return rows.to_iterable_dataset() if streaming else rows
     except Exception as error:  # every format raises its own errors; `datasets` gives the reason in the cause
-        reason = next(filter(None, map(_malformed_json, files)), "") or " ".join(str(error.__cause__ or error).split())
+        reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"the dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
+
+
+def _files_named(name: str) -> list[Path]:
+    """The file of that name, or those of a pattern."""
+    if Path(name).is_file():
+        return [Path(name)] if format_of(Path(name)) else []
+    return [file for file in map(Path, sorted(glob.glob(name, recursive=True))) if file.is_file() and format_of(file)]
 
 
 def _files_of_splits(folder: Path) -> dict[str, list[Path]]:
     """The files of preferences in a folder by split; none in a folder of `save_to_disk`, which is read as a whole.
 
     Raises:
-        ValueError: some files belong to a split by their names and others do not.
+        ValueError: a file belongs to several splits by its name, or to none although others do.
     """
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return {}
-    inside = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if _format(file) is not None)
-    files = [file for file in inside if not any(part.startswith((".", "_")) for part in file.parts)]
-    words = {file: set(re.split("[^a-z]+", str(file).lower())) for file in files}
-    splits = {split: [file for file in files if words[file] & names] for split, names in _SPLITS.items()}
-    named = {split: [folder / file for file in of_split] for split, of_split in splits.items() if of_split}
-    strays = set(files).difference(*splits.values())
-    if named and strays:
-        raise ValueError(f"{folder} holds {min(strays)}, which its name gives to no split, unlike other files there")
-    return named or _without_splits([folder / file for file in files])
+    splits: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith((".", "_")) for part in parts)
+        if format_of(file) is not None and not hidden and file.name != "dataset_infos.json":
+            splits.setdefault(_split_of(parts), []).append(file)
+    strays = splits.pop(None, [])
+    if splits and strays:
+        raise ValueError(f"{folder} holds {strays[0]}, which its name gives to no split, unlike other files there")
+    named = {split: splits[split] for split in _SPLITS if split in splits}
+    return named or (_without_splits(strays) if len(strays) == 1 else {"train": strays} if strays else {})
 
 
-def _format(path: Path) -> str | None:
-    """The format of a file by its name; None where it is no name of a file of ours."""
-    return _FORMATS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)
+def _split_of(parts: tuple[str, ...]) -> str | None:
+    """The split that a file's own name says, or else that of the nearest folder whose name says one."""
+    for part in reversed(parts):
+        words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", part)}
+        words |= {word.removesuffix("set").removesuffix("data") for word in words}
+        found = [split for split, names in _SPLITS.items() if words & names]
+        if len(found) > 1:
+            raise ValueError(f"{part} has the names of several splits: {', '.join(found)}")
+        if found:
+            return found[0]
+    return None
 
 
 def _read_files(files: list[Path], *, streaming: bool = False) -> Any:
-    kinds = {_format(file) for file in files}
-    if len(kinds) > 1:
+    formats = {format_of(file) for file in files}
+    if len(formats) > 1:
         raise ValueError(f"the files have different formats: {', '.join(map(str, files))}")
-    options: dict[str, Any] = {}
-    if kinds == {"csv"}:
-        options = {"sep": "\t" if ".tsv" in files[0].name else ",", "keep_default_na": False}
-        options["features"] = Features({column: Value("string") for column in _header(files[0], options["sep"])})
-    return load_dataset(str(*kinds), data_files=list(map(str, files)), split="train", streaming=streaming, **options)
-
-
-def _header(path: Path, separator: str) -> list[str]:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path, newline="") as file:
-        return next(csv.reader(file, delimiter=separator), [])
+    if formats != {"parquet"}:
+        return read_rows(files, streaming=streaming)
+    names = [glob.escape(str(file)) for file in files]  # `datasets` takes them for patterns
+    return load_dataset("parquet", data_files=names, split="train", streaming=streaming)
 
 
 def _without_splits(rows: Any) -> dict[str, Any]:
@@ -128,21 +136,3 @@ def _slice(splits: dict[str, Dataset], wanted: str) -> Dataset:
         raise ValueError(f"there is no split {wanted!r}; it has {', '.join(splits)} ({error})") from None
     chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
-
-
-def _malformed_json(path: Path) -> str:
-    """Where a JSON file is malformed; "" if it isn't, or is another file."""
-    if not path.is_file() or path.suffix == ".gz" or _format(path) != "json":
-        return ""
-    content = path.read_bytes()
-    if not content.strip():
-        return "the file is empty"
-    lines = [content] if content.lstrip().startswith(b"[") else content.split(b"\n")
-    for number, line in enumerate(lines):
-        try:
-            json.loads(line or b"null")
-        except json.JSONDecodeError as error:
-            return f"line {number + error.lineno}, column {error.colno}: {error.msg}"
-        except UnicodeDecodeError as error:
-            return f"line {number + 1}: {error}"
-    return ""

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 from tdpo_ext import checks
 
-_SAID = ("response", "answer", "text", "completion", "output", "messages")  # where an entry holds what was said
+_SAID = (
+    "response",
+    "answer",
+    "text",
+    "completion",
+    "output",
+    "content",
+    "messages",
+)  # where an entry holds what was said
 _SCORES = ("score", "overall_score", "rating", "reward")
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from tdpo_ext import checks
 
 RESPONSES = ("chosen", "rejected")
-HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
+HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"  # of transcripts in the manner of Anthropic's HH
 BEFORE_ANSWERS = ("system", "developer", "user")  # roles that begin a conversation, never a response
-_MEDIA = ("image", "image_url", "video", "audio", "input_audio")
+_TEXT_PARTS = ("text", "input_text", "output_text", "thinking", "reasoning")  # of a message's content
+_SAYS = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 def check_row(row: dict[str, Any]) -> None:
@@ -57,20 +58,25 @@ def _check_message(name: str, message: dict[str, Any]) -> None:
         raise ValueError(f"a message of {name!r} has no 'content': {checks.describe(message)}")
     if isinstance(content, list):
         kinds = [part.get("type") for part in content if isinstance(part, dict)]
-        media = [kind for kind in kinds if kind in _MEDIA]
-        if media:
-            raise ValueError(f"a message of {name!r} holds content of type {media[0]!r}; only text is supported")
+        others = [kind for kind in kinds if kind not in _TEXT_PARTS]
+        if others:
+            raise ValueError(f"a message of {name!r} holds content of type {others[0]!r}; only text is supported")
         if len(kinds) == len(content):
             return
     if content is not None and not isinstance(content, str):
         raise ValueError(f"the 'content' of a message of {name!r} is {checks.describe(content)}; it must be a text")
 
 
+def is_transcript(text: str) -> bool:
+    """Whether a text is a conversation in the manner of Anthropic's HH."""
+    return text.lstrip().startswith(HUMAN_TURN.lstrip())
+
+
 def is_empty(response: Any) -> bool:
     """Whether a response, of any form, says nothing; messages do so without content and calls of tools."""
     if not response or isinstance(response, str) or not isinstance(response[0], dict):
         return not response
-    return not any(value for message in response for key, value in message.items() if key != "role")
+    return not any(message.get(key) for message in response for key in _SAYS)
 
 
 def with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +93,12 @@ def with_own_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if prompt is None:
         return _split(row, _implicit_prompt_length(chosen, rejected))
     if isinstance(chosen, str):
-        return row
+        if is_transcript(prompt) or not all(map(is_transcript, (chosen, rejected))):
+            return row
+        # The prompt's text and whole transcripts.
+        if not all(prompt.strip() in transcript for transcript in (chosen, rejected)):
+            raise ValueError("'chosen' and 'rejected' are whole transcripts, which don't hold the 'prompt'")
+        return _split(row, _implicit_prompt_length(chosen, rejected))
     if isinstance(prompt, str):
         if chosen[0]["role"] not in BEFORE_ANSWERS:
             return {**row, "prompt": [{"role": "user", "content": prompt}]}
@@ -116,8 +127,8 @@ def _split(row: dict[str, Any], length: int) -> dict[str, Any]:
     return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
 
 
-def _said(messages: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    return [(message.get("role"), message.get("content")) for message in messages]
+def _said(messages: list[dict[str, Any]]) -> list[list[Any]]:
+    return [[message.get(key) for key in ("role", *_SAYS)] for message in messages]
 
 
 def shared_prefix_length(first: Sequence, second: Sequence) -> int:
@@ -127,10 +138,10 @@ def shared_prefix_length(first: Sequence, second: Sequence) -> int:
 
 def _implicit_prompt_length(chosen: Any, rejected: Any) -> int:
     """The length, in characters or messages, of the prompt that both responses begin with."""
-    shared = shared_prefix_length(chosen, rejected)
     if not isinstance(chosen, str):
-        return min(shared, len(chosen) - 1, len(rejected) - 1)
-    if chosen.startswith(HUMAN_TURN):  # a transcript: the prompt ends where the assistant's last shared turn begins
+        return min(shared_prefix_length(_said(chosen), _said(rejected)), len(chosen) - 1, len(rejected) - 1)
+    shared = shared_prefix_length(chosen, rejected)
+    if is_transcript(chosen):  # the prompt ends where the assistant's last shared turn begins
         turn = chosen.rfind(ASSISTANT_TURN, 0, shared)
         return 0 if turn < 0 else turn + len(ASSISTANT_TURN)
     if shared < min(len(chosen), len(rejected)):  # not within a word

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from .rows import BEFORE_ANSWERS, shared_prefix_length
 Message = dict[str, Any]
 Span = tuple[int, int]  # begin and end, in characters
 _LEARNED_ROLES = ("assistant", "model")
+_CONTEXT_ROLES = (*BEFORE_ANSWERS, "tool", "function", "ipython", "environment", "observation", "tool_response")
 _MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -25,15 +26,25 @@ class ChatTemplate:
         tokenizer: of the policy.
         options: `tools`, and whatever else the template reads beside messages.
         closing_token: the special token that a text ends with, or None.
+        end_tokens: all such tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     options: dict[str, Any]
     closing_token: Callable[[str], int | None]
+    end_tokens: Collection[int]
 
     def render(self, messages: list[Message], **how: Any) -> Any:
-        """The messages as one text; `how` is what `apply_chat_template` takes."""
-        return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **self.options, **how})
+        """The messages as one text; `how` is what `apply_chat_template` takes.
+
+        Raises:
+            ValueError: the template can't render them.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **self.options, **how})
+        except Exception as error:  # a template may run into any
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the tokenizer's chat template can't render its messages: {reason}") from error
 
     def response_begins(self, text: str, prompt: list[Message], response: list[Message]) -> int:
         """Where in `text`, the rendered conversation, the response begins, in characters.
@@ -41,8 +52,15 @@ class ChatTemplate:
         Raises:
             ValueError: the prompt reads differently in it.
         """
-        begun = bool(prompt) and prompt[-1]["role"] == "assistant"  # then its message stays open
-        begin = self._turn_begins(text, prompt, begun=begun)
+        if not prompt:
+            raise ValueError("it has no prompt: messages of a response need some of a prompt before them")
+        answered = prompt[-1]["role"] == "assistant"
+        if answered and response[0]["role"] in BEFORE_ANSWERS:  # the first turn of the response is another's
+            before = self.render(prompt)
+            if text.startswith(before):
+                return len(before)
+        begun = answered and bool(prompt[-1].get("content")) and not prompt[-1].get("tool_calls")
+        begin = self._turn_begins(text, prompt, begun=begun)  # a message that is begun stays open
         if begin is None or response[0]["role"] in BEFORE_ANSWERS:
             raise ValueError(
                 "the tokenizer's chat template renders the prompt differently when a response follows, so the response "
@@ -67,7 +85,14 @@ class ChatTemplate:
         again = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if marked["input_ids"] != again["input_ids"]:
             raise ValueError("the tokenizer gives other tokens when its chat template's `generation` marks are read")
-        return [span for span, inside in zip(again["offset_mapping"], marked["assistant_masks"]) if inside]
+        spans = zip(again["input_ids"], again["offset_mapping"], marked["assistant_masks"])
+        learned: list[Span] = []
+        for token, span, inside in spans:
+            # A turn's end token is the turn's, though marks may leave it out.
+            ends = bool(learned) and learned[-1][1] == span[0] and token in self.end_tokens
+            if inside or ends:
+                learned.append(span)
+        return learned
 
     def _asking(self, messages: list[Message], *, begun: bool) -> str:
         """The messages and what asks for the assistant's next, or the last of them left open."""
@@ -77,7 +102,7 @@ class ChatTemplate:
         """Where in a conversation the turn behind some of its messages begins; None if they read differently in it."""
         asking = self._asking(before, begun=begun)
         # What a template writes to ask for a turn may differ from what it writes before one, such as `<think>`.
-        plain = asking.rstrip() if begun or not before else self.render(before)
+        plain = asking.rstrip() if begun else self.render(before)
         begin = shared_prefix_length(text, asking)
         return begin if begin >= shared_prefix_length(asking, plain) else None
 
@@ -85,8 +110,13 @@ class ChatTemplate:
         """The assistant's turns, found by rendering the conversation up to each of them."""
         spans = []
         for place, message in enumerate(response):
-            if message["role"] not in _LEARNED_ROLES:
+            if message["role"] in _CONTEXT_ROLES:
                 continue
+            if message["role"] not in _LEARNED_ROLES:
+                raise ValueError(
+                    f"turn {place + 1} of a response has the role {message['role']!r}, and it is not known whether to "
+                    "learn it: name it 'assistant' or 'tool', or learn every turn with learned_turns='all'"
+                )
             before = [*prompt, *response[:place]]
             first = self._turn_begins(text, before) if place else begin
             last = len(text) if place == len(response) - 1 else self._turn_ends(text, first, before, message)
@@ -107,17 +137,26 @@ class ChatTemplate:
         alone = self.render([*before, message])
         if begin is None or alone[:begin] != text[:begin]:
             return None
-        turn = alone[begin:]
-        more = next((place for place in range(len(turn)) if text.startswith(turn[place:], begin)), len(turn))
-        said, turn = _said(message), turn[more:]
-        if more and not (said and said in turn):
+        turn, said = alone[begin:], _said(message)
+        # Where the turn continues as in the conversation; most often at its beginning.
+        more = next((place for place in range(len(turn)) if _continues(text, begin, turn, place)), len(turn))
+        if more and not (said and said in turn[more:]):
             return None
+        turn = turn[more:]
         closed = self.closing_token(turn) is not None
         return begin + len(turn.rstrip() if closed else turn)  # white space behind an end token is nobody's turn
 
 
+def _continues(text: str, begin: int, turn: str, place: int) -> bool:
+    """Whether the text from `begin` on begins with the turn from `place` on."""
+    return text.startswith(turn[place : place + 64], begin) and text.startswith(turn[place:], begin)
+
+
 def _said(message: Message) -> str:
-    """The last text of a message, without its thoughts."""
+    """The last text of a message without its thoughts, or the name of the tool that it calls last."""
+    if message.get("tool_calls"):
+        call = message["tool_calls"][-1]
+        return str(call.get("function", call).get("name", ""))
     content = message.get("content") or ""
     if not isinstance(content, str):
         content = content[-1].get("text") or ""

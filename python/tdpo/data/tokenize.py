@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..files import stream_digest
 from ..options import RowOptions
+from .code import CODE
 from .encode import Encoded, Encoder, IdEncoder
 from .forms import check_columns, column_mapping
 from .rows import RESPONSES
@@ -50,6 +51,7 @@ class RowPairs:
 
     encoder: Encoder
     token_columns: tuple[str, ...]
+    code: str = CODE  # so that tokens that older code made are not taken from the cache of `datasets`
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
@@ -143,7 +145,8 @@ def tokenize_preferences(
     )
     encoded, summary = tokenize_rows(dataset, tokenizer, options, token_columns)
     if summary.dropped:
-        logger.warning("dropped %d of %d rows: %s", summary.dropped.total(), summary.rows, listed(summary.dropped))
+        dropped = summary.dropped.total()
+        logger.warning("dropped %d of %d: %s", dropped, dropped + summary.pairs, listed(summary.dropped))
     return encoded
 
 
@@ -190,6 +193,8 @@ def row_encoder(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, with which responses must end")
+    own = {item.name: getattr(options, item.name) for item in fields(RowOptions)}
+    options = RowOptions(**{**own, "dataset_num_proc": None})  # no others: caches of `datasets` go by what is in here
     columns = column_mapping(options.columns)
     check_columns(columns, list(row))
     names = {*row, *columns} - {ours for ours, theirs in columns.items() if theirs is None}

@@ -75,6 +75,33 @@ def test_marks_of_the_template_decide():
     assert encoded(ROW, tokenizer)["chosen_mask"] == [*row["chosen_mask"], True]  # and the white space at the end
 
 
+@pytest.mark.parametrize(
+    "marked", [MARKED, MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")]
+)
+def test_the_end_of_a_turn_is_learned_though_marks_leave_it_out(marked):
+    tokenizer = byte_level(False)  # its own end token is another
+    tokenizer.chat_template = marked
+    row = encoded(ROW, tokenizer)
+    assert [tokenizer.decode(run) for run in runs(row, "chosen")] == [f"{answer}<|im_end|>" for answer in ANSWERS]
+    assert tokenizer.eos_token_id not in row["chosen_ids"] + row["rejected_ids"]
+
+
+def test_roles_that_are_not_known_are_named(chat_tokenizer):
+    answers = [message("assistant", "a"), message("user", "b"), message("bot", "c")]
+    with pytest.raises(ValueError, match=r"turn 3 of a response has the role 'bot'.*learned_turns='all'"):
+        encoded({**ROW, "chosen": answers}, chat_tokenizer)
+    assert all(encoded({**ROW, "chosen": answers}, chat_tokenizer, learned_turns="all")["chosen_mask"])
+
+
+def test_conversations_that_part_at_a_turn_of_the_user(chat_tokenizer):
+    begin = [QUESTION, message("assistant", "good")]
+    chosen, rejected = ([*begin, message("user", turn), message("assistant", turn * 2)] for turn in ("so", "why"))
+    row = encoded({"chosen": chosen, "rejected": rejected}, chat_tokenizer)
+    assert chat_tokenizer.decode(row["prompt_ids"]) == f"[user]\nwhat is it?{END}[assistant]\ngood{END}"
+    assert [chat_tokenizer.decode(run) for run in runs(row, "chosen")] == ["soso" + END]
+    assert [chat_tokenizer.decode(run) for run in runs(row, "rejected")] == ["whywhy" + END]
+
+
 def test_tools_and_consecutive_turns(chat_tokenizer):
     chosen = [message("assistant", "look"), message("tool", "5"), message("assistant", "five")]
     row = encoded({**ROW, "chosen": chosen}, chat_tokenizer)
@@ -89,6 +116,17 @@ def test_context_at_the_end_is_left_out(turns, chat_tokenizer):
     row = encoded({**ROW, "chosen": [*CHOSEN[:3], *turns]}, chat_tokenizer)
     assert chat_tokenizer.decode(row["chosen_ids"]).endswith(f"[assistant]\ngreat acting{END}")
     assert [chat_tokenizer.decode(run) for run in runs(row, "chosen")] == [ANSWERS[0] + END, ANSWERS[1] + END]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_cut_within_a_leading_turn_of_a_tool_drops_the_row(side, chat_tokenizer, caplog):
+    """Nothing of the assistant is left: an end token alone would teach the model to say nothing."""
+    long = [message("tool", "the film was great " * 9), message("assistant", "so")]
+    row = {**ROW, "chosen": REJECTED, "rejected": [message("assistant", "bad")], side: long}
+    with caplog.at_level("WARNING"):
+        kept = tokenize([row, ROW], chat_tokenizer, max_length=60, max_prompt_length=40)
+    assert kept["dataset_row"] == [1]
+    assert f"1 with a '{side}' response without a turn of the assistant to learn" in caplog.text
 
 
 def test_a_response_without_a_turn_of_the_assistant_is_dropped(chat_tokenizer, caplog):
@@ -110,6 +148,35 @@ def test_transcripts():
     assert tokenizer.decode(row["chosen_ids"]) == " good" + END
     row = encoded({"prompt": "a transcript:", "chosen": chosen, "rejected": " bad"}, tokenizer)
     assert all(row["chosen_mask"])  # no transcript, but a text
+
+
+@pytest.mark.parametrize("start", ["Human: the film?", "\nHuman: the film?", "\n\nHuman: the film?"])
+@pytest.mark.parametrize("prompt", ["none", "the question", "the transcript"])
+def test_other_forms_of_transcripts(prompt, start):
+    tokenizer = make_tokenizer()
+    begin = start + "\n\nAssistant:"
+    row = {"chosen": " good\n\nHuman: really?\n\nAssistant: great", "rejected": " bad"}
+    if prompt == "the transcript":
+        row = {"prompt": begin, **row}
+    else:
+        row = {side: begin + text for side, text in row.items()}
+        row |= {} if prompt == "none" else {"prompt": "the film?"}
+    row = encoded(row, tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == begin
+    assert [tokenizer.decode(run) for run in runs(row, "chosen")] == [" good", " great" + END]
+
+
+def test_transcripts_that_share_nothing_or_say_nothing(caplog):
+    tokenizer = make_tokenizer()
+    texts = {side: f"\n\nHuman: {side}?\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    row = encoded(texts, tokenizer)
+    assert row["prompt_ids"] == []
+    assert [tokenizer.decode(run) for run in runs(row, "chosen")] == [" chosen" + END]
+    with pytest.raises(ValueError, match="whole transcripts, which don't hold the 'prompt'"):
+        encoded({"prompt": "the film?", **texts}, tokenizer)
+    begin = "\n\nHuman: a?\n\nAssistant:"
+    with pytest.raises(ValueError, match="1 with an empty 'chosen' response"):
+        encoded({"chosen": begin + " ", "rejected": begin + " b"}, tokenizer)
 
 
 @pytest.mark.parametrize("transcript", [False, True])
@@ -175,6 +242,21 @@ def test_rows_of_token_ids_may_have_masks(tokenizer):
     assert Sequence.of(kept, "chosen").learned == [2, 5]
     with pytest.raises(ValueError, match="'chosen_mask' has 2 numbers for 4 tokens"):
         tokenize([{**row, "chosen_mask": [1, 0], "rejected_mask": [1, 1]}], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1"])
+def test_calls_of_tools(name):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.chat_template = (TEMPLATES_OF_TRL / f"{name}.jinja").read_text()
+    call = {"type": "function", "function": {"name": "look", "arguments": {"film": "it"}}}
+    calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = {**ROW, "chosen": [calls, message("tool", "5 stars"), message("assistant", "five")]}
+    row = encoded(row, tokenizer, max_length=1200, max_prompt_length=600)
+    called, said = (tokenizer.decode(run) for run in runs(row, "chosen"))
+    assert '"name": "look"' in called
+    assert "five" in said
+    assert "5 stars" not in called + said
 
 
 TEMPLATES_OF_TRL = Path(trl.__file__).parent / "chat_templates"

@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Image, Value
 from tdpo import tokenize_preferences
 from tdpo.data.forms import column_mapping
 
+from helpers.model_families import make_tokenizer
 from helpers.token_rows import END, message, texts, tokenize
 
 ASKED, GREAT, BAD = message("user", "the film?"), message("assistant", "great"), message("assistant", "bad")
@@ -31,6 +32,11 @@ def shared(speaker, text):
         {name: json.dumps(messages, indent=1) for name, messages in ROW.items()},
         {"chosen": json.dumps([ASKED, GREAT]), "rejected": json.dumps([ASKED, BAD])},
         {"chosen": [shared("human", "the film?"), shared("gpt", "great")], "rejected": [ASKED, BAD]},
+        {"chosen": [{**ASKED, "id": 1}, GREAT], "rejected": [{**ASKED, "id": 2}, BAD]},
+        {**ROW, "chosen": json.dumps(GREAT), "rejected": json.dumps(shared("gpt", "bad"))},
+        {**ROW, "chosen": json.dumps([{"id": 5, **GREAT}]), "rejected": json.dumps([BAD], indent=20)},
+        {**ROW, "prompt": [{**shared("human", "the film?"), "role": None, "content": None}]},
+        {**ROW, "chat_template_kwargs": '{"loud": false}', "tools": "[]"},
         {"prompt": "the film?", "chosen": [GREAT], "rejected": [BAD], "source": "a review", "score": 5},
         {**ROW, "images": [], "image": None},
     ],
@@ -70,7 +76,8 @@ def test_columns_under_other_names(columns, tokenizer):
     for given in (row, {name: row[name] for name in ("question", "best", "worst")}):
         kept = tokenize([given], tokenizer, columns=column_mapping(columns))[0]
         assert texts(kept, tokenizer) == ["the film?", " great" + END, " bad" + END]
-    assert texts(tokenize([TEXTS], tokenizer, columns=column_mapping(columns))[0], tokenizer)[0] == "the film?"
+    with pytest.raises(ValueError, match="takes 'prompt' from 'question', which the dataset lacks; it has prompt"):
+        tokenize([TEXTS], tokenizer, columns=column_mapping(columns))
 
 
 def test_names_of_other_forms_are_mapped_too(tokenizer):
@@ -143,6 +150,19 @@ def test_conversations_need_no_other_prompt(chat_tokenizer):
         ({**ROW, "prompt": [shared("bing", "a")]}, "a message of 'prompt' is from 'bing'; known are human"),
         ({**ROW, "chosen": '[{"role": "assistant", "content": "great"'}, "'chosen' begins like chat messages as JSON"),
         ({**ROW, "chosen": str([GREAT])}, "'chosen' begins like chat messages as JSON"),
+        ({**ROW, "chosen": str(GREAT)}, "'chosen' begins like chat messages as JSON"),
+        ({**TEXTS, "tools": [{"name": "a"}]}, "'tools' is given, but this row holds texts"),
+        (
+            {**TEXTS, "chat_template_kwargs": {"loud": True}},
+            "'chat_template_kwargs' is given, but this row holds texts",
+        ),
+        ({**ROW, "chat_template_kwargs": "["}, "'chat_template_kwargs' is no valid JSON"),
+        ({**ROW, "chat_template_kwargs": "[1]"}, "'chat_template_kwargs' is .*; it must be a mapping"),
+        ({**ROW, "chat_template_kwargs": {"add_generation_prompt": True}}, ".* has 'add_generation_prompt', which is set"),
+        ({**TEXTS, "history": [["a", "b"]]}, "'history' is given, which no row reads"),
+        ({"prompt": "a", "chosen": "b", "responses": None}, "it has no 'rejected', and no 'responses'"),
+        ({"prompt": None, "chosen": [GREAT], "rejected": [BAD]}, "it has no prompt: messages of a response need some"),
+        ({**ROW, "prompt": [message("user", [{"type": "file", "text": "a"}])]}, ".* content of type 'file'; only text"),
         ({**ROW, "images": ["a.png"]}, "'images' holds media; only text"),
         ({**ROW, "video": "a.mp4"}, "'video' holds media; only text"),
     ],
@@ -150,6 +170,35 @@ def test_conversations_need_no_other_prompt(chat_tokenizer):
 def test_contradictions_are_named(row, error, chat_tokenizer):
     with pytest.raises(ValueError, match="row 0 of the dataset: " + error):
         tokenize([row], chat_tokenizer)
+
+
+def test_an_instruction_that_is_mapped_would_lose_its_input(tokenizer):
+    row = {"instruction": "Sum up.", "input": "the film", "chosen": " a", "rejected": " b"}
+    with pytest.raises(ValueError, match="so 'input' would be lost"):
+        tokenize([row], tokenizer, columns={"prompt": "instruction"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"role": "engineer", "content": "Ann"}]', '{"name": "Ann"}', "[1, 2]", "{not JSON", '["a", {"role": "user"}]'],
+)
+def test_texts_that_are_no_messages_stay_texts(text, tokenizer):
+    row = {"prompt": "List the staff: ", "chosen": text, "rejected": " nobody"}
+    assert texts(tokenize([row], tokenizer)[0], tokenizer)[1] == text + END
+
+
+def test_what_a_template_runs_into_names_the_row(tokenizer):
+    failing = make_tokenizer()
+    failing.chat_template = "{{ messages[0].content + 5 }}"
+    with pytest.raises(
+        ValueError, match="row 0 of the dataset: the tokenizer's chat template can't render its messages"
+    ):
+        tokenize([ROW], failing)
+
+
+def test_rows_of_token_ids_have_one_pair(tokenizer):
+    row = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], "responses": ["a", "b"], "scores": [1, 2]}
+    assert len(tokenize([row], tokenizer, pairing="all")) == 1
 
 
 def test_the_advice_about_two_prompts_works(tokenizer):

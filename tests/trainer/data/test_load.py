@@ -144,7 +144,7 @@ def test_folders_of_files(names, tmp_path):
 def test_files_of_a_folder_that_belong_to_no_split_are_named(tmp_path):
     for name in ("train.jsonl", "more.jsonl"):
         Dataset.from_list(ROWS).to_json(str(tmp_path / name))
-    with pytest.raises(ValueError, match=r"holds more\.jsonl, which its name gives to no split"):
+    with pytest.raises(ValueError, match=r"more\.jsonl, which its name gives to no split"):
         load_preferences(str(tmp_path))
 
 

@@ -140,7 +140,9 @@ def test_rows_that_can_not_be_read_are_named(tmp_path, tokenizer):
 
 def test_a_first_row_that_can_not_be_read_is_named(tmp_path, tokenizer):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "cho')
-    with pytest.raises(ValueError, match=r"^the dataset could not be read on behind 0 rows: .*JSON parse error"):
+    with pytest.raises(
+        ValueError, match=r"^the dataset could not be read on behind 0 rows: line 1, column 17: Unterminated"
+    ):
         tokenize_stream(load_preferences(str(tmp_path / "data.jsonl"), streaming=True), tokenizer, LIMITS)
 
 
