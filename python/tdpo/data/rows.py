@@ -132,6 +132,8 @@ def _said(messages: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 def shared_prefix_length(first: Sequence, second: Sequence) -> int:
+    if first[: len(second)] == second:  # at once, as most often
+        return len(second)
     different = (place for place, (a, b) in enumerate(zip(first, second)) if a != b)
     return next(different, min(len(first), len(second)))
 
