@@ -21,7 +21,6 @@ from tdpo_ext.losses import Objective
 from .audit import Audit, AuditPassed, AuditReport, audited, examples_to_audit, state_kept
 from .config import TDPOConfig
 from .data.collator import PreferenceCollator
-from .data.prepare import Tokenization
 from .data.stream import PreferenceStream
 from .data.tokenize import padding_token
 from .files import check_manifest
@@ -44,6 +43,7 @@ from .runs.record import RunRecord
 from .runs.resume import ResumePoint, resume_point
 from .runs.samples import refuses_samples, show_samples
 from .runs.stopping import StopAfterStep
+from .tokenization import Tokenization
 
 
 class TDPOTrainer(WholeAdapters):

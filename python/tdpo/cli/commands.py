@@ -14,7 +14,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import TDPOConfig
 from ..data.load import load_preferences
-from ..data.prepare import Tokenization
 from ..data.show import View, data_text, legend_text
 from ..data.stream import check_stream_options
 from ..data.tokenize import padding_token, tokenize_rows
@@ -35,6 +34,7 @@ from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
 from ..runs.resume import finished_steps
+from ..tokenization import Tokenization
 from ..trainer import TDPOTrainer
 from .parse import Options
 

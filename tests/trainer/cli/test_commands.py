@@ -74,7 +74,7 @@ def test_processes_tokenize_for_a_cache_too(home, tmp_path, monkeypatch):
         alone.dataset_num_proc = None
         return tokenize_rows(dataset, tokenizer, alone, token_columns)
 
-    monkeypatch.setattr("tdpo.data.prepare.tokenize_rows", record)
+    monkeypatch.setattr("tdpo.tokenization.tokenize_rows", record)
     options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--eval_split", "train"]
     assert main(["cache-reference", *options, "--dataset_num_proc", "3"]) == 0
     assert asked == [3, 3]

@@ -158,7 +158,10 @@ def test_conversations_need_no_other_prompt(chat_tokenizer):
         ),
         ({**ROW, "chat_template_kwargs": "["}, "'chat_template_kwargs' is no valid JSON"),
         ({**ROW, "chat_template_kwargs": "[1]"}, "'chat_template_kwargs' is .*; it must be a mapping"),
-        ({**ROW, "chat_template_kwargs": {"add_generation_prompt": True}}, ".* has 'add_generation_prompt', which is set"),
+        (
+            {**ROW, "chat_template_kwargs": {"add_generation_prompt": True}},
+            ".* has 'add_generation_prompt', which is set",
+        ),
         ({**TEXTS, "history": [["a", "b"]]}, "'history' is given, which no row reads"),
         ({"prompt": "a", "chosen": "b", "responses": None}, "it has no 'rejected', and no 'responses'"),
         ({"prompt": None, "chosen": [GREAT], "rejected": [BAD]}, "it has no prompt: messages of a response need some"),

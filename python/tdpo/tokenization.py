@@ -10,10 +10,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..config import TDPOConfig
-from ..models.sizes import check_pair, check_token_ids
-from .stream import PreferenceStream, Training, is_stream, tokenize_stream
-from .tokenize import tokenize_rows
+from .config import TDPOConfig
+from .data.stream import PreferenceStream, Training, is_stream, tokenize_stream
+from .data.tokenize import tokenize_rows
+from .models.sizes import check_pair, check_token_ids
 
 
 @dataclass(frozen=True)
