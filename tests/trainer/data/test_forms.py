@@ -160,7 +160,7 @@ def test_conversations_need_no_other_prompt(chat_tokenizer):
         ({**ROW, "chat_template_kwargs": "[1]"}, "'chat_template_kwargs' is .*; it must be a mapping"),
         (
             {**ROW, "chat_template_kwargs": {"add_generation_prompt": True}},
-            ".* has 'add_generation_prompt', which is set",
+            ".* has 'add_generation_prompt'",
         ),
         ({**TEXTS, "history": [["a", "b"]]}, "'history' is given, which no row reads"),
         ({"prompt": "a", "chosen": "b", "responses": None}, "it has no 'rejected', and no 'responses'"),
