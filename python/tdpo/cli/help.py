@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -16,9 +17,9 @@ def usage(command: str) -> str:
     return f"tdpo {command} [config.yaml] [--OPTION VALUE ...]"
 
 
-def print_help(command: str, description: str, *, everything: bool) -> None:
+def print_help(command: str, description: str, data_options: type[DataOptions], *, everything: bool) -> None:
     """Prints our options, then the most used of transformers', or `everything` that transformers takes."""
-    groups: dict[str, type] = {"Models": ModelOptions, "Data": DataOptions, "TDPO and the run": TDPOOptions}
+    groups: dict[str, type] = {"Models": ModelOptions, "Data": data_options, "TDPO and the run": TDPOOptions}
     end = ""
     if everything:
         from transformers import TrainingArguments
@@ -27,18 +28,31 @@ def print_help(command: str, description: str, *, everything: bool) -> None:
     else:
         groups["Often set, of transformers.TrainingArguments"] = CommonOptions
         end = f"`tdpo {command} --help-all` lists every option of transformers.TrainingArguments too."
+    ours = {field.name for field in fields(TDPOOptions)}
+    print_options(
+        usage(command),
+        f"{description} Options are flags, or keys of a YAML file; flags override the file.",
+        end,
+        {
+            title: [field for field in fields(options) if options is TDPOOptions or field.name not in ours]
+            for title, options in groups.items()
+        },
+    )
+
+
+def print_options(usage: str, description: str, end: str, groups: Mapping[str, Sequence[Field]]) -> None:
+    """Prints a help page: groups of options by their titles."""
     parser = argparse.ArgumentParser(
-        usage=usage(command),
-        description=f"{description} Options are flags, or keys of a YAML file; flags override the file.",
+        usage=usage,
+        description=description,
         epilog=end,
         formatter_class=functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32, width=118),
         add_help=False,
     )
-    ours = {field.name for field in fields(TDPOOptions)}
     for title, options in groups.items():
         group = parser.add_argument_group(title)
-        for field in fields(options):
-            if field.init and (options is TDPOOptions or field.name not in ours):
+        for field in options:
+            if field.init:
                 _add(group, field)
     parser.print_help()
 

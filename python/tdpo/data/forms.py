@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tdpo_ext import checks
-
+from ..plain import checks
 from .rows import BEFORE_ANSWERS, HUMAN_TURN, RESPONSES
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")

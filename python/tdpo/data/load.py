@@ -21,7 +21,8 @@ from datasets import (
     load_from_disk,
 )
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+from .formats import format_of
+
 _SPLITS = {  # by the words in the names of files and folders, as `datasets` has them
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -45,7 +46,7 @@ def load_preferences(name: str, split: str = "train") -> Dataset:
     path = Path(name)
     splits = _files_of_splits(path) if path.is_dir() else _without_splits(list(map(Path, sorted(glob.glob(name)))))
     files = [file for files in splits.values() for file in files]
-    if not files and not path.is_dir() and _format(path) is not None:
+    if not files and not path.is_dir() and format_of(path) is not None:
         raise ValueError(f"the dataset file {name} does not exist")
     try:
         if files:
@@ -67,7 +68,7 @@ def _files_of_splits(folder: Path) -> dict[str, list[Path]]:
     """
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return {}
-    inside = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if _format(file) is not None)
+    inside = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if format_of(file) is not None)
     files = [file for file in inside if not any(part.startswith((".", "_")) for part in file.parts)]
     words = {file: set(re.split("[^a-z]+", str(file).lower())) for file in files}
     splits = {split: [file for file in files if words[file] & names] for split, names in _SPLITS.items()}
@@ -78,13 +79,8 @@ def _files_of_splits(folder: Path) -> dict[str, list[Path]]:
     return named or _without_splits([folder / file for file in files])
 
 
-def _format(path: Path) -> str | None:
-    """The format of a file by its name; None where it is no name of a file of ours."""
-    return _FORMATS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)
-
-
 def _read_files(files: list[Path]) -> Dataset:
-    kinds = {_format(file) for file in files}
+    kinds = {format_of(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"the files have different formats: {', '.join(map(str, files))}")
     options: dict[str, Any] = {}
@@ -119,7 +115,7 @@ def _slice(splits: dict[str, Dataset], wanted: str) -> Dataset:
 
 def _malformed_json(path: Path) -> str:
     """Where a JSON file is malformed; "" if it isn't, or is another file."""
-    if not path.is_file() or path.suffix == ".gz" or _format(path) != "json":
+    if not path.is_file() or path.suffix == ".gz" or format_of(path) != "json":
         return ""
     content = path.read_bytes()
     if not content.strip():
