@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import re
 import typing
 from collections.abc import Iterable, Iterator
@@ -63,6 +64,7 @@ def _of_class(options: Any) -> Iterator[Known]:
             yield _known(item.name, hints[item.name], default, item.metadata)
 
 
+@functools.cache
 def _of_training_arguments() -> list[Known]:
     try:
         found = list(_read_training_arguments())

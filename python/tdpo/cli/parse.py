@@ -41,12 +41,14 @@ class Given:
         models, data: as in `Options`.
         training: what was given of a TDPOConfig's options.
         defaults: of all of them.
+        places: what errors say before an option that a file gave: the file.
     """
 
     models: ModelOptions
     data: DataOptions
     training: dict[str, Any]
     defaults: dict[str, Any]
+    places: dict[str, str]
 
     def value(self, name: str) -> Any:
         """The value of an option of the training."""
@@ -63,7 +65,8 @@ class Given:
         for item in fields(TDPOConfig):
             value, choices = self.training.get(item.name), item.metadata.get("choices")
             if choices and value is not None and value not in choices:  # the list of which may be computed there
-                raise ValueError(f"{item.name} is {value!r}; allowed are {', '.join(choices)}")
+                place = self.places.get(item.name, "")
+                raise ValueError(f"{place}{item.name} is {value!r}; allowed are {', '.join(choices)}")
         return Options(self.models, self.data, TDPOConfig(**self.training))
 
 
@@ -107,6 +110,7 @@ def read_options(
         of_file = _values_of_file(Path(path), known)
     flags = read_flags(command, arguments, known)
     values = of_file | flags
+    places = {name: f"{path}: " for name in of_file.keys() - flags.keys()}
     if not needs_device:
         values |= _NO_DEVICE
     models, data = ({item.name for item in fields(options)} for options in (ModelOptions, data_options))
@@ -115,14 +119,13 @@ def read_options(
     try:
         check_options(SimpleNamespace(**{**defaults, **training}))
     except (TypeError, ValueError) as error:
-        name = str(error).partition(" ")[0]
-        place = f"{path}: " if name in of_file.keys() - flags.keys() else ""
-        raise ValueError(f"{place}{error}") from error
+        raise ValueError(f"{places.get(str(error).partition(' ')[0], '')}{error}") from error
     return Given(
         ModelOptions(**{name: values[name] for name in models & values.keys()}),
         data_options(**{name: values[name] for name in data & values.keys()}),
         training,
         defaults,
+        places,
     )
 
 
