@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .extras import missing_extra
+from .extras import require_extra
 from .version import package_version
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
@@ -42,10 +42,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = package_version()
     elif name in _DEFINED_IN:
-        try:
-            value = getattr(import_module(f".{_DEFINED_IN[name]}", __name__), name)
-        except ModuleNotFoundError as error:
-            raise missing_extra(error) or error from error
+        require_extra("train")
+        value = getattr(import_module(f".{_DEFINED_IN[name]}", __name__), name)
     else:
         raise AttributeError(f"module 'tdpo' has no attribute {name!r}")
     setattr(sys.modules[__name__], name, value)
