@@ -14,11 +14,17 @@ _FLOAT = "tag:yaml.org,2002:float"
 
 
 class Line(NamedTuple):
-    """An option of a file: its value as YAML has it, and as it is written, where it is no list and no mapping."""
+    """An option of a file.
+
+    Attributes:
+        name: its name.
+        value: what YAML makes of it.
+        written: as it is written; of a list, its items as they are written; None for a mapping.
+    """
 
     name: str
     value: Any
-    text: str | None
+    written: str | list[Any] | None
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,17 +63,12 @@ def _lines(path: Path, content: bytes) -> Iterator[Line]:
     loader.flatten_mapping(root)
     lines = {}  # of options that come from an anchor too, what the file itself says is last
     for key, node in root.value:
-        written = node.value if isinstance(node, yaml.ScalarNode) else None
-        value: Any = loader.construct_object(node, deep=True)
-        if isinstance(node, yaml.SequenceNode):
-            value = _texts(node, value)
-        lines[str(key.value)] = Line(str(key.value), value, written)
+        value = loader.construct_object(node, deep=True)
+        lines[str(key.value)] = Line(str(key.value), value, _written(node, value))
     yield from (line for line in lines.values() if line.value is not None)
 
 
-def _texts(node: yaml.SequenceNode, values: list[Any]) -> list[Any]:
-    """The items of a list, with texts as they are written."""
-    return [
-        item.value if isinstance(item, yaml.ScalarNode) and value is not None else value
-        for item, value in zip(node.value, values)
-    ]
+def _written(node: yaml.Node, value: Any) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_written(item, inner) for item, inner in zip(node.value, value)]
+    return node.value if isinstance(node, yaml.ScalarNode) and value is not None else None

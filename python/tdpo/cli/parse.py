@@ -184,5 +184,5 @@ def _values_of_file(path: Path, known: dict[str, Known]) -> dict[str, Any]:
         option, place = known[line.name], f"{path}: {line.name}"
         if not option.kinds:
             raise refusal(option, place, str(line.value))
-        values[line.name] = value_of_yaml(option, place, line.value, line.text)
+        values[line.name] = value_of_yaml(option, place, line.value, line.written)
     return values

@@ -42,19 +42,21 @@ def value_of_text(option: Known, place: str, text: str) -> Any:
     return text
 
 
-def value_of_yaml(option: Known, place: str, value: Any, text: str | None) -> Any:
+def value_of_yaml(option: Known, place: str, value: Any, written: str | list[Any] | None) -> Any:
     """The value of a line of a file.
 
     Args:
         value: what YAML makes of it.
-        text: the line as it is written, where it is no list and no mapping: YAML makes a boolean of `no`, a number of
-            `1_000` and a date of `2024-01-01`, all of which may be names.
+        written: as it is written, or as the items of a list are: YAML makes a boolean of `no`, a number of `1_000` and
+            a date of `2024-01-01`, all of which may be names. None for a mapping.
 
     Raises:
         ValueError: as in `value_of_text`.
     """
-    if text is None:
-        return _value_of_collection(option, place, value)
+    if isinstance(written, list):
+        return _value_of_list(option, place, value, written)
+    if written is None:
+        return _value_of_mapping(option, place, value)
     if type(value) in option.kinds:
         return value_of_text(option, place, value) if isinstance(value, str) else value
     if isinstance(value, int) and not isinstance(value, bool) and float in option.kinds:
@@ -63,20 +65,26 @@ def value_of_yaml(option: Known, place: str, value: Any, text: str | None) -> An
         return "no"
     if value is False and option.name == "report_to":
         return "none"
-    return value_of_text(option, place, text)
+    return value_of_text(option, place, written)
 
 
-def _value_of_collection(option: Known, place: str, value: Any) -> Any:
-    if type(value) in option.kinds:
-        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{place} is {value!r}; a list of texts is needed")
+def _value_of_list(option: Known, place: str, value: list[Any], written: list[Any]) -> list[str]:
+    if list not in option.kinds:
+        raise ValueError(f"{place} is {value!r}, a list, which it does not take; {_taken(option)}")
+    if not all(isinstance(item, str) for item in written):
+        raise ValueError(f"{place} is {value!r}; a list of texts is needed")
+    return written
+
+
+def _value_of_mapping(option: Known, place: str, value: dict[Any, Any]) -> Any:
+    if dict in option.kinds:
         return value
-    if isinstance(value, dict) and option.name == "optim_args":  # transformers takes it as `name=value,name=value`
-        if any(isinstance(item, (list, dict)) or set(f"{name}{item}") & set(",= ") for name, item in value.items()):
-            raise ValueError(f"{place} is {value!r}; names and plain values are needed, without commas, = and spaces")
-        return ",".join(f"{name}={item}" for name, item in value.items())
-    what = "a list" if isinstance(value, list) else "a mapping"
-    raise ValueError(f"{place} is {value!r}, {what}, which it does not take; {_taken(option)}")
+    if option.name != "optim_args":
+        raise ValueError(f"{place} is {value!r}, a mapping, which it does not take; {_taken(option)}")
+    # transformers takes it as `name=value,name=value`
+    if any(isinstance(item, (list, dict)) or set(f"{name}{item}") & set(",= ") for name, item in value.items()):
+        raise ValueError(f"{place} is {value!r}; names and plain values are needed, without commas, = and spaces")
+    return ",".join(f"{name}={item}" for name, item in value.items())
 
 
 def refusal(option: Known, place: str, text: str) -> ValueError:

@@ -281,7 +281,7 @@ def test_values_of_a_file_keep_their_types(tmp_path):
     ("line", "said"),
     [
         ("beta: [0.1]", "config.yaml: beta is [0.1], a list, which it does not take"),
-        ("seed: {a: 1}", "config.yaml: seed is {'a': 1}, a dict, which it does not take"),
+        ("seed: {a: 1}", "config.yaml: seed is {'a': 1}, a mapping, which it does not take"),
         ("dataset: [a, b]", "config.yaml: dataset is ['a', 'b'], a list"),
         ("save_strategy: never", "config.yaml: save_strategy is 'never'; allowed are no, steps, epoch, best"),
         ("optim: true", "config.yaml: optim is 'true'; allowed are adamw_torch, "),
