@@ -40,8 +40,10 @@ def print_help(command: str, description: str, data_options: type[DataOptions], 
     )
 
 
-def print_options(usage: str, description: str, end: str, groups: Mapping[str, Sequence[Field]]) -> None:
-    """Prints a help page: groups of options by their titles."""
+def print_options(
+    usage: str, description: str, end: str, groups: Mapping[str, Sequence[Field]], *, hyphens: bool = False
+) -> None:
+    """Prints a help page: groups of options by their titles, with `hyphens` or underscores in their names."""
     parser = argparse.ArgumentParser(
         usage=usage,
         description=description,
@@ -53,13 +55,13 @@ def print_options(usage: str, description: str, end: str, groups: Mapping[str, S
         group = parser.add_argument_group(title)
         for field in options:
             if field.init:
-                _add(group, field)
+                _add(group, field, field.name.replace("_", "-") if hyphens else field.name)
     parser.print_help()
 
 
-def _add(group: Any, field: Field) -> None:
+def _add(group: Any, field: Field, name: str) -> None:
     text = str(field.metadata.get("help", "")).replace("%", "%%")
     default = getattr(field.default, "value", field.default)  # an enumeration's member has a value
     if default in (None, "", MISSING) or "(default" in text:
         default = argparse.SUPPRESS
-    group.add_argument(f"--{field.name}", metavar="", default=default, help=text)
+    group.add_argument(f"--{name}", metavar="", default=default, help=text)

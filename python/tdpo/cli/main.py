@@ -44,6 +44,7 @@ def _demo(arguments: list[str]) -> None:
             "same start. Interrupted, it resumes from the last finished stage or checkpoint when run again.",
             f"With --model scratch the defaults are {', '.join(f'{k} {v}' for k, v in SCRATCH.items())}.",
             {"Settings": fields(DemoSettings)},
+            hyphens=True,
         )
         raise SystemExit(0)
     given = read_flags("demo", arguments, of_class(DemoSettings))
