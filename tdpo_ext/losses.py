@@ -12,30 +12,13 @@ from torch import Tensor
 
 from . import checks
 from .divergence import TokenDivergence
+from .plain_checks import check_beta as check_beta
+from .plain_checks import check_label_smoothing as check_label_smoothing
+from .plain_checks import check_tdpo_options as check_tdpo_options
 
 Objective = Callable[..., Tensor]
 """objective(chosen, rejected) -> (pairs,): a loss per pair, each pair treated alone. Both sides are TokenDivergence of
 per-sequence sums or, where the objective is decorated with `per_token`, TokenRows."""
-
-VARIANTS = ("tdpo1", "tdpo2")
-
-
-def check_beta(beta: float) -> None:
-    """Raises TypeError or ValueError unless beta is a positive, finite number."""
-    checks.real("beta", beta, above=0)
-
-
-def check_tdpo_options(beta: float, alpha: float, variant: str) -> None:
-    """Raises TypeError or ValueError naming the option that is of the wrong type or out of range."""
-    check_beta(beta)
-    checks.real("alpha", alpha, least=0)
-    checks.choice("variant", variant, VARIANTS)
-
-
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Raises TypeError or ValueError unless it is a probability below 1/2."""
-    if not checks.real("label_smoothing", label_smoothing, least=0) < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
 
 
 def _check_sides(chosen: TokenDivergence, rejected: TokenDivergence) -> None:

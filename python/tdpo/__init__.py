@@ -4,6 +4,9 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .extras import require_extra
+from .version import package_version
+
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from .config import TDPOConfig as TDPOConfig
     from .data.collator import PreferenceCollator as PreferenceCollator
@@ -15,6 +18,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .reference.cache import ReferenceCache as ReferenceCache
     from .reference.cache import cache_reference as cache_reference
     from .trainer import TDPOTrainer as TDPOTrainer
+
+    __version__: str
 
 _DEFINED_IN = {
     "CausalLM": "models.causal_lm",
@@ -34,8 +39,12 @@ __all__ = sorted(_DEFINED_IN)
 
 def __getattr__(name: str) -> Any:
     """Imports a public name on first use: the command line sets environment variables before torch is loaded."""
-    if name not in _DEFINED_IN:
+    if name == "__version__":
+        value: Any = package_version()
+    elif name in _DEFINED_IN:
+        require_extra("train")
+        value = getattr(import_module(f".{_DEFINED_IN[name]}", __name__), name)
+    else:
         raise AttributeError(f"module 'tdpo' has no attribute {name!r}")
-    value = getattr(import_module(f".{_DEFINED_IN[name]}", __name__), name)
     setattr(sys.modules[__name__], name, value)
     return value

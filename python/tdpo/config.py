@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, fields, replace
-from os import PathLike
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -13,11 +12,9 @@ from tdpo_ext import checks
 from tdpo_ext.losses import Objective
 
 from .data.forms import column_mapping
-from .loss.objectives import OBJECTIVES, TrainedObjective, check_objective_options
+from .loss.objectives import OBJECTIVES, TrainedObjective
+from .option_checks import check_options
 from .options import TDPOOptions
-
-# Options of transformers that need logits, which this loss never forms, and the values that leave them unused.
-_NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
 
 
 @dataclass
@@ -31,23 +28,8 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
     output_dir: str = "trainer_output"  # transformers' default, never None here
 
     def __post_init__(self) -> None:
-        types = get_type_hints(TDPOOptions)
-        for item in fields(TDPOOptions):
-            _check(item, types[item.name], getattr(self, item.name))
-        check_objective_options(self)
-        if self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length is {self.max_prompt_length}; it must be below max_length, {self.max_length}"
-            )
+        check_options(self)
         self.columns = column_mapping(self.columns) or None
-        columns = self.token_columns
-        if columns is not None and not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
-            raise TypeError(f"token_columns is {columns!r}; a list of names is needed")
-        if not isinstance(self.reference_cache, (str, PathLike, type(None))):
-            raise TypeError(f"reference_cache is {self.reference_cache!r}; the path of a folder is needed")
-        for name, unused in _NO_MEANING.items():
-            if getattr(self, name) != unused:
-                raise ValueError(f"{name} is {getattr(self, name)}; it has no meaning for this loss: leave it unset")
         super().__post_init__()
         loading: Any = self.accelerator_config
         if loading.dispatch_batches:
@@ -74,16 +56,3 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
             kl_direction=self.kl_direction or named.kl_direction,
             token_columns=tuple(dict.fromkeys([*named.columns, *columns])),
         )
-
-
-def _check(item: Field, kind: Any, value: Any) -> None:
-    """Checks an option's value against its type and its metadata (see `options.option`)."""
-    choices, least = item.metadata.get("choices"), item.metadata["help"].least
-    if value is None and item.default is None:
-        return
-    if choices is not None:
-        checks.choice(item.name, value, choices)
-    if kind is bool and not isinstance(value, bool):
-        raise TypeError(f"{item.name} is {value!r}; True or False is needed")
-    if least is not None:
-        (checks.integer if kind in (int, int | None) else checks.real)(item.name, value, least=least)

@@ -45,16 +45,27 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+# The losses by name (`tdpo.loss.objectives`), each with the numbers of ObjectiveOptions that it uses.
+USED_BY: dict[str, tuple[str, ...]] = {
+    "tdpo2": ("beta", "alpha"),
+    "tdpo1": ("beta",),
+    "dpo": ("beta", "label_smoothing"),
+    "ipo": ("beta",),
+    "simpo": ("beta", "simpo_gamma"),
+    "tis_dpo": ("beta", "alpha"),
+}
+
+
 @dataclass
 class ObjectiveOptions:
-    """A loss by name, and the numbers in the formulas; each loss uses some of them (`tdpo.loss.objectives`)."""
+    """A loss by name, and the numbers in the formulas; each loss uses some of them (`USED_BY`)."""
 
     variant: str = option(
         "tdpo2",
         "Loss: tdpo2, tdpo1, dpo, ipo, simpo or tis_dpo.",
         identity=True,
         card="always",
-        choices=("tdpo2", "tdpo1", "dpo", "ipo", "simpo", "tis_dpo"),
+        choices=tuple(USED_BY),
     )
     beta: float = option(0.1, "Strength of the KL constraint, > 0.", identity=True, card="always")
     alpha: float = option(0.5, "Weight of the KL difference in tdpo2 and tis_dpo, >= 0.", identity=True, card="always")
@@ -198,13 +209,14 @@ class ModelOptions:
         "auto",
         "Precision of the weights: auto (float32, or the checkpoint's where adapters are trained), float32, bfloat16 "
         "or float16.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     attn_implementation: str | None = option(None, "Attention of the model: eager, sdpa, flash_attention_2, ...")
     tp_plan: str | None = option(None, "Split every layer over the processes: auto, by transformers' plan for it.")
     trust_remote_code: bool = option(False, "Allow models whose code comes with the checkpoint.")
-    lora_r: int = option(0, "Rank of LoRA adapters; 0 trains the whole policy.")
-    lora_alpha: int = option(16, "Scale of the adapters: their product is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout before the adapters.")
+    lora_r: int = option(0, "Rank of LoRA adapters; 0 trains the whole policy.", least=0)
+    lora_alpha: int = option(16, "Scale of the adapters: their product is multiplied by lora_alpha / lora_r.", least=1)
+    lora_dropout: float = option(0.0, "Dropout before the adapters, in [0, 1).", least=0)
     lora_target_modules: list[str] | None = option(  # noqa: RUF009
         None, "Layers that get adapters (default: all linear layers but the head)."
     )

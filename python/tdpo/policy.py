@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from .config import TDPOConfig
 from .data.stream import check_stream_options, is_stream
 from .models.adapters import has_adapters
 from .models.checks import check_models, check_policy
+from .models.names import check_output_dir as check_output_dir
 from .models.noise import disable_dropout
 from .precision import autocast, check_attention
 
@@ -91,22 +91,6 @@ def prepare_policy(
     if args.disable_dropout:
         disable_dropout(model)
     return model
-
-
-def check_output_dir(output_dir: str | Path, folders: dict[str, Any]) -> None:
-    """Refuses to train into a folder that a model was read from.
-
-    Args:
-        folders: of the models, or hub names, by the names of the arguments.
-
-    Raises:
-        ValueError: its checkpoints would overwrite the model, which the reference and a resumed run start from.
-    """
-    for name, folder in folders.items():
-        if folder and Path(folder).is_dir() and Path(folder).resolve() == Path(output_dir).resolve():
-            raise ValueError(
-                f"output_dir is {output_dir}, the folder of {name}, which training would overwrite: give another one"
-            )
 
 
 def learning_rate(args: TDPOConfig, policy: nn.Module) -> float:

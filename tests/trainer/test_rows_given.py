@@ -108,5 +108,5 @@ def test_what_becomes_of_rows_is_told(tmp_path, capsys):
     data = {"train_dataset": Dataset.from_list(rows), "eval_dataset": {"held out": make_preferences(2)}}
     make_trainer(tmp_path, **data, max_prompt_length=30)
     said = capsys.readouterr().err
-    assert "train_dataset: 3 pairs of 4 rows; dropped 1: 1 with equal responses; tokens: prompts " in said
-    assert "eval_dataset['held out']: 2 pairs of 2 rows; tokens: prompts " in said
+    assert "train_dataset: 3 pairs of 4 rows; dropped 1: 1 with equal responses; tokens: prompt " in said
+    assert "eval_dataset['held out']: 2 pairs of 2 rows; tokens: prompt " in said

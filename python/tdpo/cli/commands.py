@@ -27,9 +27,9 @@ from ..models.loading import (
     merges_adapters,
     trains_adapters,
 )
+from ..models.names import check_merging, check_output_dir
 from ..models.sizes import embedded_ids
 from ..options import DataOptions, ModelOptions, ShowOptions, require
-from ..policy import check_output_dir
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
@@ -86,8 +86,7 @@ def train(options: Options) -> None:
     models, data, args = options
     require(models, "model")
     check_output_dir(args.output_dir, {"model": models.model, "ref_model": models.ref_model})
-    if models.merge_adapters and not trains_adapters(models):
-        raise ValueError("merge_adapters is True, but there are no adapters to merge; set lora_r too")
+    check_merging(models, trains_adapters=trains_adapters(models))
     if models.merge_adapters and is_deepspeed_zero3_enabled():
         raise ValueError("merge_adapters is True, but ZeRO-3 partitions every model that is loaded: merge afterwards")
     out = Path(args.output_dir)
@@ -132,10 +131,9 @@ def _checkpoint_wanted(args: TDPOConfig, interrupted: bool) -> str | bool:
     Raises:
         ValueError: none is wanted, but output_dir holds some, which the run would overwrite.
     """
-    given = args.resume_from_checkpoint
-    if given is None:
+    wanted: Any = args.resume_from_checkpoint
+    if wanted is None:
         return interrupted
-    wanted = {"true": True, "false": False}.get(given.lower(), given)
     if wanted is False and interrupted:
         raise ValueError(f"resume_from_checkpoint is false, but output_dir, {args.output_dir}, holds checkpoints")
     return wanted

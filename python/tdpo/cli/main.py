@@ -6,7 +6,12 @@ import argparse
 import os
 import signal
 import sys
+from dataclasses import fields
 from typing import Any
+
+from ..extras import MissingExtra, missing_extra
+from ..version import package_version
+from .values import nearest
 
 _COMMANDS = {
     "train": "train a policy on preference pairs",
@@ -30,21 +35,25 @@ _DESCRIPTIONS = {
 
 
 def _demo(arguments: list[str]) -> None:
-    from transformers.hf_argparser import DataClassType, HfArgumentParser
-
     from ..demo.settings import FROM_SCRATCH, SCRATCH, DemoSettings
+    from .help import HELP_FLAGS, print_options
+    from .known import of_class
+    from .parse import read_flags
 
-    parser = HfArgumentParser(
-        DataClassType(DemoSettings),
-        prog="tdpo demo",
-        description="Reproduces the controlled-sentiment experiment of arXiv 2404.11999 at small scale, on IMDb "
-        "reviews: a classifier as reward, preference pairs sampled from SmolLM2, then DPO, TDPO1 and TDPO2 with LoRA "
-        "from the same start. Interrupted, it resumes from the last finished stage or checkpoint when run again.",
-        epilog=f"With --model scratch the defaults are {', '.join(f'{k} {v}' for k, v in SCRATCH.items())}.",
-    )
-    if parser.parse_known_args(arguments)[0].model == FROM_SCRATCH:
-        parser.set_defaults(**SCRATCH)
-    (settings,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if HELP_FLAGS.keys() & set(arguments):
+        print_options(
+            "tdpo demo [--OPTION VALUE ...]",
+            "Reproduces the controlled-sentiment experiment of arXiv 2404.11999 at small scale, on IMDb reviews: a "
+            "classifier as reward, preference pairs sampled from SmolLM2, then DPO, TDPO1 and TDPO2 with LoRA from the "
+            "same start. Interrupted, it resumes from the last finished stage or checkpoint when run again.",
+            f"With --model scratch the defaults are {', '.join(f'{k} {v}' for k, v in SCRATCH.items())}.",
+            {"Settings": fields(DemoSettings)},
+            hyphens=True,
+        )
+        raise SystemExit(0)
+    given = read_flags("demo", arguments, of_class(DemoSettings))
+    defaults = SCRATCH if given.get("model") == FROM_SCRATCH else {}
+    settings = DemoSettings(**{**defaults, **given})
     from ..demo.experiment import run
 
     run(settings)
@@ -54,11 +63,14 @@ def _run(command: str, arguments: list[str]) -> None:
     if command == "demo":
         return _demo(arguments)
     from ..options import ShowOptions
-    from .parse import parse_options
+    from .parse import read_options
 
     own: dict[str, Any] = {"data_options": ShowOptions, "needs_device": False} if command == "data" else {}
-    options = parse_options(command, _DESCRIPTIONS[command], arguments, **own)
-    from . import commands  # loads torch and transformers, for which `--help` need not wait
+    given = read_options(command, _DESCRIPTIONS[command], arguments, **own)
+    from .checks import check_command
+
+    check_command(command, given)
+    from . import commands  # loads torch and transformers, for which what was found until here need not wait
 
     run = {
         "train": commands.train,
@@ -67,7 +79,7 @@ def _run(command: str, arguments: list[str]) -> None:
         "evaluate": commands.evaluate,
         "cache-reference": commands.cache,
     }
-    run[command](options)
+    run[command](given.options())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,17 +88,27 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="tdpo",
+        usage="tdpo COMMAND ...",
         description="Token-level Direct Preference Optimization.",
         epilog="commands:\n"
         + "\n".join(f"  {name:<16s} {summary}" for name, summary in _COMMANDS.items())
         + "\n\n`tdpo COMMAND --help` documents the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND")
+    parser.add_argument("command", nargs="?", metavar="COMMAND")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = parser.parse_args(arguments[:1]).command
+    first = parser.parse_args(arguments[:1])
     try:
-        _run(command, arguments[1:])
+        if first.version:
+            print(f"tdpo {package_version()}")
+            return 0
+        if first.command is None:
+            raise ValueError(f"a command is needed: {', '.join(_COMMANDS)}")
+        if first.command not in _COMMANDS:
+            known = nearest(first.command, _COMMANDS) or f"; there are {', '.join(_COMMANDS)}"
+            raise ValueError(f"unknown command {first.command!r}{known}")
+        _run(first.command, arguments[1:])
     except KeyboardInterrupt:
         print("\nInterrupted; run the same command again to resume.", file=sys.stderr)
         return 130
@@ -94,8 +116,14 @@ def main(arguments: list[str] | None = None) -> int:
         if ended.code == 128 + signal.SIGTERM:  # raised by stopping.Terminated
             print("\nTerminated; run the same command again to resume.", file=sys.stderr)
         raise
-    except ValueError as error:
+    except (ValueError, MissingExtra) as error:
         print(f"tdpo: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        print(f"tdpo: {missing}", file=sys.stderr)
         return 2
     except (FloatingPointError, RuntimeError, OSError) as error:
         print(f"tdpo: {error}", file=sys.stderr)

@@ -1,28 +1,28 @@
 """How YAML files and flags become options.
 
-Importing this loads no torch, so that `--help` is quick.
+Importing this, and reading options, loads no torch and no transformers: what is wrong is said at once.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import fields
-from enum import Enum
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
-from ..options import DataOptions, ModelOptions
+from ..extras import require_extra
+from ..options import DataOptions, ModelOptions, TDPOOptions
 from .help import HELP_FLAGS, print_help, usage
+from .known import Known, known_options
+from .values import nearest, refusal, value_of_text, value_of_yaml
 
 if TYPE_CHECKING:
     from ..config import TDPOConfig
 
-
 # transformers refuses bf16 and tf32 where no accelerator has them, unless the CPU is asked for.
-_NO_DEVICE = ("--use_cpu", "true", "--tf32", "false")
+_NO_DEVICE = {"use_cpu": True, "tf32": False}
 
 
 class Options(NamedTuple):
@@ -33,14 +33,56 @@ class Options(NamedTuple):
     training: TDPOConfig
 
 
-def parse_options(
+@dataclass(frozen=True)
+class Given:
+    """The options of a command as they were given, of good types and values, before anything slow is loaded.
+
+    Attributes:
+        models, data: as in `Options`.
+        training: what was given of a TDPOConfig's options.
+        defaults: of all of them.
+        places: what errors say before an option that a file gave: the file.
+    """
+
+    models: ModelOptions
+    data: DataOptions
+    training: dict[str, Any]
+    defaults: dict[str, Any]
+    places: dict[str, str]
+
+    def value(self, name: str) -> Any:
+        """The value of an option of the training."""
+        return self.training.get(name, self.defaults[name])
+
+    def options(self) -> Options:
+        """The options, with a TDPOConfig.
+
+        Raises:
+            TypeError, ValueError: transformers refuses one.
+        """
+        from ..config import TDPOConfig
+
+        for item in fields(TDPOConfig):
+            value, choices = self.training.get(item.name), item.metadata.get("choices")
+            if choices and value is not None and value not in choices:  # the list of which may be computed there
+                place = self.places.get(item.name, "")
+                raise ValueError(f"{place}{item.name} is {value!r}; allowed are {', '.join(choices)}")
+        return Options(self.models, self.data, TDPOConfig(**self.training))
+
+
+def parse_options(command: str, description: str, arguments: list[str], **others: Any) -> Options:
+    """The options of `tdpo command`; arguments and errors are those of `read_options` and `Given.options`."""
+    return read_options(command, description, arguments, **others).options()
+
+
+def read_options(
     command: str,
     description: str,
     arguments: list[str],
     *,
     data_options: type[DataOptions] = DataOptions,
     needs_device: bool = True,
-) -> Options:
+) -> Given:
     """The options of `tdpo command` from `[config.yaml] [--flag value ...]`; flags override the file.
 
     Args:
@@ -48,72 +90,99 @@ def parse_options(
         needs_device: without, options of an accelerator are allowed where there is none, and none is used.
 
     Raises:
-        ValueError: the file is missing or holds no mapping in YAML, or a key is no option (the nearest is suggested).
-        SystemExit: bad flags, as argparse does.
+        ValueError: the file is missing or holds no mapping in YAML, a name is no option (the nearest is
+            suggested), or a value is of the wrong type or out of range.
+        MissingExtra: the trainer's packages are not installed.
+        SystemExit: help was asked for, or a flag has too many or too few values.
     """
     for flag, everything in HELP_FLAGS.items():
         if flag in arguments:
             print_help(command, description, data_options, everything=everything)
             raise SystemExit(0)
-    from transformers import HfArgumentParser
+    require_extra("train")
+    from ..option_checks import check_options
 
-    from ..config import TDPOConfig
-
-    option_classes: tuple[Any, ...] = (ModelOptions, data_options, TDPOConfig)
-    parser = HfArgumentParser(option_classes, prog=f"tdpo {command}", usage=usage(command), description=description)
-    hints = {name: kind for options in option_classes for name, kind in get_type_hints(options).items()}
-    kinds = {item.name: hints[item.name] for options in option_classes for item in fields(options) if item.init}
+    known = known_options((ModelOptions, data_options, TDPOOptions))
+    of_file: dict[str, Any] = {}
+    path = ""
     if arguments and not arguments[0].startswith("-"):
         path, *arguments = arguments
-        parser.set_defaults(**_options_of_file(Path(path), kinds))
-    known = [*kinds, *(f"no_{name}" for name in kinds)]
+        of_file = _values_of_file(Path(path), known)
+    flags = read_flags(command, arguments, known)
+    values = of_file | flags
+    places = {name: f"{path}: " for name in of_file.keys() - flags.keys()}
+    if not needs_device:
+        values |= _NO_DEVICE
+    models, data = ({item.name for item in fields(options)} for options in (ModelOptions, data_options))
+    training = {name: value for name, value in values.items() if name not in models | data}
+    defaults = {name: option.default for name, option in known.items()}
+    try:
+        check_options(SimpleNamespace(**{**defaults, **training}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{places.get(str(error).partition(' ')[0], '')}{error}") from error
+    return Given(
+        ModelOptions(**{name: values[name] for name in models & values.keys()}),
+        data_options(**{name: values[name] for name in data & values.keys()}),
+        training,
+        defaults,
+        places,
+    )
+
+
+def read_flags(command: str, arguments: list[str], known: Mapping[str, Known]) -> dict[str, Any]:
+    """The values of `--flag value ...`; a switch alone is true, and --no_SWITCH is false.
+
+    Raises:
+        ValueError: a flag is no option, or a value does not fit it.
+        SystemExit: a flag has too many or too few values, as argparse ends.
+    """
+    switches = {f"no_{name}": name for name, option in known.items() if bool in option.kinds}
+    parser = argparse.ArgumentParser(
+        prog=f"tdpo {command}", usage=usage(command), add_help=False, argument_default=argparse.SUPPRESS
+    )
+    for name, option in known.items():
+        takes: dict[str, Any] = {"nargs": "+"} if list in option.kinds else {}
+        if bool in option.kinds:
+            takes = {"nargs": "?", "const": "true"}
+        parser.add_argument(*_spellings(name), dest=name, **takes)
+    for name, switch in switches.items():
+        parser.add_argument(*_spellings(name), dest=switch, action="store_const", const="false")
     for flag in arguments:
         if flag.startswith("--"):
             flag = flag[2:].split("=")[0]
-            _check_known(flag.replace("-", "_"), known, f"unknown flag --{flag}")
-    if not needs_device:
-        arguments = [*arguments, *_NO_DEVICE]
-    return Options._make(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False))
+            check_known(flag.replace("-", "_"), [*known, *switches], f"unknown flag --{flag}")
+    values = {}
+    for name, given in vars(parser.parse_args(arguments)).items():
+        option, place = known[name], f"--{name}"
+        if not option.kinds:
+            raise refusal(option, place, given)
+        if not isinstance(given, list):
+            values[name] = value_of_text(option, place, given)
+        elif len(given) == 1 and str in option.kinds:
+            values[name] = value_of_text(option, place, given[0])
+        else:
+            values[name] = given
+    return values
 
 
-def _options_of_file(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
-    """The options of a YAML file, as defaults that flags override."""
-    if not path.is_file():
-        raise ValueError(f"the configuration file {path} does not exist")
-    try:
-        options = yaml.safe_load(path.read_bytes()) or {}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the configuration file {path} is not valid YAML: {reason}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"the configuration file {path} holds no mapping of options to values")
-    for name in options:
-        _check_known(name, list(kinds), f"{path}: unknown option {name!r}")
-    return {
-        name: _default(f"{path}: {name}", kinds[name], value) for name, value in options.items() if value is not None
-    }
-
-
-def _default(name: str, kind: Any, value: Any) -> Any:
-    """A value of a YAML file for an option of type `kind`: lists and mappings as they are, what a flag takes as text.
-
-    argparse converts text that is a default as it does a flag's.
-    """
-    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    types = [member for member in (get_origin(member) or member for member in members) if isinstance(member, type)]
-    choices = [choice.value for enumeration in types if issubclass(enumeration, Enum) for choice in enumeration]
-    if isinstance(value, bool) and bool not in types:  # YAML takes `no` and `off` for a boolean
-        value = "no" if not value and "no" in choices else str(value).lower()
-    if choices and value not in choices:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}")
-    if list in types and str not in types and not isinstance(value, list):
-        value = [value]
-    if isinstance(value, (list, dict)) and type(value) not in types:
-        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}, which it does not take")
-    return value if isinstance(value, (list, dict, bool)) else str(value)
-
-
-def _check_known(name: str, names: list[str], message: str) -> None:
+def check_known(name: str, names: list[str], message: str) -> None:
+    """Raises ValueError with a message, and the nearest of some names, unless a name is one of them."""
     if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1)
-        raise ValueError(message + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+        raise ValueError(message + nearest(name, names))
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def _values_of_file(path: Path, known: dict[str, Known]) -> dict[str, Any]:
+    from .files import read_options as read_file  # loads PyYAML, which help need not have
+
+    values = {}
+    for line in read_file(path):
+        check_known(line.name, list(known), f"{path}: unknown option {line.name!r}")
+        option, place = known[line.name], f"{path}: {line.name}"
+        if not option.kinds:
+            raise refusal(option, place, str(line.value))
+        values[line.name] = value_of_yaml(option, place, line.value, line.written)
+    return values

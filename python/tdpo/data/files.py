@@ -14,22 +14,9 @@ from typing import Any, TextIO
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from .code import CODE
+from .formats import COMPRESSED, format_of
 
-_OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_FORMATS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
-
-
-def format_of(path: Path) -> str | None:
-    """The format of a file by its name: json, csv, tsv or parquet; None where it is no name of a file of ours."""
-    name = Path(path.name.lower())
-    return _FORMATS.get((name.with_suffix("") if name.suffix in _OPEN else name).suffix)
+_OPEN: dict[str, Any] = dict(zip(COMPRESSED, (gzip.open, bz2.open, lzma.open)))
 
 
 def read_rows(files: list[Path], *, streaming: bool) -> Dataset | IterableDataset:

@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tdpo_ext import checks
-
+from ..plain import checks
 from .rows import BEFORE_ANSWERS, RESPONSES, is_transcript
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")

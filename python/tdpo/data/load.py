@@ -17,7 +17,8 @@ from datasets import (
     load_from_disk,
 )
 
-from .files import format_of, read_rows
+from .files import read_rows
+from .formats import format_of
 
 _SPLITS = {  # by the words in the names of files and folders, as `datasets` has them
     "train": {"train", "training"},

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tdpo_ext import checks
+from ..plain import checks
 
 RESPONSES = ("chosen", "rejected")
 HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"  # of transcripts in the manner of Anthropic's HH

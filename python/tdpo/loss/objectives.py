@@ -7,17 +7,17 @@ margin that is linear in the tokens' values, it is a `MarginLoss`: pairs of any 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpo_ext import MarginLoss, TokenDivergence, TokenRows, checks, per_token
-from tdpo_ext.losses import Objective, check_label_smoothing, check_tdpo_options, dpo_margin_loss, tdpo_margin_loss
+from tdpo_ext import MarginLoss, TokenDivergence, TokenRows, per_token
+from tdpo_ext.losses import Objective, dpo_margin_loss, tdpo_margin_loss
 
-from ..options import ObjectiveOptions
+from ..options import USED_BY, ObjectiveOptions
 
 
 class NamedObjective(NamedTuple):
@@ -79,55 +79,43 @@ def tis_dpo(beta: float, alpha: float) -> MarginLoss:
 OBJECTIVES = {
     "tdpo2": NamedObjective(
         lambda o: tdpo_margin_loss(beta=o.beta, alpha=o.alpha, variant="tdpo2"),
-        options=("beta", "alpha"),
+        options=USED_BY["tdpo2"],
         formula="-logsigmoid(beta (u - alpha (KL_l - sg KL_w)))",
         source="arXiv 2404.11999, eq. 16-18",
     ),
     "tdpo1": NamedObjective(
         lambda o: tdpo_margin_loss(beta=o.beta, variant="tdpo1"),
-        options=("beta",),
+        options=USED_BY["tdpo1"],
         formula="-logsigmoid(beta (u - (KL_l - KL_w)))",
         source="arXiv 2404.11999, eq. 14-15",
     ),
     "dpo": NamedObjective(
         lambda o: dpo_margin_loss(beta=o.beta, label_smoothing=o.label_smoothing),
-        options=("beta", "label_smoothing"),
+        options=USED_BY["dpo"],
         formula="-(1 - eps) logsigmoid(beta u) - eps logsigmoid(-beta u)",
         source="arXiv 2305.18290, eq. 7",
     ),
     "ipo": NamedObjective(
         lambda o: ipo(o.beta),
-        options=("beta",),
+        options=USED_BY["ipo"],
         formula="(mean u - 1 / (2 beta))²",
         source="arXiv 2310.12036, eq. 17",
     ),
     "simpo": NamedObjective(
         lambda o: MarginLoss(mean_logp_margin, lambda margins: -F.logsigmoid(o.beta * margins - o.simpo_gamma)),
-        options=("beta", "simpo_gamma"),
+        options=USED_BY["simpo"],
         formula="-logsigmoid(beta (mean log p_w - mean log p_l) - gamma)",
         source="arXiv 2405.14734, eq. 6",
     ),
     "tis_dpo": NamedObjective(
         lambda o: tis_dpo(o.beta, o.alpha),
-        options=("beta", "alpha"),
+        options=USED_BY["tis_dpo"],
         formula="-logsigmoid(beta (sum w_w logratio_w - sum w_l logratio_l - alpha (sum w_w kl_w - sum w_l kl_l)))",
         source="arXiv 2410.04350",
         columns=("weight",),
         kl_direction="reverse",
     ),
 }
-
-
-def check_objective_options(options: ObjectiveOptions) -> None:
-    """Raises TypeError or ValueError where an option is out of range, or set although the loss does not use it."""
-    check_tdpo_options(options.beta, options.alpha, "tdpo2")
-    check_label_smoothing(options.label_smoothing)
-    checks.real("simpo_gamma", options.simpo_gamma, least=0)
-    name, used = options.variant, ("variant", *OBJECTIVES[options.variant].options)
-    for option in fields(ObjectiveOptions):
-        value = getattr(options, option.name)
-        if option.name not in used and value != option.default:
-            raise ValueError(f"{option.name} is {value}, but the loss {name} does not use it: leave it unset")
 
 
 def weighted_sum(objectives: Sequence[tuple[float, Objective]]) -> Objective:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..extras import MissingExtra, require_package
 from ..files import MANIFEST, check_manifest, read_json
 from ..options import ModelOptions, require
+from .names import check_dense, check_exists, check_precision_of_merged, is_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,11 +29,7 @@ def load_policy(options: ModelOptions) -> Any:
     weights.
     """
     merges = merges_adapters(options)
-    if merges and options.load_in_4bit:
-        raise ValueError(
-            f"load_in_4bit is True, but model, {options.model}, holds adapters, which would be merged into the weights "
-            "before lora_r adds others: leave lora_r out to train them, or merge them first"
-        )
+    check_precision_of_merged(options, merges=merges)
     model = _load_model(options, "model", "gguf_file")
     if not merges:
         return model
@@ -133,7 +130,7 @@ def _load_model(options: ModelOptions, model_option: str, gguf_option: str) -> A
 
 def _adapters_folder(name: str) -> Path | None:
     """The folder of a hub's cache or of the disk that holds the adapters of this name; None where it names a model."""
-    if Path(name).exists() or _looks_like_path(name):
+    if is_here(name):
         return Path(name) if Path(name, "adapter_config.json").is_file() else None
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -177,16 +174,15 @@ def _load_weights(options: ModelOptions, name: str, gguf_option: str) -> Any:
 
 
 def _check_dense(options: ModelOptions, gguf_option: str) -> None:
-    """Refuses options that contradict a GGUF file's weights, which are loaded whole and dense."""
+    """Refuses options that contradict a GGUF file's weights, and an engine that does."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    given = f"{gguf_option} is {getattr(options, gguf_option)}"
-    if options.load_in_4bit:
-        raise ValueError(f"load_in_4bit is True, but {given}, whose weights are dequantized: leave one of them out")
-    if options.tp_plan is not None:
-        raise ValueError(f"tp_plan is {options.tp_plan}, but {given}, which is loaded whole: leave one of them out")
+    check_dense(options, gguf_option)
     if is_deepspeed_zero3_enabled():
-        raise ValueError(f"{given}, which ZeRO-3 can't partition: load and save it first, then train that folder")
+        raise ValueError(
+            f"{gguf_option} is {getattr(options, gguf_option)}, which ZeRO-3 can't partition: load and save it first, "
+            "then train that folder"
+        )
 
 
 def _loaded(what: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -198,25 +194,19 @@ def _loaded(what: str, load: Callable[..., Any], name: str, **options: Any) -> A
     import torch
 
     folder = Path(name)
+    check_exists(what, name)
     if (folder / MANIFEST).is_file():
         check_manifest(folder)
     try:
         return load(name, **options)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, MissingExtra):
         raise
     except Exception as error:  # safetensors, tokenizers and pickle have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         if not folder.exists():
-            if _looks_like_path(name):
-                raise ValueError(f"the {what} {name} does not exist") from error
             reason = f"there is no such folder here, and a hub gave none: {reason}"
         source = _unreadable_file(folder) or folder / options.get("gguf_file", "")
         raise ValueError(f"the {what} {source} could not be loaded: {reason}") from error
-
-
-def _looks_like_path(name: str) -> bool:
-    """Whether a name can only be a path: a hub's are NAME or OWNER/NAME."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _unreadable_file(folder: Path) -> Path | None:
@@ -246,7 +236,8 @@ def load_gguf_model(folder: str | Path, gguf_file: str, **options: Any) -> PreTr
         options: as `from_pretrained` takes them; without a `dtype` the weights are float32.
 
     Raises:
-        ValueError: the file or the package `gguf` is missing.
+        ValueError: the file is missing.
+        ImportError: the package `gguf` is.
     """
     _check_gguf(folder, gguf_file)
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -262,7 +253,8 @@ def load_gguf_tokenizer(folder: str | Path, gguf_file: str, **options: Any) -> P
     """The tokenizer of a GGUF file, with its chat template.
 
     Raises:
-        ValueError: the file or the package `gguf` is missing.
+        ValueError: the file is missing.
+        ImportError: the package `gguf` is.
     """
     _check_gguf(folder, gguf_file)
     from transformers import AutoTokenizer
@@ -275,5 +267,4 @@ def _check_gguf(folder: str | Path, gguf_file: str) -> None:
     if folder.is_dir() and not (folder / gguf_file).is_file():
         others = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
         raise ValueError(f"gguf_file is {gguf_file}, which is not in {folder}; GGUF files there: {others}")
-    if find_spec("gguf") is None:
-        raise ValueError("a GGUF file can't be read without the package gguf; run `pip install 'tdpo_ext[gguf]'`")
+    require_package("gguf")

@@ -1,3 +1,7 @@
 """TDPO for users of TRL: `TDPOTrainer` takes the place of its DPOTrainer."""
 
-from .trainer import TDPOTrainer as TDPOTrainer
+from ..extras import require_extra
+
+require_extra("trl")
+
+from .trainer import TDPOTrainer as TDPOTrainer  # noqa: E402

@@ -12,7 +12,8 @@ from trl import DPOConfig
 from tdpo_ext import MarginLoss, TokenDivergence, checks
 from tdpo_ext.losses import Objective, check_label_smoothing, logratio_margin
 
-from ..loss.objectives import OBJECTIVES, check_objective_options, ipo, mean_logratio_margin, weighted_sum
+from ..loss.objectives import OBJECTIVES, ipo, mean_logratio_margin, weighted_sum
+from ..option_checks import check_objective_options
 from ..options import ObjectiveOptions
 
 VARIANTS = ("tdpo2", "tdpo1", "dpo")  # of the loss that takes the place of "sigmoid"

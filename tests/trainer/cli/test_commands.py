@@ -167,7 +167,7 @@ def test_exit_status(error, status, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(commands, "train", fails)
-    assert main(["train"]) == status
+    assert main(["train", "--model", "a/model", "--dataset", "a/dataset"]) == status
     shown = capsys.readouterr().err
     assert ("Interrupted" if status == 130 else f"tdpo: {error}") in shown
     assert "Traceback" not in shown
@@ -281,14 +281,17 @@ def test_values_of_a_file_keep_their_types(tmp_path):
     ("line", "said"),
     [
         ("beta: [0.1]", "config.yaml: beta is [0.1], a list, which it does not take"),
-        ("seed: {a: 1}", "config.yaml: seed is {'a': 1}, a dict, which it does not take"),
+        ("seed: {a: 1}", "config.yaml: seed is {'a': 1}, a mapping, which it does not take"),
         ("dataset: [a, b]", "config.yaml: dataset is ['a', 'b'], a list"),
         ("save_strategy: never", "config.yaml: save_strategy is 'never'; allowed are no, steps, epoch, best"),
         ("optim: true", "config.yaml: optim is 'true'; allowed are adamw_torch, "),
-        ("variant: no", "variant is 'false'; "),
-        ("seed: 1.5", "argument --seed: invalid int value: '1.5'"),
-        ("bf16: maybe", "argument --bf16: Truthy value expected"),
-        ("beta: true", "argument --beta: invalid float value: 'true'"),
+        ("variant: no", "config.yaml: variant is 'no'; allowed are tdpo2, "),
+        ("seed: 1.5", "config.yaml: seed is 1.5; an integer is needed"),
+        ("bf16: maybe", "config.yaml: bf16 is maybe; true or false is needed"),
+        ("beta: true", "config.yaml: beta is true; a number is needed"),
+        ("beta: -1", "config.yaml: beta is -1; it must be positive"),
+        ("beta: 0.1\nbeta: 0.2", "config.yaml: beta is given twice"),
+        ("log_level: loud", "config.yaml: log_level is 'loud'; allowed are detail, debug, "),
     ],
 )
 def test_values_of_a_file_that_do_not_fit_are_named(line, said, tmp_path, capsys):

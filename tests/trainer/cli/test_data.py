@@ -54,7 +54,7 @@ def test_the_data_of_training_is_shown(home, capsys):
     assert re.findall(r"^row (\d)", shown, re.MULTILINE) == ["0", "1", "2"]
     assert "  prompt   │ the · fi lm ·w as\n  chosen   │ · gr eat <|end|>\n  rejected │ ·b ad <|end|>\n" in shown
     assert "\x1b" not in shown
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, shown.splitlines()[1:])) <= 100
 
 
 def test_no_weights_are_read_and_nothing_is_written(home, monkeypatch):
@@ -138,7 +138,7 @@ def test_output_in_an_encoding_that_lacks_the_marks(home, monkeypatch):
     [
         (["--dataset", "none.jsonl"], "the dataset file none.jsonl does not exist"),
         (["--split", "train[3:2"], "no split 'train[3:2'"),
-        (["--model", "./none"], "the tokenizer ./none does not exist"),
+        (["--model", "./none"], "the model ./none does not exist"),
         (["--show_rows", "-1"], "show_rows is -1; it must be at least 0"),
         (["--show_tokens", "1"], "show_tokens is 1; it must be at least 2"),
         (["--split", "train[5:]"], "no row of the dataset is left: of 1 rows, 1 with an empty 'rejected' response"),

@@ -1,4 +1,4 @@
-"""How the commands end: what is missing is named, and a signal has the shell's exit status."""
+"""How the commands end: what is missing or unknown is named, and a signal has the shell's exit status."""
 
 from pathlib import Path
 
@@ -8,6 +8,8 @@ from tdpo.cli import commands
 from tdpo.cli.main import main
 from tdpo.cli.parse import parse_options
 from tdpo.runs.stopping import Terminated
+
+import tdpo_ext
 
 NEEDED = {
     "train": ["model", "dataset"],
@@ -31,7 +33,7 @@ def test_sigterm_has_the_shells_exit_status(monkeypatch, capsys):
 
     monkeypatch.setattr(commands, "train", terminated)
     with pytest.raises(SystemExit) as ended:
-        main(["train"])
+        main(["train", "--model", "a/model", "--dataset", "a/dataset"])
     assert ended.value.code == 143
     assert "Terminated; run the same command again to resume." in capsys.readouterr().err
 
@@ -48,3 +50,21 @@ def test_columns_under_other_names(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("columns.yaml").write_text("columns: {prompt: question, chosen: null}\n")
     assert parse_options("train", "", arguments).training.columns == {"prompt": "question", "chosen": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian", "lora.yaml"], "tdpo: unknown command 'trian'; did you mean 'train'?"),
+        (["serve"], "tdpo: unknown command 'serve'; there are train, "),
+        ([], "tdpo: a command is needed: train, "),
+    ],
+)
+def test_unknown_commands(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tdpo {tdpo_ext.__version__}\n"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tdpo.loss.objectives import OBJECTIVES, check_objective_options, weighted_sum
+from tdpo.loss.objectives import OBJECTIVES, weighted_sum
+from tdpo.option_checks import check_objective_options
 from tdpo.options import ObjectiveOptions
 from torch.nn.functional import logsigmoid
 

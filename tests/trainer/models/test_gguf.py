@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from tdpo import TDPOConfig, TDPOTrainer, load_gguf_model, load_gguf_tokenizer, 
 from tdpo.cli.main import main
 from tdpo.demo import smollm2
 from tdpo.loss.preference_loss import FusedLoss
-from tdpo.models import loading
 from tdpo.models.loading import load_policy, load_tokenizer
 from tdpo.options import ModelOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,8 +126,8 @@ def test_what_can_not_be_loaded_is_named(home, tmp_path, capsys, options, messag
 
 
 def test_the_missing_package_is_named(home, monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="run `pip install 'tdpo_ext\\[gguf\\]'`"):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="GGUF files need more packages: pip install 'tdpo_ext\\[gguf\\]'"):
         load_gguf_model(home, "small.gguf")
 
 

@@ -1,0 +1,73 @@
+"""What a command's options name and need, looked at before anything slow is loaded: no hub is asked."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+from ..data.formats import format_of
+from ..extras import require_package
+from ..models.loading import merges_adapters, trains_adapters
+from ..models.names import (
+    check_exists,
+    check_merging,
+    check_model_options,
+    check_output_dir,
+    check_precision_of_merged,
+    is_here,
+    looks_like_path,
+)
+from ..options import require
+from .parse import Given
+
+REQUIRED = {
+    "train": ("model", "dataset"),
+    "data": ("model", "dataset"),
+    "audit": ("model", "dataset"),
+    "evaluate": ("model", "ref_model", "eval_dataset"),
+    "cache-reference": ("model", "dataset"),
+}
+_CONFIGURATIONS = ("accelerator_config", "fsdp_config", "deepspeed")  # which may be JSON files
+
+
+def check_command(command: str, given: Given) -> None:
+    """Checks that what a command needs is given, that the files are there, and that the models' options go together.
+
+    Raises:
+        TypeError, ValueError: the message names the option or the file.
+        MissingExtra: a package that an option needs is not installed.
+    """
+    models, data = given.models, given.data
+    for name in REQUIRED[command]:
+        require(models if hasattr(models, name) else data, name)
+    if command == "train":
+        output_dir = os.path.expanduser(given.value("output_dir") or "trainer_output")
+        check_output_dir(output_dir, {"model": models.model, "ref_model": models.ref_model})
+    if is_here(str(models.model)):  # what adapters a hub's model has is known when it is loaded
+        check_merging(models, trains_adapters=trains_adapters(models))
+        check_precision_of_merged(models, merges=merges_adapters(models))
+    check_model_options(models)
+    for model in filter(None, (models.model, models.ref_model)):
+        check_exists("model", model)
+    for dataset in filter(None, (data.dataset, data.eval_dataset)):
+        check_dataset(dataset)
+    for name in _CONFIGURATIONS:
+        file = given.value(name)
+        if isinstance(file, str) and file.endswith(".json") and not Path(file).is_file():
+            raise ValueError(f"{name} is {file}; there is no such file")
+    if given.value("deepspeed") is not None:
+        require_package("deepspeed")
+    checkpoint = given.value("resume_from_checkpoint")
+    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+        raise ValueError(f"resume_from_checkpoint is {checkpoint}; there is no such folder")
+
+
+def check_dataset(name: str) -> None:
+    """Raises ValueError where a name is a path or a pattern of files, and nothing is there."""
+    if Path(name).exists() or glob.glob(name, recursive=True):
+        return
+    if format_of(Path(name)) is not None:
+        raise ValueError(f"the dataset file {name} does not exist")
+    if looks_like_path(name) or glob.has_magic(name):
+        raise ValueError(f"the dataset {name} does not exist")

@@ -1,0 +1,76 @@
+"""The checks of the options' values: of a `TDPOConfig`, and of the command line's before anything slow is loaded.
+
+Free of torch and transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import Field, fields
+from os import PathLike
+from typing import Any, get_type_hints
+
+from .data.forms import column_mapping
+from .options import USED_BY, ObjectiveOptions, TDPOOptions
+from .plain import checks
+
+# Options of transformers that need logits, which this loss never forms, and the values that leave them unused.
+_NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
+
+
+def check_options(options: Any) -> None:
+    """Checks the values of the loss, of the reference, of the data and of the run, each alone and beside the others.
+
+    Args:
+        options: whatever has the attributes of TDPOOptions and of transformers' TrainingArguments.
+
+    Raises:
+        TypeError, ValueError: one is of the wrong type or out of range, or they contradict each other; the message
+            names it.
+    """
+    check_each(TDPOOptions, options)
+    check_objective_options(options)
+    if options.max_prompt_length >= options.max_length:
+        raise ValueError(
+            f"max_prompt_length is {options.max_prompt_length}; it must be below max_length, {options.max_length}"
+        )
+    column_mapping(options.columns)
+    columns = options.token_columns
+    if columns is not None and not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
+        raise TypeError(f"token_columns is {columns!r}; a list of names is needed")
+    if not isinstance(options.reference_cache, (str, PathLike, type(None))):
+        raise TypeError(f"reference_cache is {options.reference_cache!r}; the path of a folder is needed")
+    for name, unused in _NO_MEANING.items():
+        if getattr(options, name) != unused:
+            raise ValueError(f"{name} is {getattr(options, name)}; it has no meaning for this loss: leave it unset")
+
+
+def check_objective_options(options: ObjectiveOptions) -> None:
+    """Raises TypeError or ValueError where an option is out of range, or set although the loss does not use it."""
+    checks.check_tdpo_options(options.beta, options.alpha, "tdpo2")
+    checks.check_label_smoothing(options.label_smoothing)
+    checks.real("simpo_gamma", options.simpo_gamma, least=0)
+    name, used = options.variant, ("variant", *USED_BY[options.variant])
+    for option in fields(ObjectiveOptions):
+        value = getattr(options, option.name)
+        if option.name not in used and value != option.default:
+            raise ValueError(f"{option.name} is {value}, but the loss {name} does not use it: leave it unset")
+
+
+def check_each(option_class: Any, options: Any) -> None:
+    """Checks the options of a class each alone; raises as `check_options` does."""
+    types = get_type_hints(option_class)
+    for item in fields(option_class):
+        _check(item, types[item.name], getattr(options, item.name))
+
+
+def _check(item: Field, kind: Any, value: Any) -> None:
+    """Checks an option's value against its type and its metadata (see `options.option`)."""
+    choices, least = item.metadata.get("choices"), item.metadata["help"].least
+    if value is None and item.default is None:
+        return
+    if choices is not None:
+        checks.choice(item.name, value, choices)
+    if kind is bool and not isinstance(value, bool):
+        raise TypeError(f"{item.name} is {value!r}; True or False is needed")
+    if least is not None:
+        (checks.integer if kind in (int, int | None) else checks.real)(item.name, value, least=least)

@@ -1,0 +1,101 @@
+"""Wrong command lines are refused before torch, transformers or datasets are imported, and no hub is asked."""
+
+import json
+
+import pytest
+from tdpo.cli.checks import REQUIRED, check_dataset
+from tdpo.cli.main import _COMMANDS
+
+from helpers.trainer_cases import run_python
+
+# Runs command lines one after another in one process, and says after each what it has loaded.
+RUN = """
+import contextlib, io, json, sys
+from tdpo.cli.main import main
+for line in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            status = main(line)
+        except SystemExit as ended:
+            status = ended.code
+    slow = sorted({"torch", "transformers", "datasets", "numpy"} & sys.modules.keys())
+    print(json.dumps([status, said.getvalue(), slow]))
+"""
+TRAIN = ["train", "--model", "a/model", "--dataset", "data.jsonl"]
+WRONG = [
+    (["trian", "lora.yaml"], "unknown command 'trian'; did you mean 'train'?"),
+    (["train", "--betta", "0.2"], "unknown flag --betta; did you mean 'beta'?"),
+    (["train", "missing.yaml"], "the configuration file missing.yaml does not exist"),
+    (["train", "key.yaml"], "key.yaml: unknown option 'bta'; did you mean 'beta'?"),
+    (["train", "value.yaml"], "value.yaml: bf16 is maybe; true or false is needed"),
+    (["train", "broken.yaml"], "the configuration file broken.yaml is not valid YAML: "),
+    (["train", "list.yaml"], "the configuration file list.yaml holds no mapping of options to values"),
+    (["train"], "model is missing; give --model or put it in the configuration file"),
+    (["train", "--model", "a/model"], "dataset is missing; give --dataset"),
+    (["evaluate", "--model", "a/model"], "ref_model is missing; give --ref_model"),
+    ([*TRAIN, "--max_steps", "many"], "--max_steps is many; an integer is needed"),
+    ([*TRAIN, "--variant", "tdpo3"], "--variant is 'tdpo3'; allowed are tdpo2, "),
+    ([*TRAIN, "--optim", "adamw_trch"], "did you mean 'adamw_torch'?"),
+    ([*TRAIN, "--beta", "0"], "beta is 0.0; it must be positive"),
+    ([*TRAIN, "--alpha", "-1"], "alpha is -1.0; it must not be negative"),
+    ([*TRAIN, "--variant", "dpo", "--alpha", "0.3"], "alpha is 0.3, but the loss dpo does not use it"),
+    ([*TRAIN, "--max_length", "40"], "max_prompt_length is 512; it must be below max_length, 40"),
+    ([*TRAIN, "--columns", "prompt"], "columns is 'prompt'; write prompt=question"),
+    ([*TRAIN, "--use_liger_kernel"], "use_liger_kernel is True; it has no meaning for this loss"),
+    ([*TRAIN, "--dtype", "int8"], "--dtype is 'int8'; allowed are auto, "),
+    ([*TRAIN, "--lora_r", "-1"], "lora_r is -1; it must be at least 0"),
+    ([*TRAIN, "--lora_dropout", "1"], "lora_dropout is 1.0; it must be in [0, 1)"),
+    ([*TRAIN, "--ref_gguf_file", "x.gguf"], "ref_gguf_file is x.gguf, but its folder, ref_model, is missing"),
+    ([*TRAIN, "--gguf_file", "x.gguf", "--load_in_4bit"], "load_in_4bit is True, but gguf_file is x.gguf"),
+    ([*TRAIN, "--deepspeed", "zero9.json"], "deepspeed is zero9.json; there is no such file"),
+    ([*TRAIN, "--resume_from_checkpoint", "out/1"], "resume_from_checkpoint is out/1; there is no such folder"),
+    ([*TRAIN, "--model", "plain", "--merge_adapters"], "merge_adapters is True, but there are no adapters to merge"),
+    ([*TRAIN, "--model", "adapters", "--lora_r", "2", "--load_in_4bit"], "load_in_4bit is True, but model, adapters,"),
+    ([*TRAIN, "--model", "plain", "--output_dir", "plain"], "output_dir is plain, the folder of model"),
+    ([*TRAIN, "--model", "./x"], "the model ./x does not exist"),
+    ([*TRAIN, "--model", "no/such/folder"], "the model no/such/folder does not exist"),
+    ([*TRAIN, "--ref_model", "plain/x"], "the model plain/x does not exist"),
+    ([*TRAIN, "--dataset", "none.jsonl"], "the dataset file none.jsonl does not exist"),
+    ([*TRAIN, "--eval_dataset", "no/such/folder"], "the dataset no/such/folder does not exist"),
+    ([*TRAIN, "--dataset", "none/*.jsonl"], "the dataset file none/*.jsonl does not exist"),
+    ([*TRAIN, "more"], "unrecognized arguments: more"),
+    (["demo", "--step", "3"], "unknown flag --step; did you mean 'steps'?"),
+    (["demo", "--steps", "few"], "--steps is few; an integer is needed"),
+    (["demo", "--steps", "0"], "steps is 0; it must be positive"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, text in {
+        "key.yaml": "bta: 0.2\n",
+        "value.yaml": "bf16: maybe\n",
+        "broken.yaml": "beta: [0.1\n",
+        "list.yaml": "- beta\n",
+        "data.jsonl": "{}\n",
+        "adapters/adapter_config.json": "{}",
+        "plain/config.json": "{}",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_wrong_command_lines_load_nothing(folder):
+    done = run_python("-c", RUN, json.dumps([arguments for arguments, _ in WRONG]), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for (arguments, expected), (status, said, loaded) in zip(WRONG, results, strict=True):
+        assert status == 2, (arguments, said)
+        assert expected in said, arguments
+        assert not loaded, arguments
+
+
+def test_every_command_says_what_it_needs():
+    assert set(REQUIRED) >= _COMMANDS.keys() - {"demo"}
+
+
+@pytest.mark.parametrize("name", ["a_dataset", "owner/dataset", "owner/dataset.v2"])
+def test_names_of_a_hub_are_no_missing_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_dataset(name)
