@@ -19,12 +19,10 @@ def breaks_graph(reason: str) -> Callable[[Function], Function]:
     """
 
     def decorate(function: Function) -> Function:
-        disabled = functools.cache(lambda: torch.compiler.disable(function, reason=reason))
-
         @functools.wraps(function)
         def called(*arguments, **options):
             if "torch._dynamo" in sys.modules:
-                return disabled()(*arguments, **options)
+                return torch.compiler.disable(function, reason=reason)(*arguments, **options)
             return function(*arguments, **options)
 
         # What torch.compiler.disable marks its functions with: a call that is being traced ends the graph and says why.

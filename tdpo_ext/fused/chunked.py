@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -336,8 +336,8 @@ def _completed(
         lambda: run.objective.link_upstream(values, pair, columns, coefficients),
         lambda: (run.objective.nothing(values, pair), values.new_zeros(())),
     )
-    run.inputs.compare_over_ranks(upstream.loss, coefficients.logps_grad, coefficients.kl_grad, factor)
-    return upstream, factor
+    gradients = {"logps_grad": factor * coefficients.logps_grad, "kl_grad": factor * coefficients.kl_grad}
+    return replace(upstream, **gradients), factor
 
 
 def _blocks(run: _Run, pair: Chunk) -> list[slice]:

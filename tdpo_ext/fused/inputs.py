@@ -182,8 +182,6 @@ def _facts(inputs: FusedInputs, rows: Rows, budget: int) -> list[Fact]:
         Fact("weight gradient", inputs.head.weight.requires_grad),
         Fact("rows", len(rows.index), "labels"),
         Fact("labels", digest(inputs.labels[rows.index]), "labels"),
-        Fact("hidden", digest(row_digest(inputs.hidden)[rows.index]), "hidden"),
-        Fact("ref_hidden", digest(row_digest(inputs.ref_hidden)[rows.index]), "ref_hidden"),
         Fact("lengths", digest(rows.lengths_on_device), "labels (or cu_seqlens)"),
         Fact("bytes", inputs.weight_dtype.itemsize, "weight"),
         Fact("width", inputs.head.width, "hidden"),
@@ -197,6 +195,8 @@ def _facts(inputs: FusedInputs, rows: Rows, budget: int) -> list[Fact]:
         Fact("grad mode", torch.is_grad_enabled(), "torch.is_grad_enabled()"),
         Fact("hidden gradient", inputs.hidden.requires_grad, "hidden.requires_grad"),
         Fact("sum_hidden_grad", inputs.sums_hidden_grad, "shard"),
+        Fact("hidden", digest(row_digest(inputs.hidden)[rows.index]), "hidden"),
+        Fact("ref_hidden", digest(row_digest(inputs.ref_hidden)[rows.index]), "ref_hidden"),
     ]
 
 
