@@ -30,7 +30,6 @@ TESTS = {
     "tdpo_ext.fused.chunked": ["test_any_batch.py", "test_deferred.py", "test_linear.py"],
     "tdpo_ext.fused.heads": ["test_linear_inputs.py", "test_bad_arguments.py", "test_linear.py"],
     "tdpo_ext.fused.objective_gradient": ["test_any_batch.py", "test_per_token.py", "test_deferred.py"],
-    "tdpo_ext.linear": ["test_linear.py", "test_loss_module.py"],
     "tdpo_ext.fused.planning.costs": ["test_costs.py", "test_plan.py"],
     "tdpo_ext.fused.planning.sizes": ["test_plan.py"],
     "tdpo_ext.fused.rows": ["test_linear_inputs.py", "test_no_waits.py", "test_per_token.py", "test_any_batch.py"],
