@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .plain_checks import choice as choice
 from .plain_checks import describe as describe
@@ -34,9 +35,14 @@ def tensor(name: str, value: Any) -> Tensor:
 
 
 def float_tensor(name: str, value: Any) -> Tensor:
-    """A dense tensor of a dtype that the kernels know."""
+    """A dense tensor of a dtype that the kernels know, without a tangent, which they would lose."""
     if tensor(name, value).dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {value.dtype}; allowed are float32, bfloat16, float16 and float64")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name} has a tangent, but forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not "
+            "supported; use backward, or tdpo_ext.eager"
+        )
     return value
 
 

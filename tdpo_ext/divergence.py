@@ -11,9 +11,10 @@ import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
 from . import checks
+from .derivatives import save, saved
 from .ops import operators
 from .ops.operators import RowOptions
-from .vocab_parallel import Exchange, Fact, VocabShard, digest, local_tensors
+from .vocab_parallel import Exchange, Fact, VocabShard, check_replicated, digest, local_tensors
 
 _UNKNOWN_SIZE = 1 << 62  # the size of a sharded vocabulary, until its ranks have exchanged their shards
 KL_DIRECTIONS = ("forward", "reverse")
@@ -89,6 +90,21 @@ def segment_sums(
     return torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0, unsafe=True)
 
 
+class TokenColumns(dict[str, Tensor]):
+    """Token columns by name; one that is missing is an error that names those that are there."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise MissingColumn(name, tuple(self))
+
+
+class MissingColumn(KeyError):
+    """An objective reads a column that was not given."""
+
+    def __str__(self) -> str:
+        name, given = self.args
+        return f"objective reads the column {name!r}, but token_columns has {', '.join(map(repr, given)) or 'none'}"
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """One side (chosen or rejected) of some pairs, token by token: the fields of TokenDivergence, each (rows,).
@@ -108,6 +124,9 @@ class TokenRows:
     tokens: Tensor
     columns: Mapping[str, Tensor]
     rows_of_pair: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", TokenColumns(self.columns))
 
     @property
     def logratio(self) -> Tensor:
@@ -197,6 +216,7 @@ def token_divergence(
             raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
     local, dtensor_shard = local_tensors({"logits": logits, "ref_logits": ref_logits}, {"labels": labels}, vocab_dim=-1)
     shard = shard or dtensor_shard
+    check_replicated("labels", labels, shard)
     logits, ref_logits, labels = local["logits"], local["ref_logits"], local["labels"]
     vocab_start, vocab_size, group_name = 0, logits.shape[-1], ""
     if shard is not None:
@@ -306,12 +326,12 @@ for _device in ("cpu", "cuda"):
 def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
     logits, ref_logits, labels = inputs
     _values, states = output
-    ctx.save_for_backward(logits, ref_logits, labels, states)
+    save(ctx, logits, ref_logits, labels, states)
     ctx.options = RowOptions(**{name: value for name, value in keyword_only_inputs.items() if name != "group_name"})
 
 
 def _token_divergence_backward(ctx, values_grad: Tensor, _states_grad) -> tuple[Tensor, None, None]:
-    logits, ref_logits, labels, states = ctx.saved_tensors
+    logits, ref_logits, labels, states = saved(ctx)
     upstream = TokenDivergence._make(values_grad.to(states.dtype))
     gradient = operators.logit_gradient(
         logits,

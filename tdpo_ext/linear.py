@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from . import checks
+from .compilation import breaks_graph
 from .divergence import TokenDivergence
 from .fused.chunked import chunked_loss
 from .fused.heads import CallTensors, Head
@@ -18,12 +18,15 @@ from .fused.pair_loss import PairLoss
 from .fused.planning.plan import ChunkedPlan, make_plan, streaming_plan
 from .fused.rows import KnownPairs, OneSequence, PackedPairs, PaddedPairs, Sequences
 from .fused.streaming import streamed_divergence, streamed_loss
-from .losses import Objective, margin_form, tdpo_margin_loss
+from .losses import Objective, dpo_margin_loss, margin_form, tdpo_margin_loss, weighted_tokens
 from .objective_checks import check_objective
+from .plain_checks import VARIANTS
 from .vocab_parallel import Fact, VocabShard, digest
 
+_eagerly = breaks_graph("tdpo_ext's fused losses plan by the lengths of a batch and run as they are")
 
-@torch.compiler.disable
+
+@_eagerly
 def linear_token_divergence(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
@@ -86,7 +89,7 @@ def linear_token_divergence(
     return TokenDivergence._make(value.view(labels.shape) for value in values)
 
 
-@torch.compiler.disable
+@_eagerly
 def linear_preference_loss(
     objective: Objective,
     hidden: Tensor,  # (2B, T, D), or packed (N, D)
@@ -171,7 +174,7 @@ def _preference_loss(
         check_columns(columns, tensors.labels)
         of_columns = 0 if options.shard is None else sum(digest(column) for column in columns.values()) >> 8
         return [
-            Fact("objective", check_objective(objective, tensors.labels.device, columns), "objective"),
+            Fact("objective", check_objective(objective, tensors.labels.device, list(columns)), "objective"),
             Fact("columns", of_columns, "token_columns"),
         ]
 
@@ -198,14 +201,28 @@ def _sequences(cu_seqlens: Tensor | None, row_lengths: Sequence[int] | None) -> 
 
 
 class LinearTDPOLoss(nn.Module):
-    """`linear_preference_loss` with the TDPO objective.
+    """TDPO, or DPO, from hidden states: `linear_preference_loss` with that objective, as a module without parameters.
+
+        loss_fn = LinearTDPOLoss(beta=0.1)
+        loss, chosen, rejected = loss_fn(hidden, lm_head.weight, ref_hidden, ref_lm_head.weight, labels)
+
+    It prints its options, and can be copied and pickled where it has no `shard`.
 
     Args:
-        beta, alpha, variant: as in `tdpo_loss`.
-        others: as in `linear_token_divergence`.
+        beta: strength of the KL constraint, > 0.
+        alpha: weight of the sequence-KL difference in "tdpo2", >= 0; not used by "tdpo1" and "dpo".
+        variant: "tdpo2" or "tdpo1" (`tdpo_loss`), or "dpo" (`dpo_loss`, which has label smoothing too).
+        logits_budget: bytes that temporaries may take (default: by device). It changes memory and time, never results
+            beyond rounding.
+        shard: the rows of both heads that this rank holds, where the vocabulary is sharded over a process group.
+        ignore_index: label of rows that contribute exactly 0 to values and gradients.
+        temperature: both models' logits are divided by it.
+        softcap: if given, both models' logits become softcap * tanh(logits / softcap) first.
+        logit_scale, ref_logit_scale: each model's logits are multiplied by its own before the cap and the temperature.
+        kl_direction: "forward" for KL(reference || policy), TDPO's, or "reverse" for KL(policy || reference).
 
     Raises:
-        ValueError: an option out of range, named in the message.
+        ValueError, TypeError: an option out of range or of the wrong type, named in the message.
     """
 
     def __init__(
@@ -224,7 +241,14 @@ class LinearTDPOLoss(nn.Module):
         kl_direction: str = "forward",
     ) -> None:
         super().__init__()
-        self.objective = tdpo_margin_loss(beta=beta, alpha=alpha, variant=variant)
+        checks.choice("variant", variant, (*VARIANTS, "dpo"))
+        checks.real("alpha", alpha, least=0)
+        self.beta, self.alpha, self.variant = beta, alpha, variant
+        if variant == "dpo":
+            self.objective = dpo_margin_loss(beta=beta)
+        else:
+            self.objective = tdpo_margin_loss(beta=beta, alpha=alpha, variant=variant)
+        self.weighted_objective = weighted_tokens(self.objective)
         self.options = FusedOptions(
             ignore_index=ignore_index,
             temperature=temperature,
@@ -237,25 +261,47 @@ class LinearTDPOLoss(nn.Module):
         )
         self.options.check()
 
-    @torch.compiler.disable
+    def extra_repr(self) -> str:
+        options = {"beta": self.beta, "alpha": self.alpha, "variant": self.variant, **vars(self.options)}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+    @_eagerly
     def forward(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        ref_hidden: Tensor,
-        ref_weight: Tensor,
-        labels: Tensor,
+        hidden: Tensor,  # (2B, T, D), or packed (N, D)
+        weight: Tensor,  # (V, D)
+        ref_hidden: Tensor,  # (2B, T, D_ref), or packed (N, D_ref)
+        ref_weight: Tensor,  # (V, D_ref)
+        labels: Tensor,  # (2B, T), or packed (N,)
         *,
-        bias: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        row_lengths: Sequence[int] | None = None,
+        bias: Tensor | None = None,  # (V,)
+        ref_bias: Tensor | None = None,  # (V,)
+        cu_seqlens: Tensor | None = None,  # (2B + 1,)
+        row_lengths: Sequence[int] | None = None,  # 2B
+        token_columns: Mapping[str, Tensor] | None = None,  # each of labels' shape
     ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
-        """As `linear_preference_loss`: (loss, chosen, rejected)."""
+        """The mean loss over B pairs, and sums of the chosen and the rejected responses.
+
+        Args:
+            hidden, weight, bias: the policy's hidden states and LM head; the first B sequences are chosen responses.
+            ref_hidden, ref_weight, ref_bias: the reference's.
+            labels: int64, aligned with `hidden` (see `shift_labels`), `ignore_index` where a token does not count.
+            cu_seqlens, row_lengths: of packed rows, as in `linear_preference_loss`.
+            token_columns: {"weight": numbers}: every token's log-probabilities and KL count as often in the loss as its
+                number says (the sums that are returned are not weighted). A weight that requires a gradient gets it.
+
+        Returns:
+            (loss, chosen, rejected): the scalar loss, and detached per-sequence sums (B,) for metrics.
+
+        Raises:
+            ValueError, TypeError, IndexError: a bad argument, named in the message.
+        """
+        if isinstance(token_columns, Mapping) and token_columns and set(token_columns) != {"weight"}:
+            raise ValueError(f"token_columns has {', '.join(map(repr, token_columns))}; this loss reads 'weight' alone")
         return _preference_loss(
-            self.objective,
+            self.weighted_objective if token_columns else self.objective,
             CallTensors(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels),
             sequences=_sequences(cu_seqlens, row_lengths),
-            token_columns=None,
+            token_columns=token_columns,
             options=self.options,
         )

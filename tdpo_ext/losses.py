@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .divergence import TokenDivergence
+from .divergence import TokenDivergence, TokenRows
 from .plain_checks import check_beta as check_beta
 from .plain_checks import check_label_smoothing as check_label_smoothing
 from .plain_checks import check_tdpo_options as check_tdpo_options
@@ -114,14 +114,22 @@ def tdpo_loss(
 def tdpo_margin_loss(*, beta: float = 0.1, alpha: float = 0.5, variant: str = "tdpo2") -> MarginLoss:
     """`tdpo_loss` with these options, as margin and link."""
     check_tdpo_options(beta, alpha, variant)
+    margin = functools.partial(_tdpo_margin, alpha=alpha, variant=variant)
+    return MarginLoss(margin, functools.partial(_logistic, beta=beta))
 
-    def margin(chosen: TokenDivergence, rejected: TokenDivergence) -> Tensor:
-        logratios = logratio_margin(chosen, rejected)
-        if variant == "tdpo1":
-            return logratios - (rejected.kl - chosen.kl)
-        return logratios - alpha * (rejected.kl - chosen.kl.detach())
 
-    return MarginLoss(margin, lambda margins: -F.logsigmoid(beta * margins))
+def _tdpo_margin(chosen: TokenDivergence, rejected: TokenDivergence, *, alpha: float, variant: str) -> Tensor:
+    logratios = logratio_margin(chosen, rejected)
+    if variant == "tdpo1":
+        return logratios - (rejected.kl - chosen.kl)
+    return logratios - alpha * (rejected.kl - chosen.kl.detach())
+
+
+def _logistic(margins: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    scaled = beta * margins
+    if label_smoothing == 0:
+        return -F.logsigmoid(scaled)
+    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
 
 
 def dpo_loss(
@@ -155,12 +163,29 @@ def dpo_margin_loss(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Margi
     """`dpo_loss` with these options, as margin and link."""
     check_beta(beta)
     check_label_smoothing(label_smoothing)
+    return MarginLoss(logratio_margin, functools.partial(_logistic, beta=beta, label_smoothing=label_smoothing))
 
-    def link(margins: Tensor) -> Tensor:
-        scaled = beta * margins
-        return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
 
-    return MarginLoss(logratio_margin, link)
+@dataclass(frozen=True, eq=False)
+class _WeightedMargin:
+    """A margin of sums in which every token's values are multiplied by its number in the column "weight"."""
+
+    of_sums: Objective
+    sees_tokens = True
+
+    def __call__(self, chosen: TokenRows, rejected: TokenRows) -> Tensor:
+        return self.of_sums(_weighted_sums(chosen), _weighted_sums(rejected))
+
+
+def _weighted_sums(side: TokenRows) -> TokenDivergence:
+    weight = side.columns["weight"]
+    values = (side.logps, side.ref_logps, side.kl, side.entropy, side.correct, side.tokens)
+    return TokenDivergence._make(side.sum(weight * value) for value in values)
+
+
+def weighted_tokens(loss: MarginLoss) -> MarginLoss:
+    """The same loss of sums over tokens that count as much as the token column "weight" says."""
+    return MarginLoss(_WeightedMargin(loss.margin), loss.link)
 
 
 _MARGIN_FORMS: dict[Objective, Callable[..., MarginLoss]] = {tdpo_loss: tdpo_margin_loss, dpo_loss: dpo_margin_loss}

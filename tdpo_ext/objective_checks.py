@@ -1,25 +1,31 @@
 """Tries an objective on made-up pairs: a loss each, every pair treated alone, and margins that are linear.
 
 Objectives see one of two things for each side of some pairs: per-sequence sums (TokenDivergence), or, decorated with
-`per_token`, all tokens (TokenRows).
+`per_token`, all tokens (TokenRows). They are tried on a few pairs, on each of those alone, and on those among more and
+longer ones: a coupling that begins beyond that is not noticed.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
+from types import FunctionType, MethodType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .divergence import TokenDivergence, TokenRows, segment_sums
 from .losses import MarginLoss, Objective, sees_tokens
+from .made_up_pairs import FEW, MANY, MadeUpPairs, entries
 from .vocab_parallel import digest
 
-_PAIRS = 3
+# Errors that an objective's torch code may raise, which one message suffices to make again.
+_RETOLD = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -33,24 +39,30 @@ class _Accepted:
 _accepted: dict[object, _Accepted] = {}
 
 
-def check_objective(objective: Objective, device: torch.device, columns: Mapping[str, Tensor]) -> int:
+def check_objective(objective: Objective, device: torch.device, columns: Sequence[str]) -> int:
     """Tries an objective, once, on made-up pairs: a loss each, the same whether it sees a pair alone or among others.
 
-    On the CPU, so that nothing waits for a GPU; where an objective holds tensors of its own on a GPU, there. Returns a
-    digest of the losses, which tells objectives apart.
+    `columns` are the names of the call's token columns. On the CPU, so that nothing waits for a GPU; where an objective
+    holds tensors of its own on a GPU, there. Returns a digest of the losses, which tells objectives apart.
 
     Raises:
-        ValueError: it returns something else, or couples pairs; or a MarginLoss has a margin that is not linear.
+        ValueError: it returns something else, couples pairs, or has parameters that want a gradient; or a MarginLoss
+            has a margin that is not linear.
     """
     key = _identity(objective)
     if key is not None and key in _accepted and _accepted[key].reference() is not None:
         return _accepted[key].digest
+
+    def losses_on(device: torch.device) -> Tensor:
+        made_up = MadeUpPairs(sees_tokens(objective), device, columns)
+        return _Trial(objective, made_up, torch.is_grad_enabled()).losses()
+
     try:
-        losses = _check_on(objective, torch.device("cpu"), columns)
+        losses = losses_on(torch.device("cpu"))
     except (RuntimeError, TypeError):
         if device.type == "cpu":
             raise
-        losses = _check_on(objective, device, columns)
+        losses = losses_on(device)
     found = digest(losses) ^ isinstance(objective, MarginLoss)
     if key is not None:
         _accepted[key] = _Accepted(_reference(objective), found)
@@ -72,49 +84,138 @@ def _reference(objective: Objective) -> weakref.ref:
     return weakref.WeakMethod(objective) if isinstance(objective, MethodType) else weakref.ref(objective)
 
 
-def _check_on(objective: Objective, device: torch.device, columns: Mapping[str, Tensor]) -> Tensor:
-    """The losses of the made-up pairs."""
-    with torch.enable_grad():
-        chosen, rejected = (_made_up_side(objective, side, device, columns) for side in (0, 1))
-        losses = objective(chosen, rejected)
-        if not isinstance(losses, Tensor) or losses.shape != (_PAIRS,):
+@dataclass(frozen=True)
+class _Trial:
+    """An objective on made-up pairs."""
+
+    objective: Objective
+    made_up: MadeUpPairs
+    grad_enabled: bool
+
+    def losses(self) -> Tensor:
+        """The losses of a few pairs, (pairs,).
+
+        Raises:
+            ValueError: as `check_objective`.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            losses = self._losses(FEW)
+            if not losses.isfinite().all():
+                raise ValueError(f"objective returned {losses.tolist()} for {self.made_up.describe(FEW)}")
+            for pair in FEW:
+                self._check_equal(losses[pair : pair + 1], self._losses([pair]))
+            self._check_equal(losses, self._losses(MANY)[: len(FEW)])
+            if isinstance(self.objective, MarginLoss):
+                self._check_margins(self.objective)
+        return losses.detach()
+
+    def _losses(self, pairs: Sequence[int]) -> Tensor:
+        """A loss per pair, none of which depends on another pair's values through its gradient."""
+        sides = self.made_up.sides(pairs)
+        with self._telling(pairs):
+            losses = self.objective(*sides)
+        if not isinstance(losses, Tensor) or losses.shape != (len(pairs),):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"objective returned {got} for {_PAIRS} pairs; a loss per pair is needed, ({_PAIRS},)")
-        if not losses.isfinite().all():
-            raise ValueError(f"objective returned {losses.tolist()} for ordinary made-up pairs")
-        for pair in range(_PAIRS):
-            alone = objective(_only_pair(chosen, pair), _only_pair(rejected, pair))
-            if alone.shape != (1,) or not torch.allclose(alone[0], losses[pair], rtol=1e-4, atol=1e-6):
-                raise ValueError("objective couples pairs: the loss of one pair depends on other pairs' values")
-            _check_gradients(losses[pair], pair, (chosen, rejected))
-    if isinstance(objective, MarginLoss):
-        _check_made_up_margins(objective, device, columns)
-    return losses.detach()
-
-
-def _check_gradients(loss: Tensor, pair: int, sides) -> None:
-    if not loss.requires_grad:
-        return
-    for side in sides:
-        grads = torch.autograd.grad(loss, (side.logps, side.kl), retain_graph=True, allow_unused=True)
-        own = _rows_of_pair(side, pair)
-        if any(grad is not None and (grad[: own.start].any() or grad[own.stop :].any()) for grad in grads):
-            raise ValueError("objective couples pairs: the loss of one pair depends on another pair's values")
-
-
-def _check_made_up_margins(objective: MarginLoss, device: torch.device, columns: Mapping[str, Tensor]) -> None:
-    """The margin's coefficients must not depend on values that are known only at a pair's end."""
-    coefficients = []
-    for shift in (0.0, 0.37):
-        sides = [_made_up_side(objective, side, device, columns, shift=shift) for side in (0, 1)]
+            raise ValueError(
+                f"objective returned {got} for {self.made_up.describe(pairs)}; a loss per pair is needed, "
+                f"({len(pairs)},)"
+            )
         leaves = [leaf for side in sides for leaf in (side.logps, side.kl)]
-        with torch.enable_grad():
-            margins = objective.margin(*sides)
+        if self.grad_enabled:
+            refuse_parameters(self.objective, losses, leaves)
+        for pair in range(len(pairs)) if losses.requires_grad and len(pairs) > 1 else ():
+            grads = torch.autograd.grad(losses[pair], leaves, retain_graph=True, allow_unused=True)
+            owned = [entries(side, pair) for side in sides for _ in range(2)]
+            if any(
+                grad is not None and (grad[: own.start].any() or grad[own.stop :].any())
+                for grad, own in zip(grads, owned)
+            ):
+                self._refuse_coupling()
+        return losses
+
+    def _check_equal(self, losses: Tensor, others: Tensor) -> None:
+        if not torch.allclose(losses, others, rtol=1e-4, atol=1e-6):
+            self._refuse_coupling()
+
+    def _refuse_coupling(self) -> NoReturn:
+        raise ValueError(
+            "objective couples pairs: the loss of one pair depends on which pairs are beside it, but a batch is "
+            f"computed some pairs at a time (tried on {self.made_up.describe(FEW)}, on each of them alone, and on "
+            f"{self.made_up.describe(MANY)})"
+        )
+
+    def _check_margins(self, objective: MarginLoss) -> None:
+        """The margin's coefficients must not depend on values that are known only at a pair's end."""
+        coefficients = []
+        for shift in (0.0, 0.37):
+            sides = self.made_up.sides(FEW, shift)
+            leaves = [leaf for side in sides for leaf in (side.logps, side.kl)]
+            with self._telling(FEW):
+                margins = objective.margin(*sides)
             if not margins.requires_grad:
                 raise ValueError("margin depends on neither logps nor kl")
             coefficients.append(torch.autograd.grad(margins.sum(), leaves, allow_unused=True, materialize_grads=True))
-    for first, second in zip(*coefficients):
-        check_linear(objective, first, second)
+        for first, second in zip(*coefficients):
+            check_linear(objective, first, second)
+
+    @contextmanager
+    def _telling(self, pairs: Sequence[int]) -> Iterator[None]:
+        """Says of an objective's own error what it was tried on."""
+        try:
+            yield
+        except _RETOLD as error:
+            if type(error) not in _RETOLD:  # one of the objective's own making
+                raise
+            message = error.args[0] if error.args else ""
+            raise type(error)(
+                f"{message} (objective was tried on {self.made_up.describe(pairs)}: it must take any number of pairs, "
+                "of any lengths)"
+            ) from error
+
+
+def refuse_parameters(objective: Objective, output: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Raises where an objective's output has a gradient for anything but the `leaves` that it is taken of.
+
+    Raises:
+        ValueError: it names the parameter, where the objective holds it under a name.
+    """
+    known, seen, nodes = {id(leaf) for leaf in leaves}, set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of nodes that accumulate a leaf's gradient
+        if leaf is not None and id(leaf) not in known:
+            name = next((name for name, held in _held(objective) if held is leaf), "a parameter")
+            raise ValueError(
+                f"objective uses {name}, {checks.describe(leaf)}, which would get no gradient: gradients reach logps, "
+                "kl and token_columns only; detach it, or give it as a token column"
+            )
+        nodes.extend(before for before, _ in node.next_functions)
+
+
+def _held(objective: object) -> Iterator[tuple[str, object]]:
+    """What a function holds, by name: parameters, attributes, bound arguments, closed-over and global variables."""
+    if isinstance(objective, torch.nn.Module):
+        yield from objective.named_parameters()
+    elif isinstance(objective, functools.partial):
+        yield from objective.keywords.items()
+        yield from ((f"argument {index}", value) for index, value in enumerate(objective.args))
+        yield from _held(objective.func)
+    elif isinstance(objective, MethodType):
+        yield from _held(objective.__self__)
+    elif isinstance(objective, FunctionType):
+        found = inspect.getclosurevars(objective)
+        for name, value in (found.nonlocals | found.globals).items():
+            yield name, value
+            if isinstance(value, torch.nn.Module):
+                yield from ((f"{name}.{of_module}", parameter) for of_module, parameter in value.named_parameters())
+    else:
+        for name, value in getattr(objective, "__dict__", {}).items():
+            yield name, value
+            if callable(value):
+                yield from _held(value)
 
 
 def check_linear(objective: MarginLoss, coefficients: Tensor, others: Tensor) -> None:
@@ -133,61 +234,3 @@ def check_linear(objective: MarginLoss, coefficients: Tensor, others: Tensor) ->
         torch._assert_async(equal, message)
     elif not equal:
         raise ValueError(message)
-
-
-def _made_up_side(
-    objective: Objective, side: int, device: torch.device, columns: Mapping[str, Tensor], shift: float = 0.0
-) -> TokenDivergence | TokenRows:
-    """Plausible values of three pairs; `shift` changes everything but `tokens` and columns."""
-    generator = torch.Generator().manual_seed(7 + side)
-    lengths = torch.tensor([2, 3, 4]) + side
-    rows = int(lengths.sum())
-
-    def draw(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(rows, generator=generator)
-
-    logps = draw(-4.0, -0.5) - shift
-    ref_logps = logps + draw(-0.5, 0.5) - shift
-    kl = draw(0.05, 0.4) * (1 + shift)
-    entropy = draw(0.5, 2.0) + shift
-    correct = (draw(0.0, 1.0) < 0.5).float()
-    values = torch.stack([logps, ref_logps, kl, entropy, correct, torch.ones(rows)])
-    if not sees_tokens(objective):
-        made_up = TokenDivergence.unstack(segment_sums(values.t(), lengths).t().to(device))
-        return made_up._replace(logps=made_up.logps.requires_grad_(), kl=made_up.kl.requires_grad_())
-    logps, ref_logps, kl, entropy, correct, tokens = values.to(device).unbind(0)
-    return TokenRows(
-        logps=logps.requires_grad_(),
-        ref_logps=ref_logps,
-        kl=kl.requires_grad_(),
-        entropy=entropy,
-        correct=correct,
-        tokens=tokens,
-        columns={name: draw(0.1, 1.0).to(device) for name in columns},
-        rows_of_pair=lengths.to(device),
-    )
-
-
-def _rows_of_pair(side: TokenDivergence | TokenRows, pair: int) -> slice:
-    """A pair's entries in each of the side's fields."""
-    if isinstance(side, TokenDivergence):
-        return slice(pair, pair + 1)
-    first = int(side.rows_of_pair[:pair].sum())
-    return slice(first, first + int(side.rows_of_pair[pair]))
-
-
-def _only_pair(side: TokenDivergence | TokenRows, pair: int) -> TokenDivergence | TokenRows:
-    """One pair of made-up values by itself, without a graph."""
-    rows = _rows_of_pair(side, pair)
-    if isinstance(side, TokenDivergence):
-        return TokenDivergence._make(value[rows].detach() for value in side)
-    return TokenRows(
-        logps=side.logps[rows].detach(),
-        ref_logps=side.ref_logps[rows],
-        kl=side.kl[rows].detach(),
-        entropy=side.entropy[rows],
-        correct=side.correct[rows],
-        tokens=side.tokens[rows],
-        columns={name: column[rows] for name, column in side.columns.items()},
-        rows_of_pair=side.rows_of_pair[pair : pair + 1],
-    )

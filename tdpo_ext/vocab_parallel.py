@@ -170,6 +170,7 @@ class Exchange:
     def __init__(self, shard: VocabShard | None):
         self.shard = shard
         self._failure: Exception | None = None
+        self._digests: list[Tensor] = []
 
     def run(self, work: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
         """`work()`; where it fails, or anything before it has failed, `otherwise()`."""
@@ -216,13 +217,28 @@ class Exchange:
 
         return wait
 
+    def compare(self, values: Tensor) -> None:
+        """What every rank has computed for itself from what all have: `finish` raises where it differs."""
+        if self.shard is not None:
+            self._digests.append(_digest(values))
+
     def finish(self, device: torch.device) -> None:
-        """Raises, on every rank, if any has failed since the exchange began."""
+        """Raises, on every rank, if any has failed since the exchange began, or has computed something else."""
         if self.shard is None:
             return
-        succeeded = torch.tensor([self._failure is None], dtype=torch.int64).to(device)
-        if not bool(self.shard.all_gather(succeeded).all()):
+        outcome = torch.zeros(1, dtype=torch.int64, device=device)  # 0: failed
+        if self._failure is None:
+            odd = 2 * torch.arange(len(self._digests), device=device) + 1
+            outcome += (torch.stack(self._digests) * odd).sum() if self._digests else 0
+            outcome |= 1
+        outcomes = self.shard.all_gather(outcome)[:, 0].tolist()
+        if 0 in outcomes:
             self.shard.raise_failure(self._failure)
+        if len(set(outcomes)) > 1:
+            raise ValueError(
+                "objective differs between the vocabulary's ranks: they agree on made-up pairs, but not in the loss of "
+                "these pairs or in its gradient"
+            )
 
 
 @dataclass(frozen=True)
@@ -240,12 +256,25 @@ class RankFacts:
 
 def digest(values: Tensor) -> int:
     """A number that tells tensors of integers or floats apart, whatever their shape; read from the device."""
+    return int(_digest(values)) ^ values.numel()
+
+
+def row_digest(values: Tensor) -> Tensor:
+    """A number for each row of (rows, width), which tells rows apart by the bits of their entries; on the device.
+
+    It is a sum of integers: exact, and the same whatever its order.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.detach().view(integers[values.element_size()]).sum(-1, dtype=torch.int64)
+
+
+def _digest(values: Tensor) -> Tensor:
     flat = values.detach().reshape(-1)
     if flat.is_floating_point():
         flat = flat.double().view(torch.int64)
     flat = flat.to(torch.int64)
     factors = (2 * torch.arange(len(flat), device=flat.device) + 1) * _ODD
-    return int(((flat ^ (flat >> 29)) * factors).sum()) ^ len(flat)
+    return ((flat ^ (flat >> 29)) * factors).sum()
 
 
 def _as_integer(value: int | float) -> int:
@@ -259,25 +288,45 @@ def local_tensors(
     """The local parts of all tensors by name and, where the `sharded` are DTensors, the shard that they are.
 
     The `sharded` are split along `vocab_dim` alike, or are None; the `replicated` are the same on every rank. Gradients
-    flow back to the DTensors. Plain tensors are returned as they are, with None.
+    flow back to the DTensors. The shard is None where the `sharded` are plain tensors.
 
     Raises:
         ValueError: one of the `sharded` is a plain tensor beside DTensors, or sharded otherwise; the message names it.
     """
     first_name, first = next(iter(sharded.items()))
-    if not hasattr(first, "placements"):
-        return {**sharded, **replicated}, None
-    shard = VocabShard.from_dtensor(first, vocab_dim)
+    shard = VocabShard.from_dtensor(first, vocab_dim) if _is_dtensor(first) else None
     for name, tensor in sharded.items():
-        if tensor is None:
+        if tensor is None or (shard is None and not _is_dtensor(tensor)):
             continue
-        if not hasattr(tensor, "placements"):
-            raise ValueError(f"{name} is a plain tensor but {first_name} is a DTensor; both must be sharded alike")
+        if shard is None or not _is_dtensor(tensor):
+            kinds = ("a plain tensor", "a DTensor") if shard is not None else ("a DTensor", "a plain tensor")
+            raise ValueError(f"{name} is {kinds[0]} but {first_name} is {kinds[1]}; both must be sharded alike")
         other = VocabShard.from_dtensor(tensor, vocab_dim)
         if (other.start, other.stop, other.group) != (shard.start, shard.stop, shard.group):
             raise ValueError(f"{name} is sharded otherwise than {first_name}")
     tensors = {**sharded, **replicated}
-    return {name: t.to_local() if hasattr(t, "placements") else t for name, t in tensors.items()}, shard
+    return {name: t.to_local() if _is_dtensor(t) else t for name, t in tensors.items()}, shard
+
+
+def check_replicated(name: str, tensor: Any, shard: VocabShard | None) -> None:
+    """Nothing for plain tensors.
+
+    Raises:
+        ValueError: a DTensor that is a sum still to be taken, or in parts over the shard's group.
+    """
+    if not _is_dtensor(tensor):
+        return
+    for mesh_dim, placement in enumerate(tensor.placements):
+        in_parts = shard is not None and tensor.device_mesh.get_group(mesh_dim) == shard.group
+        if placement.is_partial() or (in_parts and not placement.is_replicate()):
+            raise ValueError(
+                f"{name} is a DTensor with placements {tuple(tensor.placements)}, but every rank of the vocabulary "
+                f"needs it whole: pass {name}.redistribute(placements=[Replicate()]) (on that mesh dimension)"
+            )
+
+
+def _is_dtensor(value: Any) -> bool:
+    return hasattr(value, "placements")
 
 
 def _tiled_size(bounds: list[tuple[int, int]]) -> int:

@@ -34,8 +34,11 @@ TESTS = {
     "tdpo_ext.fused.planning.sizes": ["test_plan.py"],
     "tdpo_ext.fused.rows": ["test_linear_inputs.py", "test_no_waits.py", "test_per_token.py", "test_any_batch.py"],
     "tdpo_ext.losses": ["test_losses.py", "test_objectives.py", "test_bad_arguments.py", "test_per_token.py"],
+    "tdpo_ext.compilation": ["test_compiler.py"],
+    "tdpo_ext.made_up_pairs": ["test_objectives.py", "test_objective_parameters.py"],
     "tdpo_ext.objective_checks": [
         "test_objectives.py",
+        "test_objective_parameters.py",
         "test_per_token.py",
         "test_bad_arguments.py",
         "test_deferred.py",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -245,6 +245,7 @@ def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_colum
     rejected: list[Tensor] = []
     for planned, chunk in zip(plan.chunks, rows.chunks):
         upstream = _long_pair(run, chunk) if isinstance(planned, LongPair) else _whole_pairs(run, chunk)
+        inputs.compare_over_ranks(upstream.loss, upstream.logps_grad, upstream.kl_grad)
         losses.append(upstream.loss)
         for side, sums in zip((chosen, rejected), upstream.sums.chunk(2, dim=1)):
             side.append(sums)
@@ -331,10 +332,12 @@ def _completed(
     run: _Run, pair: Chunk, values: Tensor, columns: Mapping[str, Tensor], coefficients: Coefficients
 ) -> tuple[Upstream, Tensor]:
     """The loss of a pair whose values are all known, and the factor that its gradients lack."""
-    return run.exchange.run(
+    upstream, factor = run.exchange.run(
         lambda: run.objective.link_upstream(values, pair, columns, coefficients),
         lambda: (run.objective.nothing(values, pair), values.new_zeros(())),
     )
+    gradients = {"logps_grad": factor * coefficients.logps_grad, "kl_grad": factor * coefficients.kl_grad}
+    return replace(upstream, **gradients), factor
 
 
 def _blocks(run: _Run, pair: Chunk) -> list[slice]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.matmul import full_precision, product
-from ..vocab_parallel import VocabShard, local_tensors
+from ..vocab_parallel import VocabShard, check_replicated, local_tensors
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,27 @@ class CallTensors:
     labels: Tensor
 
     def check_types(self) -> None:
-        """Raises TypeError or ValueError naming the first argument that is no tensor that the kernels know."""
+        """Raises TypeError or ValueError naming the first argument that is no tensor that the kernels know.
+
+        Raises:
+            RuntimeError: inside a transform of `torch.func`.
+        """
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "tdpo_ext: the fused losses do not run inside transforms of torch.func (grad, vmap, jvp, ...); use "
+                "torch.autograd.grad or backward, or tdpo_ext.eager"
+            )
         for prefix, hidden, head in (("", self.hidden, self.head), ("ref_", self.ref_hidden, self.ref_head)):
             checks.float_tensor(f"{prefix}hidden", hidden)
             checks.float_tensor(f"{prefix}weight", head.weight)
             if head.bias is not None:
                 checks.float_tensor(f"{prefix}bias", head.bias)
         checks.label_tensor("labels", self.labels)
+
+    def check_replicated(self, shard: VocabShard | None) -> None:
+        """Raises ValueError naming a DTensor beside the heads whose local part is not what every rank must have."""
+        for name, tensor in (("hidden", self.hidden), ("ref_hidden", self.ref_hidden), ("labels", self.labels)):
+            check_replicated(name, tensor, shard)
 
     def local(self) -> tuple[CallTensors, VocabShard | None]:
         """The local parts of arguments that are DTensors, and the shard that their heads are."""
@@ -121,7 +135,10 @@ class CallTensors:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} but {shape} is needed beside {beside}")
             if tensor.dtype != hidden.dtype:
                 hidden_name = "ref_hidden" if name.startswith("ref_") else "hidden"
-                raise TypeError(f"{name} has dtype {tensor.dtype} but {hidden_name} has {hidden.dtype}")
+                raise TypeError(
+                    f"{name} has dtype {tensor.dtype} but {hidden_name} has {hidden.dtype}; call the loss inside "
+                    "autocast, as the model that made the hidden states, or cast one of them"
+                )
             if tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device} but hidden is on {device}")
 

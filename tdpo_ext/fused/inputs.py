@@ -12,7 +12,7 @@ from .. import checks
 from ..divergence import check_shard
 from ..ops import operators
 from ..ops.operators import RowOptions
-from ..vocab_parallel import Exchange, Fact, VocabShard, digest
+from ..vocab_parallel import Exchange, Fact, VocabShard, digest, row_digest
 from .heads import CallTensors
 from .options import FusedOptions
 from .planning.plan import resolved_budget
@@ -81,6 +81,12 @@ class FusedInputs(CallTensors):
             local_states, (rows,), self.logit_dtype, self.device, reverse_kl=self.options.reverse_kl
         )
 
+    def compare_over_ranks(self, loss: Tensor, *gradients: Tensor) -> None:
+        """The loss of some pairs must be the same on every rank and, where all want dhidden, so must its gradients."""
+        if self.exchange.shard is not None:
+            values = (loss, *gradients) if self.hidden.requires_grad else (loss,)
+            self.exchange.compare(torch.cat([value.detach().reshape(-1).double() for value in values]))
+
     def merge(self, states: list[Tensor]) -> Tensor:
         """States of the same rows over several slices of the vocabulary, merged."""
         return operators.merge_row_states(torch.stack(states), reverse_kl=self.options.reverse_kl)
@@ -119,12 +125,14 @@ def prepare(
     """
     tensors.check_types()
     check_shard(options.shard)
+    given = tensors
     tensors, dtensor_shard = tensors.local()
     shard = options.shard if options.shard is not None else dtensor_shard
 
     def checked() -> tuple[tuple[FusedInputs, Rows, int], list[Fact]]:
         facts = check_objective()
         options.check()
+        given.check_replicated(shard)
         budget = resolved_budget(options.logits_budget, tensors.hidden.device)
         inputs = _checked_inputs(tensors, options, shard)
         rows = sequences.rows(tensors.labels, options.ignore_index)
@@ -187,6 +195,8 @@ def _facts(inputs: FusedInputs, rows: Rows, budget: int) -> list[Fact]:
         Fact("grad mode", torch.is_grad_enabled(), "torch.is_grad_enabled()"),
         Fact("hidden gradient", inputs.hidden.requires_grad, "hidden.requires_grad"),
         Fact("sum_hidden_grad", inputs.sums_hidden_grad, "shard"),
+        Fact("hidden", digest(row_digest(inputs.hidden)[rows.index]), "hidden"),
+        Fact("ref_hidden", digest(row_digest(inputs.ref_hidden)[rows.index]), "ref_hidden"),
     ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..divergence import TokenDivergence, TokenRows
 from ..losses import MarginLoss, Objective, sees_tokens
-from ..objective_checks import check_linear
+from ..objective_checks import check_linear, refuse_parameters
 from .rows import Chunk
 
 
@@ -61,18 +61,21 @@ class PairObjective:
         total_pairs: of the whole call.
         differentiable: whether gradients are wanted.
         column_grads: names of the columns that want a gradient.
+        grad_enabled: the caller's grad mode: parameters of the objective would then want a gradient.
     """
 
     function: Objective
     total_pairs: int
     differentiable: bool
-    column_grads: frozenset[str] = frozenset()
+    column_grads: frozenset[str]
+    grad_enabled: bool
 
     def upstream(self, values: Tensor, chunk: Chunk, columns: Mapping[str, Tensor]) -> Upstream:
         """Loss and gradients of a chunk from its rows' values, (fields, rows), chosen before rejected."""
-        with torch.set_grad_enabled(self.differentiable):
+        with torch.set_grad_enabled(self.grad_enabled):
             sides = _sides(self.function, values, chunk, self._column_leaves(columns), self.differentiable)
             loss = self._mean_share(self.function(sides.chosen, sides.rejected), chunk)
+        refuse_parameters(self.function, loss, sides.leaves)
         if not (self.differentiable and loss.requires_grad):
             return _without_gradients(loss.detach(), sides.sums, values)
         return sides.upstream(loss)
@@ -93,10 +96,11 @@ class PairObjective:
             ValueError: the margin's coefficients at these values are not those that were `used`.
         """
         assert isinstance(self.function, MarginLoss)
-        with torch.set_grad_enabled(self.differentiable):
+        with torch.set_grad_enabled(self.grad_enabled):
             sides = _sides(self.function, values, pair, self._column_leaves(columns), self.differentiable)
             margin = self.function.margin(sides.chosen, sides.rejected)
             loss = self._mean_share(self.function.link(margin), pair)
+        refuse_parameters(self.function, loss, sides.leaves)
         upstream = _without_gradients(loss.detach(), sides.sums, values)
         if not (self.differentiable and loss.requires_grad):
             return upstream, loss.new_zeros(())
@@ -130,7 +134,10 @@ def _without_gradients(loss: Tensor, sums: Tensor, values: Tensor) -> Upstream:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Both sides as the objective sees them, with the leaves that gradients are taken of."""
+    """Both sides as the objective sees them, with the leaves that gradients are taken of.
+
+    The objective gets copies: what it writes in place changes no metric and no other chunk.
+    """
 
     chunk: Chunk
     chosen: TokenDivergence | TokenRows
@@ -156,6 +163,11 @@ class _Sides:
     def coefficients(self, margin: Tensor) -> Coefficients:
         """The gradients of a pair's margin, whose graph stays, for every row."""
         return self._of_rows(_gradients(margin, self._value_leaves(), retain_graph=True))
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All that gradients are taken of."""
+        return [*self._value_leaves().values(), *self.column_leaves.values()]
 
     def _value_leaves(self) -> dict[str, Tensor]:
         """In the order of `_of_rows`: chosen before rejected, logps before kl."""
@@ -200,12 +212,12 @@ def _sides(
                 logps=side.logps.detach().requires_grad_(differentiable),
                 kl=side.kl.detach().requires_grad_(differentiable),
             )
-            for side in TokenDivergence.unstack(sums).chunk(2)
+            for side in TokenDivergence.unstack(sums.clone()).chunk(2)
         )
         return _Sides(chunk, chosen, rejected, leaves, values.dtype, sums)
 
     def side_rows(rows: slice, rows_of_pair: Tensor) -> TokenRows:
-        logps, ref_logps, kl, entropy, correct, tokens = values.detach()[:, rows].unbind(0)
+        logps, ref_logps, kl, entropy, correct, tokens = values.detach()[:, rows].clone().unbind(0)
         return TokenRows(
             logps=logps.detach().requires_grad_(differentiable),
             ref_logps=ref_logps,
@@ -213,8 +225,8 @@ def _sides(
             entropy=entropy,
             correct=correct,
             tokens=tokens,
-            columns={name: column[rows] for name, column in columns.items()},
-            rows_of_pair=rows_of_pair,
+            columns={name: column[rows].clone() for name, column in columns.items()},
+            rows_of_pair=rows_of_pair.clone(),
         )
 
     middle, lengths = chunk.chosen_rows, chunk.segments.lengths_on_device

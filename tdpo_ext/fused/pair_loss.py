@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..derivatives import anchor, once
 from ..divergence import TokenDivergence
 from ..losses import Objective
 from ..ops import operators
@@ -39,16 +40,24 @@ class PairLoss:
 
     Attributes:
         columns: the call's token columns, flat, each (N,).
+        grad_enabled: the caller's grad mode.
     """
 
     objective: Objective
     inputs: FusedInputs
     rows: Rows
     columns: Mapping[str, Tensor]
+    grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
 
     def pair_objective(self, wanted: Wanted, wanted_columns: frozenset[str]) -> PairObjective:
         """The objective with each pair's share in the mean, differentiable where anything is wanted."""
-        return PairObjective(self.objective, self.rows.pairs, any(wanted) or bool(wanted_columns), wanted_columns)
+        return PairObjective(
+            self.objective,
+            self.rows.pairs,
+            differentiable=any(wanted) or bool(wanted_columns),
+            column_grads=wanted_columns,
+            grad_enabled=self.grad_enabled,
+        )
 
     def apply(
         self, run: Callable[[Wanted, frozenset[str]], Outcome]
@@ -56,7 +65,7 @@ class PairLoss:
         """(mean loss over pairs, and sums of the chosen and the rejected sequences, each (B,), without a graph)."""
         inputs = self.inputs
         leaves = (inputs.hidden, inputs.head.weight, inputs.head.bias, *self.columns.values())
-        differentiable = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+        differentiable = self.grad_enabled and any(leaf is not None and leaf.requires_grad for leaf in leaves)
 
         def outcome(needs_grad: tuple[bool, ...]) -> Outcome:
             wanted = Wanted._make(differentiable and needed for needed in needs_grad[:3])
@@ -65,15 +74,26 @@ class PairLoss:
             inputs.exchange.finish(inputs.device)
             return result
 
-        loss, chosen, rejected = _HandedOver.apply(tuple(self.columns), outcome, *leaves)
+        origin = _Origin(anchor(leaves)) if differentiable else None
+        loss, chosen, rejected = _HandedOver.apply(tuple(self.columns), outcome, origin, *leaves)
         return loss, TokenDivergence.unstack(chosen), TokenDivergence.unstack(rejected)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The `anchor` of a loss's leaves, beside its graph: only a second derivative would go there."""
+
+    leaves: Tensor
 
 
 class _HandedOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, column_names: tuple[str, ...], run, hidden: Tensor, *others: Tensor | None):
+    def forward(
+        ctx, column_names: tuple[str, ...], run, origin: _Origin | None, hidden: Tensor, *others: Tensor | None
+    ):
         with torch.autocast(hidden.device.type, enabled=False):
-            outcome: Outcome = run(ctx.needs_input_grad[2:])
+            outcome: Outcome = run(ctx.needs_input_grad[3:])
+        ctx.origin = origin
         ctx.gradients = (*outcome.gradients, *(outcome.column_gradients.get(name) for name in column_names))
         # Sums are taken in float64; users get them in the precision of the values.
         dtype = operators.state_dtype(hidden.dtype)
@@ -82,7 +102,6 @@ class _HandedOver(torch.autograd.Function):
         return loss, chosen, rejected
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, loss_grad: Tensor, *_):
         if ctx.gradients is None:
             raise RuntimeError(
@@ -90,10 +109,11 @@ class _HandedOver(torch.autograd.Function):
                 "compute the loss again (retain_graph can't keep them)"
             )
         gradients, ctx.gradients = ctx.gradients, None
+        factor = loss_grad.detach()
         for gradient in gradients:
             if gradient is not None:
-                operators.scale_unless_one(gradient, loss_grad.to(operators.state_dtype(gradient.dtype)))
-        return (None, None, *gradients)
+                operators.scale_unless_one(gradient, factor.to(operators.state_dtype(gradient.dtype)))
+        return (None, None, None, *once("linear_preference_loss", gradients, (ctx.origin.leaves, loss_grad)))
 
 
 def column_gradient(column: Tensor, index: Tensor, grad: Tensor) -> Tensor:

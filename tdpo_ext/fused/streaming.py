@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..derivatives import once, save, saved
 from ..divergence import TokenDivergence
 from ..ops import memory, operators
 from ..ops.memory import Buffer
@@ -41,6 +42,7 @@ def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_co
     upstream = inputs.exchange.run(
         lambda: objective.upstream(values, chunk, columns), lambda: objective.nothing(values, chunk)
     )
+    inputs.compare_over_ranks(upstream.loss, upstream.logps_grad, upstream.kl_grad)
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(wanted):
         chosen, rejected = slice(0, chunk.chosen_rows), slice(chunk.chosen_rows, len(index))
@@ -101,7 +103,7 @@ class _TokenValues(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             states = _states(inputs, index, plan)
             counted = inputs.finalize(states, labels[index])
-        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)
+        save(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)
         inputs.exchange.finish(inputs.device)
         ctx.options, ctx.ref_scale = inputs.options, inputs.ref_head.scale
         ctx.shard, ctx.plan = inputs.exchange.shard, plan
@@ -113,10 +115,9 @@ class _TokenValues(torch.autograd.Function):
         return values.logps.clone(), values.kl.clone(), others
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, logps_grad: Tensor | None, kl_grad: Tensor | None, _others_grad):
-        # Unpacking detects inputs that were modified in place since.
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states = ctx.saved_tensors
+        # Detects inputs that were modified in place since.
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states = saved(ctx)
         inputs = FusedInputs(
             hidden=hidden,
             head=Head(weight, bias),
@@ -136,10 +137,11 @@ class _TokenValues(torch.autograd.Function):
             drops_rows=ctx.shard is None,
         )
         _agree_on_gradients(inputs, rows)
-        with torch.autocast(index.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(index.device.type, enabled=False):
             gradients = _gradients(inputs, rows, ctx.plan, Wanted._make(ctx.needs_input_grad[:3]))
         inputs.exchange.finish(inputs.device)
-        return (*gradients, *[None] * 7)
+        depend_on = (hidden, weight, bias, logps_grad, kl_grad)
+        return (*once("linear_token_divergence", gradients, depend_on), *[None] * 7)
 
 
 def _agree_on_gradients(inputs: FusedInputs, rows: _GradientRows) -> None:

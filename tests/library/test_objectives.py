@@ -18,6 +18,16 @@ def coupled_from_three_pairs_on(chosen, rejected):
     return -logsigmoid(margin - (margin.mean() if len(margin) > 2 else 0.0))
 
 
+def coupled_from_four_pairs_on(chosen, rejected):
+    margin = chosen.logratio - rejected.logratio
+    return -logsigmoid(margin - (margin.detach().mean() if len(margin) > 3 else 0.0))
+
+
+def coupled_by_the_length_of_all(chosen, rejected):
+    margin = chosen.logratio - rejected.logratio
+    return -logsigmoid(margin if chosen.tokens.sum() < 100 else margin / 2)
+
+
 def coupled_through_rejected_alone(chosen, rejected):
     return chosen.logps - rejected.kl.roll(1)
 
@@ -54,19 +64,23 @@ def coupled_through_the_next_token(chosen, rejected):
         coupled_through_the_next_token,
         coupled_through_a_detached_value,
         coupled_from_three_pairs_on,
+        coupled_from_four_pairs_on,
+        coupled_by_the_length_of_all,
         coupled_through_rejected_alone,
         coupled_through_the_chosen_kl,
         normalised_by_the_longest,
     ],
 )
 def test_coupled_pairs_are_refused(objective):
-    with pytest.raises(ValueError, match="couples pairs"):
+    with pytest.raises(
+        ValueError, match=r"couples pairs.*tried on 3 made-up pairs of 2 and 3, 3 and 4, 4 and 5 tokens"
+    ):
         linear_preference_loss(objective, **make_case().tensors())
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_losses_that_are_not_finite_are_refused(value):
-    with pytest.raises(ValueError, match="for ordinary made-up pairs"):
+    with pytest.raises(ValueError, match="for 3 made-up pairs"):
         linear_preference_loss(lambda chosen, rejected: torch.full_like(chosen.kl, value), **make_case().tensors())
 
 
@@ -98,10 +112,10 @@ def test_an_objective_sees_made_up_pairs_once(kind, bound):
         objective = state.method if bound else state
         linear_preference_loss(objective, **make_case(pairs=5).tensors())
     assert state.pairs.count(5) == 3
-    assert len(state.pairs) == 3 + 4  # three pairs, and each alone
+    assert len(state.pairs) == 3 + 5  # some pairs, three of them alone, and more pairs
     other = kind()
     linear_preference_loss(other.method if bound else other, **make_case(pairs=5).tensors())
-    assert len(other.pairs) == 1 + 4
+    assert len(other.pairs) == 1 + 5
 
 
 def test_an_objective_s_own_error_is_not_hidden():
@@ -148,4 +162,4 @@ def test_an_objective_in_the_place_of_one_that_is_gone_is_tried():
     others = [Counting() for _ in range(1000)]
     (successor,) = [other for other in others if id(other) == address]
     linear_preference_loss(successor, **make_case().tensors())
-    assert len(successor.pairs) == 1 + 4
+    assert len(successor.pairs) == 1 + 5

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import tdpo_ext
 from helpers.distributed import outcome_of, run_on_ranks
 from helpers.linear_cases import make_case
-from tdpo_ext import VocabShard, linear_preference_loss, linear_token_divergence, per_token, tdpo_loss
+from tdpo_ext import MarginLoss, VocabShard, linear_preference_loss, linear_token_divergence, per_token, tdpo_loss
+from tdpo_ext.losses import logratio_margin
 from tdpo_ext.ops import operators
 from tdpo_ext.vocab_parallel import Exchange, _tiled_size
 
@@ -107,6 +110,79 @@ def rows_split_otherwise(rank, world, device):
 
 
 @on_every_rank
+def hidden_states_that_differ(rank, world, device):
+    for name in ("hidden", "ref_hidden"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            good = arguments_of(rank, world, pairs=2)
+            for floating in ("hidden", "weight", "ref_hidden", "ref_weight"):
+                good[floating] = good[floating].detach().to(dtype)
+            other, counted = good[name].clone(), good["labels"] != -100
+            other[~counted] += rank  # rows that do not count may hold anything
+            arguments = {**good, name: other}
+            linear_preference_loss(OBJECTIVE, **arguments)
+            other[(*counted.nonzero()[-1], -1)] += 1e-2 * rank
+            expect(f"{name} differs", lambda arguments=arguments: linear_preference_loss(OBJECTIVE, **arguments))
+            expect(f"{name} differs", lambda arguments=arguments: linear_token_divergence(**arguments))
+
+
+@on_every_rank
+def objectives_that_differ_on_real_values(rank, world, device):
+    """They are alike for the few nats that made-up pairs have between their responses."""
+
+    def bounded(chosen, rejected):
+        margins = chosen.logratio - rejected.logratio
+        return (0.01 * margins).clamp(-0.05 if rank == 1 else -1e9, 0.05 if rank == 1 else 1e9)
+
+    def bounded_gradient(chosen, rejected):
+        margins = chosen.logratio - rejected.logratio
+        return bounded_link(margins, rank)
+
+    for budget in (1 << 30, 200_000, 3_000):
+        for sizes in ({"pairs": 4, "tokens": 60}, {"pairs": 1, "tokens": 300}):
+            good = arguments_of(rank, world, **sizes)
+            for name in ("hidden", "ref_hidden"):
+                good[name] = (good[name] * 9).detach().requires_grad_(name == "hidden")
+            for objective in (bounded, bounded_gradient, MarginLoss(logratio_margin, lambda m: bounded_link(m, rank))):
+                call = functools.partial(linear_preference_loss, objective, **good, logits_budget=budget)
+                expect("objective differs between the vocabulary's ranks", call)
+            with torch.no_grad():
+                call = functools.partial(linear_preference_loss, bounded, **good, logits_budget=budget)
+                expect("objective differs between the vocabulary's ranks", call)
+            good["hidden"] = good["hidden"].detach()
+            good["weight"].requires_grad_(rank == 1)  # ranks may differ in this: then the losses are compared alone
+            linear_preference_loss(OBJECTIVE, **good, logits_budget=budget)
+
+
+def bounded_link(margins, rank):
+    bound = 5.0 if rank == 1 else 1e9
+    straight = margins.clamp(-bound, bound)
+    return 0.01 * (margins.detach() + straight - straight.detach())
+
+
+@on_every_rank
+def hidden_states_whose_sum_is_not_taken(rank, world, device):
+    mesh = init_device_mesh(device, (world,))
+    good = arguments_of(rank, world, pairs=2, ignored=0.0)
+    parts = {name: DTensor.from_local(good[name].detach(), mesh, [Partial()]) for name in ("hidden", "ref_hidden")}
+    parts["labels"] = DTensor.from_local(good["labels"], mesh, [Shard(0)])
+    whole = {name: DTensor.from_local(good[name].detach(), mesh, [Replicate()]) for name in parts}
+    for name, part in parts.items():
+        call = functools.partial(linear_preference_loss, OBJECTIVE, **{**good, name: part})
+        expect(f"{name} is a DTensor with placements", call)
+        one_rank = {**good, name: part if rank == 1 else good[name]}
+        call = functools.partial(linear_preference_loss, OBJECTIVE, **one_rank)
+        expect(f"{name} is a DTensor with placements", call, own=ValueError, rank=rank)
+        heads = {
+            head: DTensor.from_local(good[head].detach(), mesh, [Shard(0)], shape=(301, width), stride=(width, 1))
+            for head, width in (("weight", good["weight"].shape[1]), ("ref_weight", good["ref_weight"].shape[1]))
+        }
+        of_dtensors = {**good, **heads, "shard": None, name: part}
+        call = functools.partial(linear_preference_loss, OBJECTIVE, **of_dtensors)
+        expect(f"{name} is a DTensor with placements", call)
+    linear_preference_loss(OBJECTIVE, **{**good, **whole})
+
+
+@on_every_rank
 def columns_that_differ(rank, world, device):
     @per_token
     def weighted(chosen, rejected):
@@ -143,7 +219,7 @@ class FailsOnRankOne:
 
     def __call__(self, chosen, rejected):
         self.calls += 1
-        if self.fails and self.calls > 4:  # the check makes four calls
+        if self.fails and self.calls > 5:  # the check makes five calls
             raise KeyError("lost objective")
         return OBJECTIVE(chosen, rejected)
 

@@ -1,0 +1,84 @@
+"""Pairs of plausible values, on which an objective is tried before the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .divergence import TokenDivergence, TokenRows, segment_sums
+
+_CHOSEN_TOKENS = (2, 3, 4, 7, 40, 19, 9, 28, 12)  # of every pair there is; the rejected response is one longer
+FEW, MANY = range(3), range(len(_CHOSEN_TOKENS))
+
+Side = TokenDivergence | TokenRows
+
+
+@dataclass(frozen=True)
+class MadeUpPairs:
+    """Some pairs; their values depend on nothing else in the call, and are new tensors at every call.
+
+    Attributes:
+        tokens: whether as TokenRows, instead of TokenDivergence of sums.
+        columns: names of token columns.
+    """
+
+    tokens: bool
+    device: torch.device
+    columns: Sequence[str]
+
+    def sides(self, pairs: Sequence[int], shift: float = 0.0) -> tuple[Side, Side]:
+        """Chosen and rejected of these pairs; `shift` changes everything but `tokens` and columns."""
+        return self._side(pairs, 0, shift), self._side(pairs, 1, shift)
+
+    def _side(self, pairs: Sequence[int], side: int, shift: float) -> Side:
+        lengths = torch.tensor([_CHOSEN_TOKENS[pair] + side for pair in pairs])
+        drawn = [_draw(pair, side, shift, len(self.columns)) for pair in pairs]
+        values = torch.cat([of_pair for of_pair, _ in drawn], dim=1)
+        columns = torch.cat([of_pair for _, of_pair in drawn], dim=1).to(self.device)
+        if not self.tokens:
+            made_up = TokenDivergence.unstack(segment_sums(values.t(), lengths).t().contiguous().to(self.device))
+            return made_up._replace(logps=made_up.logps.requires_grad_(), kl=made_up.kl.requires_grad_())
+        logps, ref_logps, kl, entropy, correct, tokens = values.to(self.device).unbind(0)
+        return TokenRows(
+            logps=logps.requires_grad_(),
+            ref_logps=ref_logps,
+            kl=kl.requires_grad_(),
+            entropy=entropy,
+            correct=correct,
+            tokens=tokens,
+            columns=dict(zip(self.columns, columns)),
+            rows_of_pair=lengths.to(self.device),
+        )
+
+    def describe(self, pairs: Sequence[int]) -> str:
+        """As words, for an error message."""
+        lengths = ", ".join(f"{_CHOSEN_TOKENS[pair]} and {_CHOSEN_TOKENS[pair] + 1}" for pair in pairs)
+        return f"{len(pairs)} made-up pair{'s' * (len(pairs) > 1)} of {lengths} tokens"
+
+
+def entries(side: Side, pair: int) -> slice:
+    """The entries of the pair at this place in each of the side's fields."""
+    if isinstance(side, TokenDivergence):
+        return slice(pair, pair + 1)
+    first = int(side.rows_of_pair[:pair].sum())
+    return slice(first, first + int(side.rows_of_pair[pair]))
+
+
+def _draw(pair: int, side: int, shift: float, columns: int) -> tuple[Tensor, Tensor]:
+    """Values (fields, tokens) of one response, in the order of TokenDivergence, and its columns (columns, tokens)."""
+    generator = torch.Generator().manual_seed(7 + 2 * pair + side)
+    tokens = _CHOSEN_TOKENS[pair] + side
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(tokens, generator=generator)
+
+    logps = draw(-4.0, -0.5) - shift
+    ref_logps = logps + draw(-0.5, 0.5) - shift
+    kl = draw(0.05, 0.4) * (1 + shift)
+    entropy = draw(0.5, 2.0) + shift
+    correct = (draw(0.0, 1.0) < 0.5).float()
+    values = torch.stack([logps, ref_logps, kl, entropy, correct, torch.ones(tokens)])
+    return values, torch.stack([draw(0.1, 1.0) for _ in range(columns)]) if columns else torch.empty(0, tokens)
