@@ -15,6 +15,7 @@ from tdpo_ext.losses import Objective
 from .data.forms import column_mapping
 from .loss.objectives import OBJECTIVES, TrainedObjective, check_objective_options
 from .options import TDPOOptions
+from .refused import check_batches, check_full_eval, check_numbers
 
 # Options of transformers that need logits, which this loss never forms, and the values that leave them unused.
 _NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
@@ -48,7 +49,10 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         for name, unused in _NO_MEANING.items():
             if getattr(self, name) != unused:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has no meaning for this loss: leave it unset")
+        check_numbers(self)
+        check_full_eval(self)
         super().__post_init__()
+        check_batches(self.accelerator_config)
 
     @property
     def reference_folder(self) -> Path:
