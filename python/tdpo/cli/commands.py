@@ -142,15 +142,16 @@ def _merge(trainer: TDPOTrainer, models: ModelOptions) -> bool:
     Returns:
         Whether it did.
     """
-    out = Path(trainer.args.output_dir)
-    stamp, made_of = (
-        out / MERGED / _MADE_OF,
-        {"adapters": file_digest(out / _ADAPTERS)} if models.merge_adapters else None,
-    )
-    if made_of is None or not trainer.args.should_save or (stamp.is_file() and read_json(stamp) == made_of):
+    if not models.merge_adapters or not trainer.args.should_save:
         return False
+    out = Path(trainer.args.output_dir)
+    stamp, made_of = out / MERGED / _MADE_OF, {"adapters": file_digest(out / _ADAPTERS)}
+    if stamp.is_file() and read_json(stamp) == made_of:
+        return False
+    from peft import PeftModel
+
     with whole_folder(out / MERGED) as folder:
-        merge_adapters(load_adapted_model(models), out).save_pretrained(folder)
+        merge_adapters(PeftModel.from_pretrained(load_adapted_model(models), str(out))).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
         write_json(folder / _MADE_OF, made_of)
     return True

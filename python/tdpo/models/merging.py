@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def merge_adapters(base: Any, folder: str | Path) -> Any:
-    """The model with the adapters in `folder` merged into its weights, in its own precision; `base` becomes it.
+def merge_adapters(adapted: Any) -> Any:
+    """The model inside a PeftModel, with the adapters merged into its weights, in their precision.
 
     Adapters of a head or of an embedding that share one weight would be merged into both: each then gets its own, and
     the configuration says so, unless they are equal in the end.
     """
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(base, str(folder))
     shared = _separate(adapted)
     merged = adapted.merge_and_unload()
     if shared:

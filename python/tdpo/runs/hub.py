@@ -59,9 +59,9 @@ class HubUploads(Trainer):
         revision: str | None = None,
     ) -> Any:
         """Uploads what a finished run has saved in output_dir; the arguments are those of `push_to_hub`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
             return None
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
         return self._upload_folder(
             self.args.output_dir,

@@ -142,6 +142,10 @@ def test_a_head_that_shares_the_embedding_is_merged_on_its_own(targets, home, tm
     out = tmp_path / "out"
     assert main(["train", str(home / "config.yaml"), *model, "--output_dir", str(out), "--merge_adapters"]) == 0
     same_as_adapted(tmp_path, out)
+    before_others = load_policy(ModelOptions(model=str(out), lora_r=2))
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    torch.testing.assert_close(logits(before_others), logits(merged), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(*(module.weight for module in (merged.lm_head, merged.model.embed_tokens)))
 
 
 def test_merging_starts_again_with_a_new_run(home, tmp_path):

@@ -44,7 +44,7 @@ def test_a_merged_model_is_the_trained_one(kind, shares, tmp_path):
     adapted.save_pretrained(tmp_path / "adapters")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     before = logits(base)
-    merge_adapters(base, tmp_path / "adapters").save_pretrained(tmp_path / "merged")
+    merge_adapters(PeftModel.from_pretrained(base, tmp_path / "adapters")).save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not torch.allclose(logits(merged), before, atol=1e-2)
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=2e-4)
