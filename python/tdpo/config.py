@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -15,6 +14,7 @@ from .data.forms import column_mapping
 from .loss.objectives import OBJECTIVES, TrainedObjective
 from .option_checks import check_options
 from .options import TDPOOptions
+from .refused import check_batches
 
 
 @dataclass
@@ -31,14 +31,9 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         check_options(self)
         self.columns = column_mapping(self.columns) or None
         super().__post_init__()
-        loading: Any = self.accelerator_config
-        if loading.dispatch_batches:
-            raise ValueError(
-                "accelerator_config sets dispatch_batches, which cuts every tensor of a batch after some of its rows; "
-                "ours hold the response tokens of all pairs: leave it unset"
-            )
+        check_batches(self.accelerator_config)
         # Unset, accelerate would dispatch the batches of streams, on one process too.
-        self.accelerator_config = replace(loading, dispatch_batches=False)
+        self.accelerator_config = replace(self.accelerator_config, dispatch_batches=False)  # type: ignore[type-var]
 
     @property
     def reference_folder(self) -> Path:

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +117,21 @@ def _fallocate(descriptor: int, size: int) -> bool:
     return True
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to write in, which takes the place of the folder `path` once all is written."""
+    written = path.with_name(f"_{path.name}-being-written")
+    shutil.rmtree(written, ignore_errors=True)  # left behind by a process that was killed while writing
+    yield written
+    shutil.rmtree(path, ignore_errors=True)
+    written.rename(path)
+
+
 def save_model(path: Path, model: Any, tokenizer: Any) -> None:
-    """Saves a model and its tokenizer atomically in the new folder `path`."""
-    partial = path.with_name(f"{path.name}.part")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(path)
+    """Saves a model and its tokenizer atomically in the folder `path`."""
+    with whole_folder(path) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def write_manifest(folder: Path, only_model: bool) -> None:

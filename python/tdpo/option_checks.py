@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from .data.forms import column_mapping
 from .options import USED_BY, ObjectiveOptions, TDPOOptions
 from .plain import checks
+from .refused import check_full_eval, check_numbers
 
 # Options of transformers that need logits, which this loss never forms, and the values that leave them unused.
 _NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
@@ -42,6 +43,8 @@ def check_options(options: Any) -> None:
     for name, unused in _NO_MEANING.items():
         if getattr(options, name) != unused:
             raise ValueError(f"{name} is {getattr(options, name)}; it has no meaning for this loss: leave it unset")
+    check_numbers(options)
+    check_full_eval(options)
 
 
 def check_objective_options(options: ObjectiveOptions) -> None:

@@ -37,6 +37,9 @@ from .reference.digests import digests_at_start
 from .reference.second_model import SecondModel
 from .runs import checkpoints
 from .runs.adapters import WholeAdapters
+from .runs.hub import HubUploads
+from .runs.inputs import Inputs
+from .runs.lock import only_run_in
 from .runs.logs import KLWarning, show_readable_logs
 from .runs.model_card import model_card
 from .runs.record import RunRecord
@@ -46,7 +49,7 @@ from .runs.stopping import StopAfterStep
 from .tokenization import Tokenization
 
 
-class TDPOTrainer(WholeAdapters):
+class TDPOTrainer(WholeAdapters, HubUploads, Inputs):
     """Trains a causal language model on preference pairs: `tdpo.TDPOTrainer`, on transformers' Trainer.
 
     `tdpo.trl.TDPOTrainer` is another class, a subclass of TRL's DPOTrainer.
@@ -112,7 +115,7 @@ class TDPOTrainer(WholeAdapters):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=others.pop("data_collator", collator),
+            data_collator=others.pop("data_collator", None) or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -230,13 +233,16 @@ class TDPOTrainer(WholeAdapters):
             )
         return output
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the means since the last log, and the tokens so far, to the entries of the training loop."""
-        if "loss" in logs:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log, and the tokens so far, to the entries of the training loop.
+
+        It alone passes `start_time`; what a user logs by hand stays as it is.
+        """
+        if "loss" in logs and start_time is not None:
             logs.update(self._training_means.take())
             logs["num_tokens"] = self._count_tokens()
             self._kl_warning.check(logs["kl/chosen"], self.state.global_step)
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
 
     def _count_tokens(self) -> int:
         """Tokens of prompts and responses that all processes have trained on, in this run and those it resumes."""
@@ -257,20 +263,21 @@ class TDPOTrainer(WholeAdapters):
 
         Raises:
             ValueError: a file of the checkpoint is damaged, there is no good checkpoint, or it is of a run with other
-                options or data and `resume_anyway` is not set; the message names what is wrong.
+                options or data and `resume_anyway` is not set; another run trains in output_dir; the message names
+                what is wrong.
             KeyboardInterrupt, stopping.Terminated: after a signal.
         """
         self.was_finished = False
         given = {"model": self.model, "ref_model": self.ref_model}
         folders = {name: model.config._name_or_path for name, model in given.items() if model is not None}
         check_output_dir(self.args.output_dir, folders)
-        if resume_from_checkpoint:
-            point = resume_point(self.args, self.record, resume_from_checkpoint, self.total_steps())
-            if point.finished:
-                return self._finished(point)
-            resume_from_checkpoint = point.path
-        self._audit_due = self.args.audit == "first"
-        with self._stop.listening():
+        with only_run_in(self.args.output_dir), self._stop.listening():
+            if resume_from_checkpoint:
+                point = resume_point(self.args, self.record, resume_from_checkpoint, self.total_steps())
+                if point.finished:
+                    return self._finished(point)
+                resume_from_checkpoint = point.path
+            self._audit_due = self.args.audit == "first"
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def audit(self) -> AuditReport:
@@ -373,15 +380,6 @@ class TDPOTrainer(WholeAdapters):
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "README.md").write_text(self.card())
 
-    def create_model_card(self, *args: Any, **details: Any) -> None:
-        """Writes the README of the output folder again; `push_to_hub` passes on what it is told for the hub.
-
-        Args:
-            details: as `runs.model_card.model_card` takes them.
-        """
-        if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(self.card(*args, **details))
-
     def card(self, **details: Any) -> str:
         """The README of the policy as it is now; `details` as `runs.model_card.model_card` takes them."""
         return model_card(
@@ -395,6 +393,5 @@ class TDPOTrainer(WholeAdapters):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Uploads a checkpoint in the background, once it is where it stays."""
-        if self._staging is None:
+        if self._staging is None and self.is_world_process_zero():  # once it is where it stays
             super()._push_from_checkpoint(checkpoint_folder)

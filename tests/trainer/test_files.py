@@ -5,7 +5,7 @@ import os
 import tracemalloc
 
 import pytest
-from tdpo.files import allocate, digest, file_digest
+from tdpo.files import allocate, digest, file_digest, whole_folder
 
 
 @pytest.mark.parametrize("way", ["posix_fallocate", "none", "not supported"])
@@ -34,3 +34,23 @@ def test_a_digest_reads_a_file_piece_by_piece(tmp_path):
         tracemalloc.stop()
     assert found == digest(content)
     assert peak < len(content) / 4
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    def write(text, *, fails=False):
+        with whole_folder(tmp_path / "model") as folder:
+            folder.mkdir()
+            (folder / text).write_text(text)
+            if fails:
+                raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write("half", fails=True)
+    assert not (tmp_path / "model").exists()
+    write("first")
+    with pytest.raises(OSError, match="disk full"):
+        write("half", fails=True)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["first"]
+    write("second")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

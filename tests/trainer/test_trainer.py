@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from tdpo import TDPOConfig, TDPOTrainer
+from transformers import TrainerCallback
 
-from helpers.model_families import make_model
-from helpers.trainer_cases import FOUR_STEPS, losses, make_preferences, make_trainer
+from helpers.model_families import make_model, make_tokenizer
+from helpers.trainer_cases import FOUR_STEPS, SETTINGS, losses, make_preferences, make_trainer
 from tdpo_ext import eager
 
 
@@ -166,6 +168,88 @@ def test_tokens_that_transformers_counts_are_not_counted_twice(tmp_path):
     padded = [batch["input_ids"].numel() for batch in trainer.get_train_dataloader()][:2]
     counted = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
     assert 0 < counted[0] < counted[1] == trainer.state.num_input_tokens_seen <= 2 * max(padded)
+
+
+def test_what_is_logged_by_hand_stays_as_it_is(tmp_path):
+    """And what training logs is as if nothing had been logged between."""
+
+    class LogsByHand(TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            if state.global_step < 4:
+                trainer.log({"loss": 1.0, "mine": 2.0})
+
+    options = {"max_steps": 4, "logging_steps": 4}
+    plain, trainer = make_trainer(tmp_path, **options), make_trainer(tmp_path, **options)
+    trainer.log({"loss": 3.0})
+    assert trainer.state.log_history == [{"loss": 3.0, "epoch": 0, "step": 0}]
+    trainer.add_callback(LogsByHand())
+    plain.train()
+    trainer.train()
+    by_hand = [entry for entry in trainer.state.log_history if "mine" in entry]
+    assert [(entry["loss"], entry["step"], "kl/chosen" in entry) for entry in by_hand] == [
+        (1.0, step, False) for step in (1, 2, 3)
+    ]
+    logged = [entry for entry in trainer.state.log_history if "kl/chosen" in entry]
+    assert logged == [entry for entry in plain.state.log_history if "kl/chosen" in entry]
+
+
+def test_a_collator_of_none_is_the_default_one(tmp_path):
+    rows = make_preferences()
+    data = {"train_dataset": rows, "processing_class": make_tokenizer()}
+    args = TDPOConfig(output_dir=str(tmp_path), **{**SETTINGS, "max_steps": 2})
+    trainer = TDPOTrainer(make_model("gpt2"), args=args, data_collator=None, **data)
+    trainer.train()
+    plain = TDPOTrainer(make_model("gpt2"), args=args, **data)
+    plain.train()
+    assert losses(trainer) == losses(plain)
+
+
+def test_options_serve_several_trainers(tmp_path):
+    shares = {"logging_steps": 0.25, "save_strategy": "steps", "save_steps": 0.5}
+    shares |= {"eval_strategy": "steps", "eval_steps": 0.5, "learning_rate": None, "max_steps": 4}
+    accelerator = {"gradient_accumulation_kwargs": {"num_steps": 1}}
+    args = TDPOConfig(output_dir=str(tmp_path), accelerator_config=accelerator, **{**SETTINGS, **shares})
+    before = copy.deepcopy(vars(args))
+    curves = []
+    for _ in range(2):
+        rows = make_preferences()
+        data = {"train_dataset": rows, "eval_dataset": rows.select(range(4)), "processing_class": make_tokenizer()}
+        trainer = TDPOTrainer(make_model("gpt2"), args=args, **data)
+        trainer.train()
+        curves.append([(name, entry[name]) for entry in trainer.state.log_history for name in entry if "loss" in name])
+        assert {name: str(value) for name, value in vars(args).items()} == {n: str(v) for n, v in before.items()}
+    assert curves[0] == curves[1]
+
+
+def test_callbacks_of_the_user(tmp_path):
+    class Stops(TrainerCallback):
+        def __init__(self):
+            self.called = []
+
+        def on_train_begin(self, args, state, control, **others):
+            self.called.append("begin")
+
+        def on_step_end(self, args, state, control, **others):
+            control.should_training_stop = state.global_step == 2
+
+        def on_evaluate(self, args, state, control, metrics, **others):
+            self.called.append(metrics["eval_loss"])
+
+        def on_log(self, args, state, control, logs, **others):
+            self.called.append(logs.get("kl/chosen"))
+
+    callback = Stops()
+    data = {"train_dataset": make_preferences(), "eval_dataset": make_preferences(4)}
+    args = TDPOConfig(output_dir=str(tmp_path), **{**SETTINGS, "eval_strategy": "steps", "eval_steps": 2})
+    trainer = TDPOTrainer(
+        make_model("gpt2"), args=args, processing_class=make_tokenizer(), callbacks=[callback], **data
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    begun, first, second, of_evaluation, loss, of_training = callback.called
+    assert (begun, of_evaluation, of_training) == ("begin", None, None)
+    assert [first, second] == [entry["kl/chosen"] for entry in trainer.state.log_history if "kl/chosen" in entry]
+    assert loss == trainer.state.log_history[2]["eval_loss"]
 
 
 def test_rows_are_grouped_by_length(tmp_path):

@@ -119,11 +119,14 @@ def assert_equal(two, one):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("kind", ["ddp", "ddp with a cache", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp with a cache", "ddp of split batches", "fsdp2"])
 def test_two_processes_equal_one(kind, adapters, tmp_path, alone):
     options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     if kind == "ddp with a cache":
         options |= {"precompute_reference": True, "reference_dtype": "float32"}
+    if kind == "ddp of split batches":
+        options = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+        options |= {"accelerator_config": {"split_batches": True}}
     if kind == "ddp":
         options |= {"save_strategy": "steps", "save_steps": 3}
     two = run(tmp_path, 2, FSDP if kind == "fsdp2" else None, adapters=adapters, **options)

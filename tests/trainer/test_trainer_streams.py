@@ -142,7 +142,7 @@ def test_what_streams_can_not_do_is_refused_before_they_are_read(given, tmp_path
 
 def test_batches_are_never_dispatched(tmp_path):
     given = {"dispatch_batches": True}
-    with pytest.raises(ValueError, match=r"^accelerator_config sets dispatch_batches, which cuts every tensor"):
+    with pytest.raises(ValueError, match=r"^accelerator_config has dispatch_batches True, which cuts batches"):
         TDPOConfig(output_dir=str(tmp_path), accelerator_config=given)
     for config in (None, {"split_batches": True}):
         args = TDPOConfig(output_dir=str(tmp_path), accelerator_config=config)

@@ -17,6 +17,7 @@ from ..data.load import load_preferences
 from ..data.show import View, data_text, legend_text
 from ..data.stream import check_stream_options
 from ..data.tokenize import padding_token, tokenize_rows
+from ..files import file_digest, read_json, whole_folder, write_json
 from ..models.checks import check_model
 from ..models.loading import (
     load_adapted_model,
@@ -27,17 +28,21 @@ from ..models.loading import (
     merges_adapters,
     trains_adapters,
 )
+from ..models.merging import merge_adapters
 from ..models.names import check_merging, check_output_dir
 from ..models.sizes import embedded_ids
 from ..options import DataOptions, ModelOptions, ShowOptions, require
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
+from ..runs.lock import only_run_in
 from ..runs.resume import finished_steps
 from ..tokenization import Tokenization
 from ..trainer import TDPOTrainer
 from .parse import Options
 
+MERGED = "merged"  # in output_dir
+_ADAPTERS, _MADE_OF = "adapter_model.safetensors", "merged_from.json"  # which says what adapters a merged model has
 _OF_A_STREAM = 1000  # rows that `tdpo data` reads
 
 
@@ -81,14 +86,21 @@ def _evaluation_data(options: Options) -> Dataset | IterableDataset:
 def train(options: Options) -> None:
     """Trains, resuming from the last checkpoint in output_dir if there is one, and saves the model there.
 
-    A finished run changes nothing.
+    A finished run changes nothing; what it lacks of `merge_adapters` is made, and with `push_to_hub` it is uploaded.
     """
-    models, data, args = options
+    models, _, args = options
     require(models, "model")
     check_output_dir(args.output_dir, {"model": models.model, "ref_model": models.ref_model})
     check_merging(models, trains_adapters=trains_adapters(models))
     if models.merge_adapters and is_deepspeed_zero3_enabled():
         raise ValueError("merge_adapters is True, but ZeRO-3 partitions every model that is loaded: merge afterwards")
+    _ = args.device  # sets up the processes
+    with only_run_in(args.output_dir):
+        _train(options)
+
+
+def _train(options: Options) -> None:
+    models, data, args = options
     out = Path(args.output_dir)
     interrupted = bool(checkpoints_of(out))
     resume = _checkpoint_wanted(args, interrupted)
@@ -99,29 +111,34 @@ def train(options: Options) -> None:
     if resume is True or not interrupted:
         finished = finished_steps(args, trainer.record, trainer.total_steps())
         if finished:
-            print(f"{out} holds a finished run of {finished} steps: nothing was trained or changed")
+            merged = _merge(trainer, models)
+            changed = f"its adapters were merged, to {out / MERGED}" if merged else "nothing was trained or changed"
+            if args.should_save:
+                print(f"{out} holds a finished run of {finished} steps: {changed}")
+            _publish(trainer)
             return
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # uploaded below, with the rest
+    if args.should_save:
+        trainer.record.write(out)  # before what says that the run is finished
     trainer.save_state()
-    if not args.should_save:
-        return
-    trainer.record.write(out)
-    if models.merge_adapters:
-        _save_merged(models, out)
-        trainer.processing_class.save_pretrained(out / "merged")
-    print(f"saved {out}")
+    _merge(trainer, models)
+    if args.should_save:
+        print(f"saved {out}")
+    _publish(trainer)
+
+
+def _publish(trainer: TDPOTrainer) -> None:
+    if trainer.args.push_to_hub:
+        trainer.upload()
 
 
 def _save_start(policy: Any, folder: Path, args: TDPOConfig) -> None:
     """Saves a policy that is not the checkpoint it was read from, so that adapters trained on it have a base."""
     with args.main_process_first(desc="saving the policy as it starts"):
         if args.should_save and not checkpoints_of(folder.parent):  # otherwise it is there
-            written = folder.with_name("_start-being-written")
-            shutil.rmtree(written, ignore_errors=True)
-            policy.save_pretrained(written)
-            shutil.rmtree(folder, ignore_errors=True)
-            written.rename(folder)
+            with whole_folder(folder) as written:
+                policy.save_pretrained(written)
     policy.name_or_path = policy.config._name_or_path = str(folder)
 
 
@@ -139,12 +156,27 @@ def _checkpoint_wanted(args: TDPOConfig, interrupted: bool) -> str | bool:
     return wanted
 
 
-def _save_merged(models: ModelOptions, out: Path) -> None:
-    """Merges the saved adapters into the policy as it started, in its own precision: never into 4-bit weights."""
+def _merge(trainer: TDPOTrainer, models: ModelOptions) -> bool:
+    """Saves the policy with the saved adapters merged, if that is asked for and there is none of these adapters yet.
+
+    They are merged into the policy as it started, in its own precision: never into 4-bit weights.
+
+    Returns:
+        Whether it did.
+    """
+    if not models.merge_adapters or not trainer.args.should_save:
+        return False
+    out = Path(trainer.args.output_dir)
+    stamp, made_of = out / MERGED / _MADE_OF, {"adapters": file_digest(out / _ADAPTERS)}
+    if stamp.is_file() and read_json(stamp) == made_of:
+        return False
     from peft import PeftModel
 
-    base = load_adapted_model(models)
-    PeftModel.from_pretrained(base, str(out)).merge_and_unload().save_pretrained(out / "merged")
+    with whole_folder(out / MERGED) as folder:
+        merge_adapters(PeftModel.from_pretrained(load_adapted_model(models), str(out))).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        write_json(folder / _MADE_OF, made_of)
+    return True
 
 
 def show(options: Options) -> None:

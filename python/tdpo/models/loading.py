@@ -34,7 +34,9 @@ def load_policy(options: ModelOptions) -> Any:
     if not merges:
         return model
     logger.warning("the adapters in %s are merged into the weights; lora_r adds new ones", options.model)
-    return model.merge_and_unload()
+    from .merging import merge_adapters
+
+    return merge_adapters(model)
 
 
 def merges_adapters(options: ModelOptions) -> bool:

@@ -60,6 +60,8 @@ class RunRecord(NamedTuple):
             options |= {f"adapters' {name}": described[name] for name in described.keys() - _NO_ADAPTER_OPTIONS}
         options |= {"dtype": dtypes, "processes": processes, "model": _name(model)}
         options |= {f"{_WEIGHTS}{name}": digest for name, digest in weights.items()}
+        if args.accelerator_config.split_batches:
+            options["split_batches"] = True
         if ref_model is not None:
             options["ref_model"] = _name(ref_model)
         if objective is not None:

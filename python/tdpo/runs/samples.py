@@ -22,6 +22,7 @@ from ..reference.cached_states import CachedStates
 from ..reference.reference import Reference
 
 logger = logging.getLogger(__name__)
+SAMPLES = "samples"  # the folder, in output_dir
 
 
 def refuses_samples(*, sharded: bool) -> bool:
@@ -59,7 +60,7 @@ def show_samples(
                 texts = [_continuation(reference.model, tokenizer, ids, args.eval_sample_tokens) for ids in prompts]
             columns["reference"] = texts
     samples = [dict(zip(columns, texts)) for texts in zip(*columns.values())]
-    path = Path(args.output_dir, "samples", f"{name}.json")
+    path = Path(args.output_dir, SAMPLES, f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(samples, indent=1))
     for sample in samples:

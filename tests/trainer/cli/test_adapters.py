@@ -3,11 +3,13 @@
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tdpo.cli import commands
 from tdpo.cli.main import main
 from tdpo.models.loading import load_policy, load_reference, load_tokenizer
 from tdpo.options import ModelOptions
@@ -75,6 +77,75 @@ def test_adapters_are_merged_before_new_ones(home, tmp_path, caplog):
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "start"), tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def same_as_adapted(home, out):
+    """Whether the merged model in `out` is the one that was trained."""
+    base = AutoModelForCausalLM.from_pretrained(home / "model")
+    adapted = PeftModel.from_pretrained(base, out)
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert not list(out.glob("_*"))
+
+
+@pytest.mark.parametrize("when", ["before it is written", "half written", "before it is in its place"])
+def test_a_merge_that_was_killed_is_finished_by_the_same_command(when, home, tmp_path, monkeypatch, capsys):
+    command = ["train", str(home / "config.yaml"), "--output_dir", str(tmp_path), "--merge_adapters"]
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    def half_written(folder, *arguments, **options):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        (folder / "pytorch_model.bin").write_bytes(b"of another merge")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if when == "before it is written":
+            patched.setattr(commands, "merge_adapters", killed)
+        elif when == "half written":
+            patched.setattr(commands, "merge_adapters", lambda *_: SimpleNamespace(save_pretrained=half_written))
+        else:
+            patched.setattr(commands, "write_json", killed)
+        assert main(command) == 130
+    assert not (tmp_path / "merged").exists()
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said == f"{tmp_path} holds a finished run of 3 steps: its adapters were merged, to {tmp_path / 'merged'}\n"
+    same_as_adapted(home, tmp_path)
+    assert not (tmp_path / "merged" / "pytorch_model.bin").exists()
+    assert main(command) == 0
+    assert "nothing was trained or changed" in capsys.readouterr().out
+
+
+def test_a_finished_run_can_be_merged_and_a_longer_one_is_merged_again(home, tmp_path, capsys):
+    command = ["train", str(home / "config.yaml"), "--output_dir", str(tmp_path), "--save_steps", "1"]
+    assert main(command) == 0
+    assert main([*command, "--merge_adapters"]) == 0
+    same_as_adapted(home, tmp_path)
+    before = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert main([*command, "--max_steps", "6"]) == 0  # leaves the old one
+    capsys.readouterr()
+    assert main([*command, "--max_steps", "6", "--merge_adapters"]) == 0
+    assert "its adapters were merged" in capsys.readouterr().out
+    same_as_adapted(home, tmp_path)
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]])
+def test_a_head_that_shares_the_embedding_is_merged_on_its_own(targets, home, tmp_path):
+    make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    model = ["--model", str(tmp_path / "model"), "--lora_r", "2", "--lora_target_modules", *targets]
+    out = tmp_path / "out"
+    assert main(["train", str(home / "config.yaml"), *model, "--output_dir", str(out), "--merge_adapters"]) == 0
+    same_as_adapted(tmp_path, out)
+    before_others = load_policy(ModelOptions(model=str(out), lora_r=2))
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    torch.testing.assert_close(logits(before_others), logits(merged), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(*(module.weight for module in (merged.lm_head, merged.model.embed_tokens)))
 
 
 def test_merging_starts_again_with_a_new_run(home, tmp_path):

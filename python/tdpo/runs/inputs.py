@@ -1,0 +1,41 @@
+"""Evaluation data by name, and the tokens that transformers counts in batches laid out as ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+
+class Inputs(Trainer):
+    """A Trainer that names the splits it has, and counts no padding where it should not."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The batches of an evaluation; `eval_dataset`: data, the name of a split of the trainer's, or None for all.
+
+        Raises:
+            ValueError: there is no split of that name; the message names those there are.
+        """
+        if isinstance(eval_dataset, str):
+            splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if eval_dataset not in splits:
+                known = ", ".join(map(repr, splits)) or "none, since eval_dataset is not a dict of them"
+                raise ValueError(
+                    f"eval_dataset is {eval_dataset!r}, which is no split of the trainer's; it has {known}"
+                )
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        super()._track_num_input_tokens({**inputs, "attention_mask": _is_token(inputs)})
+
+
+def _is_token(inputs: dict[str, Any]) -> Tensor:
+    """True where the model's input is no padding, which packed batches have nowhere."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].bool()
+    if "segments" in inputs:
+        return inputs["segments"] >= 0
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool)
