@@ -49,7 +49,12 @@ class Buffer:
         """The tensor at the beginning of a piece of memory, (bytes,)."""
         shape = self.allocated_shape
         whole = memory[: prod(shape) * self.dtype.itemsize].view(self.dtype).view(shape)
-        return whole if self.pitch is None else whole[:, : self.shape[1]]
+        if self.pitch is None:
+            return whole
+        if self.dtype.itemsize < 4:
+            # torch's products in tiles (AMX) read on behind a row, against zeros, of which a NaN makes NaN.
+            whole[:, self.shape[1] :] = 0
+        return whole[:, : self.shape[1]]
 
 
 def allocate(device: torch.device, buffers: dict[str, Buffer | None]) -> dict[str, Tensor]:
