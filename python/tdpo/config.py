@@ -15,9 +15,7 @@ from tdpo_ext.losses import Objective
 from .data.forms import column_mapping
 from .loss.objectives import OBJECTIVES, TrainedObjective, check_objective_options
 from .options import TDPOOptions
-
-# Options of transformers that need logits, which this loss never forms, and the values that leave them unused.
-_NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
+from .refusals import OF_TRANSFORMERS, refuse
 
 
 @dataclass
@@ -45,9 +43,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
             raise TypeError(f"token_columns is {columns!r}; a list of names is needed")
         if not isinstance(self.reference_cache, (str, PathLike, type(None))):
             raise TypeError(f"reference_cache is {self.reference_cache!r}; the path of a folder is needed")
-        for name, unused in _NO_MEANING.items():
-            if getattr(self, name) != unused:
-                raise ValueError(f"{name} is {getattr(self, name)}; it has no meaning for this loss: leave it unset")
+        refuse(self, OF_TRANSFORMERS)
         super().__post_init__()
 
     @property
