@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -42,8 +43,16 @@ _OF_BOTH = {
     "torch_compile_backend": Refusal(None, _NO_COMPILER),
 }
 
+
+def _no_cast(precision: str) -> Refusal:
+    instead = f"set {precision} instead, in which both are evaluated as they are trained"
+    return Refusal(False, f"it would cast the policy for good, and not its reference; {instead}")
+
+
 OF_TRANSFORMERS = {
     **_OF_BOTH,
+    "bf16_full_eval": _no_cast("bf16"),
+    "fp16_full_eval": _no_cast("fp16"),
     "label_smoothing_factor": Refusal(
         0.0,
         "it smooths labels of a cross entropy; preferences that may be flipped are label_smoothing of variant 'dpo'",
@@ -96,5 +105,5 @@ def refuse(args: TrainingArguments, refusals: dict[str, Refusal]) -> None:
             f"parallelism_config splits sequences (cp_size {parallel.cp_size}, sp_size "
             f"{getattr(parallel, 'sp_size', 1)}), of which the loss needs every token: split layers (tp_size) or data"
         )
-    if args.fp16 and args.use_cpu:
+    if args.fp16 and (args.use_cpu or not torch.accelerator.is_available()):
         raise ValueError("fp16 is True; leave it at False on a CPU, where nothing computes in float16: use bf16")
