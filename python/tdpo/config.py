@@ -14,7 +14,7 @@ from .data.forms import column_mapping
 from .loss.objectives import OBJECTIVES, TrainedObjective
 from .option_checks import check_options
 from .options import TDPOOptions
-from .refused import check_batches
+from .refusals import check_batches, refuse_for_device
 
 
 @dataclass
@@ -30,6 +30,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
     def __post_init__(self) -> None:
         check_options(self)
         self.columns = column_mapping(self.columns) or None
+        refuse_for_device(self)
         super().__post_init__()
         check_batches(self.accelerator_config)
         # Unset, accelerate would dispatch the batches of streams, on one process too.

@@ -12,10 +12,7 @@ from typing import Any, get_type_hints
 from .data.forms import column_mapping
 from .options import USED_BY, ObjectiveOptions, TDPOOptions
 from .plain import checks
-from .refused import check_full_eval, check_numbers
-
-# Options of transformers that need logits, which this loss never forms, and the values that leave them unused.
-_NO_MEANING = {"label_smoothing_factor": 0.0, "use_liger_kernel": False}
+from .refusals import OF_TRANSFORMERS, check_numbers, refuse
 
 
 def check_options(options: Any) -> None:
@@ -40,11 +37,8 @@ def check_options(options: Any) -> None:
         raise TypeError(f"token_columns is {columns!r}; a list of names is needed")
     if not isinstance(options.reference_cache, (str, PathLike, type(None))):
         raise TypeError(f"reference_cache is {options.reference_cache!r}; the path of a folder is needed")
-    for name, unused in _NO_MEANING.items():
-        if getattr(options, name) != unused:
-            raise ValueError(f"{name} is {getattr(options, name)}; it has no meaning for this loss: leave it unset")
     check_numbers(options)
-    check_full_eval(options)
+    refuse(options, OF_TRANSFORMERS)
 
 
 def check_objective_options(options: ObjectiveOptions) -> None:

@@ -81,8 +81,6 @@ OUT_OF_RANGE = {
     "dataset_num_proc": [0, -1],
     "shared_prompts": ["sometimes", None, True],
     "learning_rate": [-1.0, float("nan")],
-    "label_smoothing_factor": [0.1],
-    "use_liger_kernel": [True],
 }
 
 

@@ -29,17 +29,28 @@ _OPTIONS_OF = {
 }
 
 
-def trl_objective(args: DPOConfig, *, alpha: float, variant: str) -> Objective:
-    """The loss of `args`, its "sigmoid" replaced by the loss `variant`.
+def loss_types(args: DPOConfig) -> list[str]:
+    """The losses of `args` by name."""
+    return [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+
+
+def trl_objective(args: DPOConfig, *, alpha: float | None = None, variant: str | None = None) -> Objective:
+    """The loss of `args`, its "sigmoid" replaced by the loss `variant` (default: tdpo2) with `alpha` (default: 0.5).
 
     Raises:
         TypeError, ValueError: a loss that couples pairs or is unknown, or an option out of range or without use; the
             message names it.
     """
+    types = loss_types(args)
+    for name, value in {"variant": variant, "alpha": alpha}.items():
+        if value is not None and "sigmoid" not in types:
+            raise ValueError(f"{name} is {value!r}, of the loss in the place of 'sigmoid', but loss_type is {types!r}")
+    variant = VARIANTS[0] if variant is None else variant
     checks.choice("variant", variant, VARIANTS)
-    options = ObjectiveOptions(variant=variant, beta=args.beta, alpha=alpha)
+    options = ObjectiveOptions(variant=variant, beta=args.beta)
+    if alpha is not None:
+        options.alpha = alpha
     check_objective_options(options)
-    types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     weights = [1.0] * len(types) if args.loss_weights is None else list(args.loss_weights)
     if len(weights) != len(types):
         raise ValueError(f"loss_weights is {weights!r}; as many as in loss_type, {types!r}, are needed")

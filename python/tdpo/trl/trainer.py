@@ -3,8 +3,8 @@
     from tdpo.trl import TDPOTrainer
     TDPOTrainer(model, args=DPOConfig(...), alpha=0.5, variant="tdpo2", train_dataset=..., processing_class=...).train()
 
-Data, collation, configuration, logging and the reference are TRL's; `beta` is that of its DPOConfig. Needs TRL 1.16.
-Every option of DPOConfig does what TRL says, or is refused by name (`REFUSED`). `rewards/*`, `logps/*`, `entropy`,
+Data, collation, configuration, logging and the reference are TRL's; `beta` is that of its DPOConfig. Every option of
+DPOConfig does what TRL says, or is refused by name (docs/options.md). `rewards/*`, `logps/*`, `entropy`,
 `num_tokens` and `mean_token_accuracy` mean what they mean in TRL; `logits/*` are not logged (see `tdpo.loss.metrics`).
 """
 
@@ -23,6 +23,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import create_model_from_path, use_adapter
 
 from tdpo_ext import checks
+from tdpo_ext.divergence import KL_DIRECTIONS
 
 from ..audit import Audit, Audited
 from ..data.collator import predicted_responses
@@ -42,20 +43,12 @@ from ..precision import WarnOfCoarseWeights, autocast
 from ..reference.choose import policy_at_start
 from ..reference.reference import Reference
 from ..reference.second_model import SecondModel, ShardedModel
+from ..refusals import OF_TRL, refuse, refuse_for_device
 from ..runs.adapters import WholeAdapters
-from .losses import trl_objective
+from ..runs.model_card import CITATION
+from .losses import VARIANTS, loss_types, trl_objective
 
-# Options that have no meaning for these losses, and the values that leave them unused.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "f_divergence_type": ("reverse_kl",),
-    "f_alpha_divergence_coef": (0.5,),
-    "label_smoothing_factor": (0.0,),
-    "ld_alpha": (None,),
-    "use_weighting": (False,),
-    "precompute_ref_log_probs": (False,),  # log-probabilities of the labels alone give no KL
-    "precompute_ref_batch_size": (None,),
-    "padding_free": (False,),  # TRL 1.16 ignores it
-}
+_TITLE = "Token-level Direct Preference Optimization"
 
 
 class TDPOTrainer(WholeAdapters, DPOTrainer):
@@ -65,15 +58,18 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
 
     Args:
         model, ref_model: loaded, or the name of a folder or of a hub's model.
-        alpha, variant: as in `tdpo_ext.tdpo_loss`; the variant "dpo" is `tdpo_ext.dpo_loss`, and so TRL's own.
+        alpha, variant: as in `tdpo_ext.tdpo_loss` (default: 0.5, "tdpo2"); the variant "dpo" is `tdpo_ext.dpo_loss`,
+            and so TRL's own. Model cards name what was trained.
+        kl_direction: "forward", of the reference from the policy, or "reverse": the KL of the loss and of `kl/*`.
+        logits_budget: bytes that logits and other temporaries of the loss may take.
         audit: "first" compares the loss of two pairs with plain arithmetic before the first step (see `tdpo.audit`),
             "never" does not.
         others: DPOTrainer's.
 
     Raises:
-        ValueError: a DPOConfig option that has no meaning for TDPO, a loss that couples pairs, a bad `alpha` or
-            `variant`, `compute_metrics` (no logits are formed), or a model whose head can't be fused.
-        TypeError: a processor of images: only text is supported.
+        ValueError: an option of DPOConfig that is not supported, a loss that couples pairs, a bad argument,
+            `compute_metrics` (no logits are formed), or a model whose head can't be fused.
+        TypeError: `args` that are no DPOConfig, or a processor of images: only text is supported.
     """
 
     args: DPOConfig
@@ -86,16 +82,27 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
         ref_model: Any = None,
         args: DPOConfig | None = None,
         *positional: Any,
-        alpha: float = 0.5,
-        variant: str = "tdpo2",
+        alpha: float | None = None,
+        variant: str | None = None,
+        kl_direction: str = "forward",
+        logits_budget: int | None = None,
         audit: str = "first",
         **others: Any,
     ) -> None:
         checks.choice("audit", audit, ("first", "never"))
+        checks.choice("kl_direction", kl_direction, KL_DIRECTIONS)
+        if logits_budget is not None:
+            checks.integer("logits_budget", logits_budget, least=1)
         if args is not None:
-            _check_options(args)
+            if not isinstance(args, DPOConfig):
+                raise TypeError(f"args is of {type(args).__name__}; TRL's DPOConfig is needed, or tdpo.TDPOTrainer")
+            refuse(args, OF_TRL)
+            refuse_for_device(args)
             trl_objective(args, alpha=alpha, variant=variant)  # bad options are refused before models are loaded
         check_needs_no_logits(others)
+        if variant != "dpo" and (args is None or "sigmoid" in loss_types(args)):
+            self._name, self._tag_names = (variant or VARIANTS[0]).upper(), ["trl", "tdpo"]
+            self._paper = {"title": _TITLE, "id": "2404.11999", "citation": CITATION}
         if isinstance(others.get("processing_class"), ProcessorMixin):
             raise TypeError("processing_class is a processor of images; only text is supported: give its tokenizer")
         if isinstance(ref_model, str):
@@ -113,6 +120,7 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
             )
         with _plainly_initialised(model):
             super().__init__(model, ref_model, args, *positional, **others)
+        _check_lengths(self.args, self.train_dataset)
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")
         with autocast(self.args):
@@ -138,6 +146,8 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
             reference,
             trl_objective(self.args, alpha=alpha, variant=variant),
             router_coefficient=router_coefficient(policy, self.args.router_aux_loss_coef),
+            kl_direction=kl_direction,
+            logits_budget=logits_budget,
         )
         patch_forward(self.model, self._tdpo)
         self.data_collator = _WithResponseRows(self.data_collator)
@@ -218,11 +228,16 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
         return loss.detach(), None, None
 
 
-def _check_options(args: DPOConfig) -> None:
-    for name, unused in REFUSED.items():
-        value = getattr(args, name)
-        if value not in unused:
-            raise ValueError(f"{name} is {value!r}; it has no meaning for TDPO: leave it at {unused[0]!r}")
+def _check_lengths(args: DPOConfig, dataset: Any) -> None:
+    """TRL counts no lengths, and drops columns that its collator does not read."""
+    name, columns = args.length_column_name, getattr(dataset, "column_names", None) or []
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance") and (
+        args.remove_unused_columns or name not in columns
+    ):
+        raise ValueError(
+            f"train_sampling_strategy is {args.train_sampling_strategy!r}, for which TRL needs lengths: give "
+            f"train_dataset a column {name!r} of numbers and set remove_unused_columns=False, or use tdpo.TDPOTrainer"
+        )
 
 
 def _load_reference(name: str, policy: Any, args: DPOConfig | None) -> nn.Module:

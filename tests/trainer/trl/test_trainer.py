@@ -1,21 +1,22 @@
 """TRL's DPOTrainer with the TDPO loss, where the pinned TRL is installed."""
 
 import functools
-from dataclasses import fields
+import itertools
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig
+from tdpo import TDPOConfig
 from tdpo.loss.preference_loss import FusedLoss
-from transformers import ProcessorMixin, TrainingArguments
+from transformers import ProcessorMixin
 
 from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import make_preferences
 from tdpo_ext import eager, tdpo_loss
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
-from tdpo.trl.trainer import REFUSED, TDPOTrainer, _WithResponseRows  # noqa: E402
+from tdpo.trl.trainer import TDPOTrainer, _WithResponseRows  # noqa: E402
 
 SETTINGS = {
     "max_steps": 3,
@@ -40,6 +41,7 @@ def make(
     options=None,
     trainer_class=TDPOTrainer,
     processing_class=None,
+    rows=None,
     **config,
 ):
     """TRL's trainer with `options` of the TDPO loss; `config` is that of DPOConfig."""
@@ -49,7 +51,7 @@ def make(
         model or make_model("llama", 0),
         ref_model,
         args=trl.DPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **config}),
-        train_dataset=make_preferences(),
+        train_dataset=rows or make_preferences(),
         eval_dataset=make_preferences(8),
         processing_class=processing_class or tokenizer,
         peft_config=peft_config,
@@ -121,38 +123,77 @@ def test_a_completion_may_begin_a_sequence():
     assert batch["num_tokens"] == 7
 
 
-# What TRL or its parent does with an option that this trainer leaves to them.
-OBEYED = {
-    "loading models": {"model_init_kwargs", "trust_remote_code"},
-    "data": {"dataset_num_proc", "max_length", "truncation_mode", "pad_to_multiple_of", "pad_token"},
-    "models": {"disable_dropout", "activation_offloading", "router_aux_loss_coef"},
-    "the reference": {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"},
-    "the loss": {"beta", "loss_type", "loss_weights", "label_smoothing", "discopop_tau"},
-}
-OTHER_VALUES = {
-    "f_divergence_type": "js_divergence",
-    "f_alpha_divergence_coef": 0.7,
-    "label_smoothing_factor": 0.1,
-    "ld_alpha": 0.5,
-    "use_weighting": True,
-    "precompute_ref_log_probs": True,
-    "precompute_ref_batch_size": 2,
-    "padding_free": True,
-}
-
-
-def test_every_option_of_trl_is_obeyed_or_refused():
-    inherited = {field.name for field in fields(TrainingArguments)}
-    own = {field.name for field in fields(trl.DPOConfig)} - inherited
-    obeyed = set().union(*OBEYED.values())
-    assert own | {"label_smoothing_factor"} == obeyed | set(REFUSED)
-    assert not obeyed & set(REFUSED)
-
-
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_refused_options_are_named(name, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "config", "name"),
+    [
+        ({"variant": "tdpo1"}, {"loss_type": "ipo"}, "variant"),
+        ({"alpha": 0.5}, {"loss_type": ["hinge", "ipo"]}, "alpha"),
+        ({"kl_direction": "backward"}, {}, "kl_direction"),
+        ({"logits_budget": 0}, {}, "logits_budget"),
+        ({}, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({}, {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}, "train_sampling_strategy"),
+    ],
+)
+def test_what_would_have_no_effect_is_named(options, config, name, tmp_path):
     with pytest.raises(ValueError, match=f"^{name} is "):
-        make(tmp_path, ref_model=make_model("llama", 1), **{name: OTHER_VALUES[name]})
+        make(tmp_path, ref_model=make_model("llama", 1), options=options, **config)
+
+
+def test_options_of_the_other_trainer_are_named(tmp_path):
+    with pytest.raises(TypeError, match=r"^args is of TDPOConfig; TRL's DPOConfig is needed, or tdpo\.TDPOTrainer$"):
+        TDPOTrainer(make_model("llama"), args=TDPOConfig(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_rows_are_grouped_by_their_lengths(tmp_path):
+    rows = make_preferences(144)
+    rows = rows.add_column("words", [len(row["chosen"].split()) for row in rows])
+    options = {"train_sampling_strategy": "group_by_length", "length_column_name": "words"}
+    trainer = make(
+        tmp_path, ref_model=make_model("llama", 1), rows=rows, remove_unused_columns=False, max_steps=1, **options
+    )
+    words = [rows[row]["words"] for row in trainer._get_train_sampler()]
+    # Of four lengths, in blocks of 36 rows; about 100 in a random order.
+    assert sum(word != after for word, after in itertools.pairwise(words)) < 30
+    trainer.train()
+
+
+def loss_of(tmp_path, **options):
+    trainer = make(tmp_path, ref_model=make_model("llama", 1), options=options)
+    torch.manual_seed(0)
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    return trainer, trainer._means["train"].take()
+
+
+def test_the_direction_of_the_kl_can_be_given(tmp_path):
+    (_, forward), (_, reverse) = loss_of(tmp_path), loss_of(tmp_path, kl_direction="reverse")
+    assert reverse["logps/chosen"] == forward["logps/chosen"]
+    assert reverse["kl/chosen"] != pytest.approx(forward["kl/chosen"], rel=1e-2)
+
+
+def test_a_budget_of_the_loss_can_be_given(tmp_path):
+    trainer, means = loss_of(tmp_path, logits_budget=4000)
+    assert trainer._tdpo.logits_budget == 4000
+    assert means == pytest.approx(loss_of(tmp_path)[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "name", "paper"),
+    [
+        ({}, {}, "TDPO2", "2404.11999"),
+        ({"variant": "tdpo1"}, {"loss_type": ["sigmoid", "ipo"]}, "TDPO1", "2404.11999"),
+        ({"variant": "dpo"}, {}, "DPO", "2305.18290"),
+        ({}, {"loss_type": "ipo"}, "DPO", "2305.18290"),
+    ],
+)
+def test_cards_name_what_was_trained(options, config, name, paper, tmp_path):
+    trainer = make(tmp_path, ref_model=make_model("llama", 1), options=options, **config)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert f"This model was trained with {name}, " in card
+    assert f"huggingface.co/papers/{paper}" in card
+    assert ("@inproceedings{zeng2024tdpo" in card) == (name != "DPO")
+    assert name[:4].lower() in trainer.model.model_tags
+    assert ("dpo" in trainer.model.model_tags) == (name == "DPO")
 
 
 def test_unused_values_are_accepted(tmp_path):
@@ -189,7 +230,8 @@ def test_the_reference_follows_the_policy_where_asked(tmp_path, monkeypatch):
 def test_losses_equal_trls(loss_type, options, tmp_path):
     results = []
     for trainer_class in (TDPOTrainer, trl.DPOTrainer):
-        variant = {"variant": "dpo"} if trainer_class is TDPOTrainer else {}
+        ours = trainer_class is TDPOTrainer and (loss_type == "sigmoid" or "sigmoid" in [*loss_type])
+        variant = {"variant": "dpo"} if ours else {}
         trainer = make(
             tmp_path,
             model=make_model("llama", 0),
