@@ -115,7 +115,8 @@ def _read_training_arguments() -> Iterator[Known]:
         given = {}
         if isinstance(statement.value, ast.Call):  # of `field`
             given = {keyword.arg: _literal(keyword.value) for keyword in statement.value.keywords}
-            given |= {"default": [] for keyword in statement.value.keywords if _makes_a_list(keyword)}
+            if any(map(_makes_a_list, statement.value.keywords)):
+                given["default"] = []
         elif statement.value is not None:
             given = {"default": _literal(statement.value)}
         yield _known(statement.target.id, hint, given.get("default"), given.get("metadata") or {})
