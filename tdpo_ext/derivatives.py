@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,12 @@ def save(ctx, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*(tensor if kept is None else None for tensor, kept in zip(tensors, ctx.unversioned)))
 
 
-def saved(ctx) -> list[Tensor | None]:
-    """What `save` has kept; raises RuntimeError where a tensor has been changed in place since."""
+def saved(ctx) -> list[Any]:
+    """The tensors that `save` has kept, and None where it was given None.
+
+    Raises:
+        RuntimeError: a tensor has been changed in place since.
+    """
     return [tensor if kept is None else kept for tensor, kept in zip(ctx.saved_tensors, ctx.unversioned)]
 
 

@@ -207,7 +207,7 @@ def _held(objective: object) -> Iterator[tuple[str, object]]:
         yield from _held(objective.__self__)
     elif isinstance(objective, FunctionType):
         found = inspect.getclosurevars(objective)
-        for name, value in (found.nonlocals | found.globals).items():
+        for name, value in {**found.nonlocals, **found.globals}.items():
             yield name, value
             if isinstance(value, torch.nn.Module):
                 yield from ((f"{name}.{of_module}", parameter) for of_module, parameter in value.named_parameters())

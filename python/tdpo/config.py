@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from tdpo_ext import checks
 from tdpo_ext.losses import Objective
@@ -32,9 +33,10 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         self.columns = column_mapping(self.columns) or None
         refuse_for_device(self)
         super().__post_init__()
+        assert isinstance(self.accelerator_config, AcceleratorConfig)  # which transformers makes of what it is given
         check_batches(self.accelerator_config)
         # Unset, accelerate would dispatch the batches of streams, on one process too.
-        self.accelerator_config = replace(self.accelerator_config, dispatch_batches=False)  # type: ignore[type-var]
+        self.accelerator_config = replace(self.accelerator_config, dispatch_batches=False)
 
     @property
     def reference_folder(self) -> Path:

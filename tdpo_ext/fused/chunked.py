@@ -336,8 +336,8 @@ def _completed(
         lambda: run.objective.link_upstream(values, pair, columns, coefficients),
         lambda: (run.objective.nothing(values, pair), values.new_zeros(())),
     )
-    gradients = {"logps_grad": factor * coefficients.logps_grad, "kl_grad": factor * coefficients.kl_grad}
-    return replace(upstream, **gradients), factor
+    logps_grad, kl_grad = factor * coefficients.logps_grad, factor * coefficients.kl_grad
+    return replace(upstream, logps_grad=logps_grad, kl_grad=kl_grad), factor
 
 
 def _blocks(run: _Run, pair: Chunk) -> list[slice]:

@@ -105,7 +105,7 @@ class ConversationTokenizer:
     def tokens(self, conversation: Conversation) -> Tokens:
         """A conversation as tokens; one that spans the end of prompt or context belongs to what is learned."""
         text, response = conversation.text, conversation.response
-        encode = functools.partial(self.tokenizer, add_special_tokens=not conversation.templated)
+        encode = functools.partial(self.tokenizer.__call__, add_special_tokens=not conversation.templated)
         if self.tokenizer.is_fast:
             encoded = encode(text, return_offsets_mapping=True)
             ids, offsets = encoded["input_ids"], encoded["offset_mapping"]

@@ -27,7 +27,7 @@ def read_rows(files: list[Path], *, streaming: bool) -> Dataset | IterableDatase
     """
     # Files and code are part of what the cache of `datasets` goes by: names of files and functions would not do.
     stamps = [(file.stat().st_mtime_ns, file.stat().st_size, CODE) for file in files]
-    arguments = {"files": list(map(str, files)), "stamps": stamps}
+    arguments: dict[str, Any] = {"files": list(map(str, files)), "stamps": stamps}
     if streaming:
         return IterableDataset.from_generator(_rows_of, gen_kwargs=arguments)
     features = _features(_rows_of(**arguments))

@@ -86,10 +86,11 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None]) -> dict[s
         row: of a dataset that `check_columns` accepts.
         columns: from the names here to those in the data.
     """
-    taken = {theirs for theirs in columns.values() if theirs in row}
+    renames = {ours: theirs for ours, theirs in columns.items() if theirs is not None and theirs in row}
+    taken = {*renames.values()}
     left_out = {ours for ours, theirs in columns.items() if theirs is None}
     kept = {name: value for name, value in row.items() if name not in taken | left_out}
-    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    return kept | {ours: row[theirs] for ours, theirs in renames.items()}
 
 
 def with_messages(row: dict[str, Any]) -> dict[str, Any]:

@@ -120,10 +120,10 @@ def pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, view: Vie
 
 def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """A token in printable characters without blanks; what can't be printed, and a part of a character, is escaped."""
-    name = tokenizer.convert_ids_to_tokens(token)
+    name: str | None = tokenizer.convert_ids_to_tokens([token])[0]
     if name is None:
         return f"<token {token}>"
-    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    text = tokenizer.batch_decode([[token]], clean_up_tokenization_spaces=False)[0]
     if "\N{REPLACEMENT CHARACTER}" in text:
         text = _text_of_bytes(name)
     if name.startswith("▁") and not text.startswith(" "):  # SentencePiece's space, lost where a text begins

@@ -54,7 +54,7 @@ class PreferenceLoss(abc.ABC):
     kl_direction: str = "forward"
     router_coefficient: float = 0.0
 
-    def __call__(self, batch: dict[str, Tensor]) -> PreferenceOutput:
+    def __call__(self, batch: dict[str, Any]) -> PreferenceOutput:
         options = {"output_router_logits": True} if self.router_coefficient > 0 else {}
         ref_rows = self.reference.rows(batch, self._read)  # first: AtStart exchanges parameters in place
         rows, router_logits = self._read(self.policy, batch, **options)
@@ -81,11 +81,11 @@ class PreferenceLoss(abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def _read(model: CausalLM, batch: dict[str, Tensor], **options: bool) -> ResponseRows:
+    def _read(model: CausalLM, batch: dict[str, Any], **options: bool) -> ResponseRows:
         """The hidden states or logits that the loss needs from a model."""
 
     @abc.abstractmethod
-    def _compare(self, rows: Tensor, ref_rows: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
+    def _compare(self, rows: Tensor, ref_rows: Tensor, batch: dict[str, Any]) -> PreferenceOutput:
         """The output for the policy's and the reference's hidden states or logits at the response tokens."""
 
 
@@ -96,7 +96,7 @@ class FusedLoss(PreferenceLoss):
     logits_budget: int | None = None
     _read = staticmethod(CausalLM.hidden_rows)  # type: ignore[assignment]
 
-    def _compare(self, hidden: Tensor, ref_hidden: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
+    def _compare(self, hidden: Tensor, ref_hidden: Tensor, batch: dict[str, Any]) -> PreferenceOutput:
         policy, device_type = self.policy, hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
@@ -129,7 +129,7 @@ class LogitsLoss(PreferenceLoss):
 
     _read = staticmethod(CausalLM.logit_rows)  # type: ignore[assignment]
 
-    def _compare(self, logits: Tensor, ref_logits: Tensor, batch: dict[str, Tensor]) -> PreferenceOutput:
+    def _compare(self, logits: Tensor, ref_logits: Tensor, batch: dict[str, Any]) -> PreferenceOutput:
         tokens = token_divergence(logits, ref_logits.to(logits.dtype), batch["targets"], kl_direction=self.kl_direction)
         lengths = batch["cu_seqlens"].diff()
         sequences = TokenDivergence._make(
@@ -172,7 +172,7 @@ def choose_loss(
     return LogitsLoss(*shared)
 
 
-def _token_mask(batch: dict[str, Tensor]) -> Tensor | None:
+def _token_mask(batch: dict[str, Any]) -> Tensor | None:
     """1 at tokens and 0 at padding, (B, T); None where nothing is padded."""
     if "segments" in batch:
         return (batch["segments"] >= 0).long()

@@ -109,7 +109,7 @@ class CausalLM:
         layers = zip(*(getattr(output, "router_logits", None) or () for output in outputs))
         return values, tuple(pad_sequence(list(layer), batch_first=True).flatten(0, 1) for layer in layers)
 
-    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         inputs: dict[str, Any] = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
         if "segments" in batch:
             places = {"positions": batch["position_ids"], "segments": batch["segments"]}

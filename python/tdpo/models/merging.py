@@ -31,7 +31,8 @@ def _separate(adapted: Any) -> bool:
 
     causal_lm = adapted.get_base_model()
     layers = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
-    embedding, head = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
+    bases: list[Any] = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    embedding, head = bases
     if not any(isinstance(layer, BaseTunerLayer) for layer in layers) or head.weight is not embedding.weight:
         return False
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)

@@ -51,7 +51,7 @@ class AtStart(Reference):
         with self.running(), evaluation_mode(self.model):  # before the engine gathers parameters
             return wrapper(preference=lambda: function(self.model))
 
-    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
+    def rows(self, batch: dict[str, Any], read: Read = CausalLM.hidden_rows) -> Tensor:
         return batch["ref_rows"] if "ref_rows" in batch else super().rows(batch, read)
 
     @contextmanager

@@ -48,7 +48,7 @@ class CachedStates(Reference):
                 return cache.hidden
         raise ValueError("precompute_reference: this dataset was not given to the trainer, so it has no cache")
 
-    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
+    def rows(self, batch: dict[str, Any], read: Read = CausalLM.hidden_rows) -> Tensor:
         """The hidden states that the collator has read from a cache, (R, D).
 
         Raises:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..models.causal_lm import CausalLM, ResponseRows
 from ..models.noise import evaluation_mode
 
-Read = Callable[[CausalLM, dict[str, Tensor]], ResponseRows]  # CausalLM.hidden_rows or CausalLM.logit_rows
+Read = Callable[[CausalLM, dict[str, Any]], ResponseRows]  # CausalLM.hidden_rows or CausalLM.logit_rows
 Head = tuple[Tensor, "Tensor | None"]  # weight (V, D) and bias (V,)
 
 
@@ -47,7 +47,7 @@ class Reference(CausalLM):
         return nullcontext()
 
     @torch.no_grad()
-    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
+    def rows(self, batch: dict[str, Any], read: Read = CausalLM.hidden_rows) -> Tensor:
         """What predicts the response tokens of a batch: hidden states, (R, D), or what else `read` takes of a model."""
         with self.running(), evaluation_mode(self.model):
             return read(self, batch).values

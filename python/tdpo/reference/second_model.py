@@ -47,7 +47,7 @@ class ShardedModel(SecondModel):
     def __post_init__(self) -> None:
         patch_forward(self.model)
 
-    def rows(self, batch: dict[str, Tensor], read: Read = CausalLM.hidden_rows) -> Tensor:
+    def rows(self, batch: dict[str, Any], read: Read = CausalLM.hidden_rows) -> Tensor:
         return self.call(self.wrapper, lambda _: read(self, batch).values)
 
     @torch.no_grad()

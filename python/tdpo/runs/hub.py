@@ -24,7 +24,9 @@ class HubUploads(Trainer):
     """A Trainer with uploads of its own: transformers' would take caches and samples along, and parts of a model."""
 
     args: TDPOConfig
-    push_in_progress: PushInProgress | None
+    # Trainer assigns None to both first, and annotates neither.
+    hub_model_id: str | None  # type: ignore[assignment]
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]
 
     def push_to_hub(
         self,
@@ -90,20 +92,22 @@ class HubUploads(Trainer):
 
         Both are read where the checkpoint stays, so what is uploaded is what was saved.
         """
-        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.args.hub_strategy == HubStrategy.END or (running and not self.args.hub_always_push):
+        push = self.push_in_progress
+        if push is None or push.is_done():
+            push = PushInProgress()
+        elif not self.args.hub_always_push:
+            return
+        if self.args.hub_strategy == HubStrategy.END:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message, name = f"Training in progress, step {self.state.global_step}", Path(checkpoint_folder).name
         jobs = [self._upload_folder(checkpoint_folder, message, list(_TRAINING_STATE))]
-        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: name}
+        places: dict[str, str] = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: name}
         if self.args.hub_strategy in places:
             place = places[self.args.hub_strategy]
             jobs.append(self._upload_folder(checkpoint_folder, f"{message}, checkpoint", [], path_in_repo=place))
-        if running:
-            self.push_in_progress.jobs.extend(jobs)  # type: ignore[union-attr]
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        push.jobs.extend(jobs)  # type: ignore[union-attr]  # a list, which is annotated as one future
+        self.push_in_progress = push
 
     def _upload_folder(
         self,
@@ -111,20 +115,21 @@ class HubUploads(Trainer):
         message: str | None,
         ignored: list[str],
         *,
+        path_in_repo: str = "",
         token: str | None = None,
         revision: str | None = None,
         run_as_future: bool = True,
-        **place: str,
     ) -> Any:
-        return upload_folder(
+        assert self.hub_model_id is not None  # `init_hf_repo` has run
+        return upload_folder(  # type: ignore[call-overload]  # it takes any bool, but none of its overloads does
             repo_id=self.hub_model_id,
             folder_path=folder,
+            path_in_repo=path_in_repo,
             commit_message=message,
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
             ignore_patterns=ignored,
             run_as_future=run_as_future,
-            **place,
         )
 
     def _caches(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from torch import nn
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..config import TDPOConfig
 from ..data.stream import PreferenceStream
@@ -60,6 +61,7 @@ class RunRecord(NamedTuple):
             options |= {f"adapters' {name}": described[name] for name in described.keys() - _NO_ADAPTER_OPTIONS}
         options |= {"dtype": dtypes, "processes": processes, "model": _name(model)}
         options |= {f"{_WEIGHTS}{name}": digest for name, digest in weights.items()}
+        assert isinstance(args.accelerator_config, AcceleratorConfig)  # which transformers makes of what it is given
         if args.accelerator_config.split_batches:
             options["split_batches"] = True
         if ref_model is not None:
