@@ -188,7 +188,7 @@ class TDPOOptions(ObjectiveOptions, RowOptions):
         "Number of evaluation prompts that policy and reference continue, side by side, at every evaluation.",
         least=0,
     )
-    eval_sample_tokens: int = option(64, "Maximum number of tokens of such a continuation.", least=0)
+    eval_sample_tokens: int = option(64, "Maximum number of tokens of such a continuation.", least=1)
 
     logging_steps: float = option(10, "Log every so many steps; below 1, a share of all steps.")
     resume_anyway: bool = option(

@@ -157,8 +157,8 @@ def check_numbers(args: Any) -> None:
         if getattr(args, name) is not None:
             checks.real(name, getattr(args, name), least=0)
     for name, instead in _POSITIVE.items():
-        value = getattr(args, name)
-        if value is not None and checks.real(name, value) <= 0:
+        value, turned_off = getattr(args, name), getattr(args, instead.split()[0]) == "no"
+        if value is not None and checks.real(name, value) <= 0 and not turned_off:
             raise ValueError(f"{name} is {value}; it must be positive ({instead} turns it off)")
     if checks.integer("max_steps", args.max_steps) != _UNSET and args.max_steps < 1:
         raise ValueError(f"max_steps is {args.max_steps}; it must be positive, or left out for num_train_epochs")

@@ -67,7 +67,10 @@ class Given:
             if choices and value is not None and value not in choices:  # the list of which may be computed there
                 place = self.places.get(item.name, "")
                 raise ValueError(f"{place}{item.name} is {value!r}; allowed are {', '.join(choices)}")
-        return Options(self.models, self.data, TDPOConfig(**self.training))
+        try:
+            return Options(self.models, self.data, TDPOConfig(**self.training))
+        except TypeError as error:  # of what transformers makes of a mapping, such as accelerator_config
+            raise ValueError(str(error)) from error
 
 
 def parse_options(command: str, description: str, arguments: list[str], **others: Any) -> Options:

@@ -24,8 +24,8 @@ _SHORT = {
 
 def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
     """The main metrics of a log entry in one line; the rest is in the log history and where `report_to` sends it."""
-    if "train_runtime" in logs:
-        return f"trained {step} steps in {logs['train_runtime']:.1f} s, mean loss {logs.get('train_loss', 0):.4g}"
+    if "train_loss" in logs:
+        return f"trained {step} steps in {logs['train_runtime']:.1f} s, mean loss {logs['train_loss']:.4g}"
     prefix = next((name[: -len("loss")] for name in logs if name.endswith("_loss") and name != "aux_loss"), "")
     what = f"{prefix.rstrip('_')} at step {step}" if prefix else f"step {step}/{max_steps}"
     shown = [f"{label} {logs[prefix + name]:.4g}" for name, label in _SHORT.items() if prefix + name in logs]
