@@ -5,6 +5,7 @@ Free of torch and transformers.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from ..option_checks import check_each
 from ..options import ModelOptions
 
 
-def looks_like_path(name: str) -> bool:
+def looks_like_path(name: str | os.PathLike[str]) -> bool:
     """Whether a name is a path rather than a hub's NAME or OWNER/NAME, of which it has no other form.
 
     A path begins with `/`, `.` or `~`, ends with `/`, holds more than one `/`, or is FOLDER/NAME with a folder that
     exists. No hub is asked for it.
     """
+    name = os.fspath(name)
     owner, slash, _ = name.partition("/")
     return (
         name.startswith(("/", ".", "~"))

@@ -41,7 +41,7 @@ WRONG = [
     ([*TRAIN, "--variant", "dpo", "--alpha", "0.3"], "alpha is 0.3, but the loss dpo does not use it"),
     ([*TRAIN, "--max_length", "40"], "max_prompt_length is 512; it must be below max_length, 40"),
     ([*TRAIN, "--columns", "prompt"], "columns is 'prompt'; write prompt=question"),
-    ([*TRAIN, "--use_liger_kernel"], "use_liger_kernel is True; it has no meaning for this loss"),
+    ([*TRAIN, "--use_liger_kernel"], "use_liger_kernel is True; leave it at False: Liger"),
     ([*TRAIN, "--dtype", "int8"], "--dtype is 'int8'; allowed are auto, "),
     ([*TRAIN, "--lora_r", "-1"], "lora_r is -1; it must be at least 0"),
     ([*TRAIN, "--lora_dropout", "1"], "lora_dropout is 1.0; it must be in [0, 1)"),
