@@ -85,13 +85,13 @@ class ChatTemplate:
         again = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if marked["input_ids"] != again["input_ids"]:
             raise ValueError("the tokenizer gives other tokens when its chat template's `generation` marks are read")
-        spans = zip(again["input_ids"], again["offset_mapping"], marked["assistant_masks"])
         learned: list[Span] = []
-        for token, span, inside in spans:
-            # A turn's end token is the turn's, though marks may leave it out.
-            ends = bool(learned) and learned[-1][1] == span[0] and token in self.end_tokens
-            if inside or ends:
+        open_turn = False  # the token before is learned, and ends no turn
+        for token, span, inside in zip(again["input_ids"], again["offset_mapping"], marked["assistant_masks"]):
+            ends = token in self.end_tokens
+            if inside or (ends and open_turn):  # a turn's end token is the turn's, though marks may leave it out
                 learned.append(span)
+            open_turn = bool(inside) and not ends
         return learned
 
     def _asking(self, messages: list[Message], *, begun: bool) -> str:

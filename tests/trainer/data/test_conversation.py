@@ -86,6 +86,20 @@ def test_the_end_of_a_turn_is_learned_though_marks_leave_it_out(marked):
     assert tokenizer.eos_token_id not in row["chosen_ids"] + row["rejected_ids"]
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_opens_the_next_turn_is_not_learned(inside):
+    """In the manner of Llama 3, where a token opens the next turn right behind the one that ends the last."""
+    end = "<|eot_id|>{% endgeneration %}" if inside else "{% endgeneration %}<|eot_id|>"
+    tokenizer = byte_level(False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}" + end + "{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+    )
+    row = encoded(ROW, tokenizer)
+    assert [tokenizer.decode(run) for run in runs(row, "chosen")] == [f"{answer}<|eot_id|>" for answer in ANSWERS]
+
+
 def test_roles_that_are_not_known_are_named(chat_tokenizer):
     answers = [message("assistant", "a"), message("user", "b"), message("bot", "c")]
     with pytest.raises(ValueError, match=r"turn 3 of a response has the role 'bot'.*learned_turns='all'"):
@@ -289,3 +303,4 @@ def test_templates_of_many_models(name):
     assert len(said) == len(ANSWERS)
     for turn, answer in zip(said, ANSWERS):
         assert re.sub(r"<[^<>]*>|\n|to=user|assistant|final| ", "", turn) == answer.replace(" ", "")
+        assert not re.search(r"<\|(im_start|start_header_id|turn)[|>]", turn[1:]), turn
