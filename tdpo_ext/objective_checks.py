@@ -122,6 +122,9 @@ class _Trial:
             )
         leaves = [leaf for side in sides for leaf in (side.logps, side.kl)]
         if self.grad_enabled:
+            if not losses.requires_grad:
+                tried = self.made_up.describe(pairs)
+                raise ValueError(f"objective returned losses without a gradient for {tried}: nothing would be learned")
             refuse_parameters(self.objective, losses, leaves)
         for pair in range(len(pairs)) if losses.requires_grad and len(pairs) > 1 else ():
             grads = torch.autograd.grad(losses[pair], leaves, retain_graph=True, allow_unused=True)

@@ -41,6 +41,39 @@ def check_options(options: Any) -> None:
     refuse(options, OF_TRANSFORMERS)
 
 
+def check_stream_options(options: Any, *, trains: bool) -> None:
+    """Refuses options that can't work with streams, by name.
+
+    Args:
+        options: as `check_options` takes them.
+        trains: the training data are a stream, not only evaluation data.
+
+    Raises:
+        ValueError: one is set, or `max_steps` is not.
+    """
+    refused = {
+        "precompute_reference": (
+            options.precompute_reference,
+            "a cache holds the states of rows by number: leave it out",
+        ),
+        "dataset_num_proc": (options.dataset_num_proc is not None, "its reader tokenizes it: leave it out"),
+        "dataloader_num_workers": (options.dataloader_num_workers > 1, "one worker reads it as a whole: set 0 or 1"),
+        "dataloader_drop_last": (options.dataloader_drop_last, "all of its batches are used: leave it out"),
+    }
+    if trains:
+        strategy = options.train_sampling_strategy
+        order = "it can't be sorted: set random, for a shuffle buffer, or sequential"
+        refused["train_sampling_strategy"] = (strategy not in ("random", "sequential"), order)
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            refused[name] = (getattr(options, name) == "epoch", "it has no epochs: set steps")
+    for name, (given, reason) in refused.items():
+        if given:
+            value = getattr(options, name)
+            raise ValueError(f"{name} is {getattr(value, 'value', value)}, but the data are a stream, and {reason}")
+    if trains and options.max_steps <= 0:
+        raise ValueError("max_steps is not set, but the training data are a stream, which has no end: set it")
+
+
 def check_objective_options(options: ObjectiveOptions) -> None:
     """Raises TypeError or ValueError where an option is out of range, or set although the loss does not use it."""
     checks.check_tdpo_options(options.beta, options.alpha, "tdpo2")

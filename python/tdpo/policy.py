@@ -8,11 +8,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .config import TDPOConfig
-from .data.stream import check_stream_options, is_stream
+from .data.stream import is_stream
 from .models.adapters import has_adapters
 from .models.checks import check_models, check_policy
 from .models.names import check_output_dir as check_output_dir
 from .models.noise import disable_dropout
+from .option_checks import check_stream_options
 from .precision import autocast, check_attention
 
 _NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")

@@ -163,3 +163,9 @@ def test_an_objective_in_the_place_of_one_that_is_gone_is_tried():
     (successor,) = [other for other in others if id(other) == address]
     linear_preference_loss(successor, **make_case().tensors())
     assert len(successor.pairs) == 1 + 5
+
+
+def test_an_objective_without_a_gradient_is_refused():
+    tensors = make_case().tensors()
+    with pytest.raises(ValueError, match="objective returned losses without a gradient for 3 made-up pairs"):
+        linear_preference_loss(lambda chosen, rejected: (chosen.logps - rejected.logps).detach(), **tensors)

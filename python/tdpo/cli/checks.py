@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 from ..data.formats import format_of
 from ..extras import require_package
@@ -18,6 +19,7 @@ from ..models.names import (
     is_here,
     looks_like_path,
 )
+from ..option_checks import check_stream_options
 from ..options import require
 from .parse import Given
 
@@ -44,6 +46,12 @@ def check_command(command: str, given: Given) -> None:
     if command == "train":
         output_dir = os.path.expanduser(given.value("output_dir") or "trainer_output")
         check_output_dir(output_dir, {"model": models.model, "ref_model": models.ref_model})
+        check_can_be_made(output_dir)
+    if data.streaming and command == "cache-reference":
+        raise ValueError("streaming is True, but a cache holds the hidden states of rows by number: leave it out")
+    if data.streaming and command != "data":
+        trains = command in ("train", "audit")
+        check_stream_options(SimpleNamespace(**{**given.defaults, **given.training}), trains=trains)
     if is_here(str(models.model)):  # what adapters a hub's model has is known when it is loaded
         check_merging(models, trains_adapters=trains_adapters(models))
         check_precision_of_merged(models, merges=merges_adapters(models))
@@ -61,6 +69,16 @@ def check_command(command: str, given: Given) -> None:
     checkpoint = given.value("resume_from_checkpoint")
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"resume_from_checkpoint is {checkpoint}; there is no such folder")
+
+
+def check_can_be_made(output_dir: str) -> None:
+    """Raises ValueError where a folder is no folder, or can't be written in."""
+    folder = Path(output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir is {output_dir}, but {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"output_dir is {output_dir}, but nothing can be written in {there}")
 
 
 def check_dataset(name: str) -> None:

@@ -15,7 +15,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..config import TDPOConfig
 from ..data.load import load_preferences
 from ..data.show import View, data_text, legend_text
-from ..data.stream import check_stream_options
 from ..data.tokenize import padding_token, tokenize_rows
 from ..files import file_digest, read_json, whole_folder, write_json
 from ..models.checks import check_model
@@ -31,6 +30,7 @@ from ..models.loading import (
 from ..models.merging import merge_adapters
 from ..models.names import check_merging, check_output_dir
 from ..models.sizes import embedded_ids
+from ..option_checks import check_stream_options
 from ..options import DataOptions, ModelOptions, ShowOptions, require
 from ..precision import autocast
 from ..reference.cache import cache_reference
@@ -217,6 +217,7 @@ def _sources(data: DataOptions) -> dict[str, tuple[str, str]]:
 def audit(options: Options) -> None:
     """Compares the loss of two pairs with plain arithmetic, as training does before its first step; trains nothing."""
     require(options.models, "model")
+    options.training.push_to_hub = False  # nothing is published
     report = _trainer(options, train_dataset=_training_data(options), eval_dataset=None).audit()
     if options.training.should_save:
         print(report)
@@ -227,6 +228,7 @@ def evaluate(options: Options) -> None:
     models, _, args = options
     require(models, "model")
     require(models, "ref_model")
+    args.push_to_hub = False  # nothing is published
     trainer = _trainer(options, train_dataset=None, eval_dataset=_evaluation_data(options))
     metrics = trainer.evaluate()
     if args.should_save:
@@ -239,8 +241,6 @@ def cache(options: Options) -> None:
     """Runs the reference over the data and caches its hidden states for training with `--precompute_reference`."""
     models, data, args = options
     require(models, "model")
-    if data.streaming:
-        raise ValueError("streaming is True, but a cache holds the hidden states of rows by number: leave it out")
     sources = _sources(data)
     tokenizer = load_tokenizer(models)
     reference = load_reference(models)

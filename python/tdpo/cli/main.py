@@ -125,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"tdpo: {missing}", file=sys.stderr)
         return 2
+    except ImportError as error:  # of what transformers needs for an option
+        print(f"tdpo: {error}", file=sys.stderr)
+        return 2
     except (FloatingPointError, RuntimeError, OSError) as error:
         print(f"tdpo: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ Importing this, and reading options, loads no torch and no transformers: what is
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..config import TDPOConfig
 
 # transformers refuses bf16 and tf32 where no accelerator has them, unless the CPU is asked for.
+PATHS = {"model", "ref_model", "dataset", "eval_dataset", "reference_cache"}  # which may begin with ~
 _NO_DEVICE = {"use_cpu": True, "tf32": False}
 
 
@@ -116,6 +118,8 @@ def read_options(
     places = {name: f"{path}: " for name in of_file.keys() - flags.keys()}
     if not needs_device:
         values |= _NO_DEVICE
+    for name in PATHS & values.keys():
+        values[name] = os.path.expanduser(values[name])
     models, data = ({item.name for item in fields(options)} for options in (ModelOptions, data_options))
     training = {name: value for name, value in values.items() if name not in models | data}
     defaults = {name: option.default for name, option in known.items()}

@@ -73,6 +73,9 @@ def check_columns(columns: Mapping[str, str | None], names: list[str]) -> None:
             raise ValueError(
                 f"columns takes {ours!r} from {theirs!r}, which the dataset lacks; it has {', '.join(names)}"
             )
+    for ours, theirs in columns.items():
+        if theirs in ("prompt", *RESPONSES) and theirs not in columns:
+            raise ValueError(f"columns takes {ours!r} from {theirs!r}, which is a column of its own: map that one too")
     if columns.get("prompt") == "instruction" and "input" in names and "input" not in columns.values():
         raise ValueError(
             "columns takes 'prompt' from 'instruction', so 'input' would be lost; leave that out, and both are read"

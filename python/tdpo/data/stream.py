@@ -173,32 +173,3 @@ def _with_number(row: dict[str, Any], number: int) -> dict[str, Any]:
 def is_stream(data: Any) -> bool:
     """Whether an argument of a trainer is a stream, or a dict of which one is."""
     return any(map(is_stream, data.values())) if isinstance(data, dict) else isinstance(data, datasets.IterableDataset)
-
-
-def check_stream_options(args: TDPOConfig, *, trains: bool) -> None:
-    """Refuses options that can't work with streams, by name.
-
-    Args:
-        trains: the training data are a stream, not only evaluation data.
-
-    Raises:
-        ValueError: one is set, or `max_steps` is not.
-    """
-    refused = {
-        "precompute_reference": (args.precompute_reference, "a cache holds the states of rows by number: leave it out"),
-        "dataset_num_proc": (args.dataset_num_proc is not None, "its reader tokenizes it: leave it out"),
-        "dataloader_num_workers": (args.dataloader_num_workers > 1, "one worker reads it as a whole: set 0 or 1"),
-        "dataloader_drop_last": (args.dataloader_drop_last, "all of its batches are used: leave it out"),
-    }
-    if trains:
-        strategy = args.train_sampling_strategy
-        order = "it can't be sorted: set random, for a shuffle buffer, or sequential"
-        refused["train_sampling_strategy"] = (strategy not in ("random", "sequential"), order)
-        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-            refused[name] = (getattr(args, name) == "epoch", "it has no epochs: set steps")
-    for name, (given, reason) in refused.items():
-        if given:
-            value = getattr(args, name)
-            raise ValueError(f"{name} is {getattr(value, 'value', value)}, but the data are a stream, and {reason}")
-    if trains and args.max_steps <= 0:
-        raise ValueError("max_steps is not set, but the training data are a stream, which has no end: set it")

@@ -6,6 +6,7 @@ Importing this loads neither torch nor transformers.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +95,16 @@ def lora_config(options: ModelOptions) -> Any:
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=options.lora_target_modules or "all-linear",
+        target_modules=_target_modules(options.lora_target_modules),
     )
+
+
+def _target_modules(names: list[str] | None) -> list[str] | str:
+    """Names of layers; or a text, as peft has it for all linear layers and for a pattern of names."""
+    if names is None:
+        return "all-linear"
+    pattern = len(names) == 1 and (names[0] == "all-linear" or re.search(r"[*+?^$|()\[\]\\]", names[0]))
+    return names[0] if pattern else names
 
 
 def loaded_dtype(options: ModelOptions) -> str:

@@ -6,6 +6,7 @@ Free of torch and transformers.
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def check_model_options(options: ModelOptions) -> None:
         raise ValueError(f"lora_dropout is {options.lora_dropout}; it must be in [0, 1)")
     if options.ref_gguf_file is not None and options.ref_model is None:
         raise ValueError(f"ref_gguf_file is {options.ref_gguf_file}, but its folder, ref_model, is missing")
+    for item in fields(ModelOptions):
+        value = getattr(options, item.name)
+        if item.name.startswith("lora_") and value != item.default and options.lora_r == 0:
+            raise ValueError(f"{item.name} is {value}, but lora_r is 0, so that no adapters are added: set lora_r too")
+    if options.lora_target_modules == []:
+        raise ValueError("lora_target_modules is [], no layer at all; leave it out for all linear layers but the head")
     for gguf_option in ("gguf_file", "ref_gguf_file"):
         check_dense(options, gguf_option)
     for package, needed in {

@@ -20,13 +20,27 @@ class Inputs(Trainer):
             ValueError: there is no split of that name; the message names those there are.
         """
         if isinstance(eval_dataset, str):
-            splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-            if eval_dataset not in splits:
-                known = ", ".join(map(repr, splits)) or "none, since eval_dataset is not a dict of them"
-                raise ValueError(
-                    f"eval_dataset is {eval_dataset!r}, which is no split of the trainer's; it has {known}"
-                )
+            self._split("eval_dataset", eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The batches of a prediction; `test_dataset`: data, or the name of a split of the trainer's.
+
+        Raises:
+            ValueError: there is no split of that name, or no data are given.
+        """
+        if test_dataset is None:
+            raise ValueError("test_dataset is None; rows or the name of a split are needed")
+        if isinstance(test_dataset, str):
+            test_dataset = self._split("test_dataset", test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _split(self, argument: str, name: str) -> Any:
+        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if name not in splits:
+            known = ", ".join(map(repr, splits)) or "none, since eval_dataset is not a dict of them"
+            raise ValueError(f"{argument} is {name!r}, which is no split of the trainer's; it has {known}")
+        return splits[name]
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         super()._track_num_input_tokens({**inputs, "attention_mask": _is_token(inputs)})

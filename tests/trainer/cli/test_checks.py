@@ -5,6 +5,7 @@ import json
 import pytest
 from tdpo.cli.checks import REQUIRED, check_dataset
 from tdpo.cli.main import _COMMANDS
+from tdpo.cli.parse import read_options
 
 from helpers.trainer_cases import run_python
 
@@ -42,6 +43,17 @@ WRONG = [
     ([*TRAIN, "--max_length", "40"], "max_prompt_length is 512; it must be below max_length, 40"),
     ([*TRAIN, "--columns", "prompt"], "columns is 'prompt'; write prompt=question"),
     ([*TRAIN, "--use_liger_kernel"], "use_liger_kernel is True; leave it at False: Liger"),
+    ([*TRAIN, "--lora_alpha", "8"], "lora_alpha is 8, but lora_r is 0, so that no adapters are added: set lora_r too"),
+    ([*TRAIN, "--lora_target_modules", "q_proj"], "lora_target_modules is ['q_proj'], but lora_r is 0"),
+    ([*TRAIN, "--streaming"], "max_steps is not set, but the training data are a stream"),
+    (
+        [*TRAIN, "--streaming", "--max_steps", "4", "--precompute_reference"],
+        "precompute_reference is True, but the data are",
+    ),
+    (["cache-reference", *TRAIN[1:], "--streaming"], "streaming is True, but a cache holds the hidden states"),
+    ([*TRAIN, "--output_dir", "data.jsonl"], "output_dir is data.jsonl, but "),
+    ([*TRAIN, "--output_dir", "data.jsonl/out"], "output_dir is data.jsonl/out, but "),
+    ([*TRAIN, "--eval_sample_tokens", "0"], "eval_sample_tokens is 0; it must be at least 1"),
     ([*TRAIN, "--dtype", "int8"], "--dtype is 'int8'; allowed are auto, "),
     ([*TRAIN, "--lora_r", "-1"], "lora_r is -1; it must be at least 0"),
     ([*TRAIN, "--lora_dropout", "1"], "lora_dropout is 1.0; it must be in [0, 1)"),
@@ -99,3 +111,14 @@ def test_every_command_says_what_it_needs():
 def test_names_of_a_hub_are_no_missing_files(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_dataset(name)
+
+
+def test_a_home_is_found_in_files_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("model: ~/m\ndataset: ~/d.jsonl\nreference_cache: ~/cache\n")
+    given = read_options("train", "", [str(tmp_path / "config.yaml"), "--eval_dataset", "~/e.jsonl"])
+    assert (given.models.model, given.data.dataset) == (str(tmp_path / "m"), str(tmp_path / "d.jsonl"))
+    assert (given.data.eval_dataset, given.training["reference_cache"]) == (
+        str(tmp_path / "e.jsonl"),
+        str(tmp_path / "cache"),
+    )

@@ -142,6 +142,8 @@ def test_options_of_adapters():
     assert (adapters.r, adapters.lora_alpha, adapters.lora_dropout) == (4, 7, 0.25)
     assert adapters.target_modules == {"q_proj"}
     assert lora_config(ModelOptions(lora_r=4)).target_modules == "all-linear"
+    for names, taken in ((["all-linear"], "all-linear"), ([".*q_proj"], ".*q_proj"), (["q_proj"], {"q_proj"})):
+        assert lora_config(ModelOptions(lora_r=4, lora_target_modules=names)).target_modules == taken
     assert lora_config(ModelOptions()) is None
 
 

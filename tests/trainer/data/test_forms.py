@@ -95,6 +95,7 @@ def test_names_of_other_forms_are_mapped_too(tokenizer):
     ("columns", "error"),
     [
         ({"promt": "question"}, "columns maps 'promt', which no row reads"),
+        ({"prompt": "question", "rejected": "chosen"}, "takes 'rejected' from 'chosen', which is a column of its own"),
         ({"prompt": "questions"}, "columns takes 'prompt' from 'questions', which the dataset lacks; it has question,"),
     ],
 )

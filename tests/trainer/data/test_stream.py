@@ -8,8 +8,9 @@ import pytest
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 from datasets.distributed import split_dataset_by_node
 from tdpo import TDPOConfig, load_preferences
-from tdpo.data.stream import SHUFFLED_ROWS, Training, check_stream_options, is_stream, tokenize_stream
+from tdpo.data.stream import SHUFFLED_ROWS, Training, is_stream, tokenize_stream
 from tdpo.data.tokenize import tokenize_rows
+from tdpo.option_checks import check_stream_options
 from tdpo.options import RowOptions
 from torch.utils.data import DataLoader
 

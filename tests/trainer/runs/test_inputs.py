@@ -47,3 +47,13 @@ def test_tokens_are_counted_as_transformers_does(counted, layout, tmp_path):
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert last["num_tokens"] == expected
     assert last.get("num_input_tokens_seen") == (None if counted in ("no", False) else expected)
+
+
+def test_predictions_of_a_split_by_name(tmp_path):
+    rows = make_preferences().select(range(4))
+    trainer = make_trainer(tmp_path, eval_dataset={"a": rows})
+    assert trainer.predict("a").metrics["test_loss"] == trainer.predict(rows).metrics["test_loss"]
+    with pytest.raises(ValueError, match="test_dataset is 'b', which is no split of the trainer's; it has 'a'"):
+        trainer.predict("b")
+    with pytest.raises(ValueError, match="test_dataset is None; rows or the name of a split are needed"):
+        trainer.predict(None)
