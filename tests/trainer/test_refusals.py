@@ -28,8 +28,15 @@ NO_RUN = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NO_RUN.items() for value in values])
 def test_numbers_that_make_no_run_are_named(name, value, tmp_path):
+    evaluates = {"eval_strategy": "steps"} if name == "eval_steps" else {}
     with pytest.raises(ValueError, match=rf"^{name} is {value}; it must "):
-        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value}, **evaluates)
+
+
+@pytest.mark.parametrize("what", ["logging", "eval", "save"])
+def test_steps_of_what_is_turned_off_are_not_read(what, tmp_path):
+    off = {f"{what}_strategy": "no", f"{what}_steps": 0}
+    assert getattr(TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **off), f"{what}_steps") == 0
 
 
 @pytest.mark.parametrize(
