@@ -238,9 +238,8 @@ class Audit:
     def _plain_sums(self, wrapper: nn.Module, sequence: Audited, chunks: int) -> tuple[Tensor, ...]:
         sums = torch.zeros(3, dtype=torch.float64, device=sequence.ids.device)
         for chunk in sequence.learned.tensor_split(chunks):
-            some = (
-                chunk if len(chunk) else sequence.learned[:1]
-            )  # all processes call the models, whatever is left for them
+            # All processes call the models, whatever is left for them.
+            some = chunk if len(chunk) else sequence.learned[:1]
             logps, ref_logps = self._plain_logps(wrapper, sequence.ids, some - 1)
             p, q = (ref_logps, logps) if self.loss.kl_direction == "forward" else (logps, ref_logps)
             kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)

@@ -13,7 +13,7 @@ from tdpo_ext.losses import Objective
 
 from .data.forms import column_mapping
 from .loss.objectives import OBJECTIVES, TrainedObjective
-from .option_checks import check_options
+from .option_checks import check_options, check_own_objective
 from .options import TDPOOptions
 from .refusals import check_batches, refuse_for_device
 
@@ -48,6 +48,7 @@ class TDPOConfig(TDPOOptions, TrainingArguments):
         columns, named = self.token_columns or [], OBJECTIVES[self.variant]
         if own is not None:
             checks.function("objective", own)
+            check_own_objective(self)
             return TrainedObjective(own, self.kl_direction or "forward", tuple(columns))
         return TrainedObjective(
             objective=named.build(self),

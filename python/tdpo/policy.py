@@ -11,9 +11,8 @@ from .config import TDPOConfig
 from .data.stream import is_stream
 from .models.adapters import has_adapters
 from .models.checks import check_models, check_policy
-from .models.names import check_output_dir as check_output_dir
 from .models.noise import disable_dropout
-from .option_checks import check_stream_options
+from .option_checks import check_needed, check_stream_options
 from .precision import autocast, check_attention
 
 _NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
@@ -42,6 +41,7 @@ def check_trainer_arguments(
     check_needs_no_logits(others)
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
+    check_needed(args)
     train_dataset, _ = data
     if any(map(is_stream, data)):
         check_stream_options(args, trains=is_stream(train_dataset))

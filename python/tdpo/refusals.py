@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .plain import checks
-
 
 @dataclass(frozen=True)
 class Refusal:
@@ -91,23 +89,6 @@ OF_TRL = {
 }
 
 
-_COUNTS = {  # integers, by the least
-    "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "eval_accumulation_steps": 1,
-    "save_total_limit": 1,
-    "dataloader_num_workers": 0,
-}
-_POSITIVE = {  # numbers, and what does what 0 might be meant for
-    "logging_steps": "logging_strategy no",
-    "eval_steps": "eval_strategy no",
-    "save_steps": "save_strategy no",
-}
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay")
-_UNSET = -1  # of max_steps
-
-
 def refuse(args: Any, refusals: dict[str, Refusal]) -> None:
     """Refuses options that have no use.
 
@@ -139,31 +120,6 @@ def refuse_for_device(args: Any) -> None:
 
     if args.fp16 and (args.use_cpu or not torch.accelerator.is_available()):
         raise ValueError("fp16 is True; leave it at False on a CPU, where nothing computes in float16: use bf16")
-
-
-def check_numbers(args: Any) -> None:
-    """Refuses numbers with which nothing could be trained, or which are taken for something else.
-
-    Args:
-        args: TrainingArguments before their own checks.
-
-    Raises:
-        TypeError, ValueError: the message names the option.
-    """
-    for name, least in _COUNTS.items():
-        if getattr(args, name) is not None:
-            checks.integer(name, getattr(args, name), least=least)
-    for name in _NOT_NEGATIVE:
-        if getattr(args, name) is not None:
-            checks.real(name, getattr(args, name), least=0)
-    for name, instead in _POSITIVE.items():
-        value, turned_off = getattr(args, name), getattr(args, instead.split()[0]) == "no"
-        if value is not None and checks.real(name, value) <= 0 and not turned_off:
-            raise ValueError(f"{name} is {value}; it must be positive ({instead} turns it off)")
-    if checks.integer("max_steps", args.max_steps) != _UNSET and args.max_steps < 1:
-        raise ValueError(f"max_steps is {args.max_steps}; it must be positive, or left out for num_train_epochs")
-    if args.max_steps == _UNSET:
-        checks.real("num_train_epochs", args.num_train_epochs, above=0)
 
 
 def check_batches(accelerator_config: Any) -> None:

@@ -30,7 +30,8 @@ from .loss.set_up import set_up_loss
 from .models.forward import patch_forward
 from .models.noise import configured_dropout
 from .models.sizes import embedded_ids
-from .policy import check_output_dir, check_trainer_arguments, learning_rate, prepare_policy
+from .option_checks import check_output_dir
+from .policy import check_trainer_arguments, learning_rate, prepare_policy
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
 from .reference.cached_states import CachedStates
 from .reference.digests import digests_at_start
@@ -45,11 +46,12 @@ from .runs.model_card import model_card
 from .runs.record import RunRecord
 from .runs.resume import ResumePoint, resume_point
 from .runs.samples import refuses_samples, show_samples
+from .runs.schedule import ScheduledRates
 from .runs.stopping import StopAfterStep
 from .tokenization import Tokenization
 
 
-class TDPOTrainer(WholeAdapters, HubUploads, Inputs):
+class TDPOTrainer(WholeAdapters, HubUploads, Inputs, ScheduledRates):
     """Trains a causal language model on preference pairs: `tdpo.TDPOTrainer`, on transformers' Trainer.
 
     `tdpo.trl.TDPOTrainer` is another class, a subclass of TRL's DPOTrainer.
@@ -62,7 +64,7 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs):
         processing_class: the tokenizer.
         peft_config: adapters to train instead of the whole policy, such as `peft.LoraConfig`.
         objective: a loss of your own, as `tdpo_ext.linear_preference_loss` takes it (docs/objectives.md), instead of
-            the `variant` of `args`, whose `beta` then scales `rewards/*` alone.
+            the `variant` of `args`, whose `beta` then scales `rewards/*` alone; the others must be unset.
         others: as in `transformers.Trainer`.
 
     Raises:
@@ -83,7 +85,6 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs):
     _audit_due = False  # before the next step
     _audit_alone = False  # and the training ends with it
     _trained = False  # a step was taken since construction
-    _new_tokens = 0  # this process has trained on since the last count
 
     def __init__(
         self,
@@ -236,22 +237,16 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log, and the tokens so far, to the entries of the training loop.
 
-        It alone passes `start_time`; what a user logs by hand stays as it is.
+        It alone passes `start_time`; what a user logs by hand stays as it is. With `include_num_input_tokens_seen`,
+        transformers logs its own count in the place of `num_tokens`.
         """
         if "loss" in logs and start_time is not None:
             logs.update(self._training_means.take())
-            logs["num_tokens"] = self._count_tokens()
+            self._count_tokens()
+            if self.args.include_num_input_tokens_seen == "no":
+                logs["num_tokens"] = self.state.num_input_tokens_seen
             self._kl_warning.check(logs["kl/chosen"], self.state.global_step)
         super().log(logs, start_time)
-
-    def _count_tokens(self) -> int:
-        """Tokens of prompts and responses that all processes have trained on, in this run and those it resumes."""
-        counted = torch.tensor(self._new_tokens, device=self.args.device)
-        self._new_tokens = 0
-        if self.args.include_num_input_tokens_seen == "no":  # otherwise transformers counts
-            # The ranks of a tensor-parallel group read the same tokens.
-            self.state.num_input_tokens_seen += int(self.accelerator.reduce(counted, "sum")) // self.get_tp_size()
-        return self.state.num_input_tokens_seen
 
     # ---- resuming and saving ----
 

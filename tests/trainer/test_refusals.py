@@ -23,6 +23,15 @@ NO_RUN = {
     "max_grad_norm": [-1.0],
     "warmup_steps": [-1],
     "eval_delay": [-1],
+    "adam_beta1": [-0.1, 1, 2, float("nan")],
+    "adam_beta2": [1.0],
+    "adam_epsilon": [-1e-8],
+    "neftune_noise_alpha": [-1],
+    "router_aux_loss_coef": [-0.1, float("inf")],
+    "dataloader_prefetch_factor": [0],
+    "torch_empty_cache_steps": [0],
+    "seed": [-1, 2**32],
+    "data_seed": [-1, 2**32],
 }
 
 

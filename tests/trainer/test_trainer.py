@@ -166,7 +166,8 @@ def test_tokens_that_transformers_counts_are_not_counted_twice(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, include_num_input_tokens_seen="all")
     trainer.train()
     padded = [batch["input_ids"].numel() for batch in trainer.get_train_dataloader()][:2]
-    counted = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
+    counted = [entry["num_input_tokens_seen"] for entry in trainer.state.log_history if "loss" in entry]
+    assert not any("num_tokens" in entry for entry in trainer.state.log_history)  # which counts something else
     assert 0 < counted[0] < counted[1] == trainer.state.num_input_tokens_seen <= 2 * max(padded)
 
 

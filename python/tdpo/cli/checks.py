@@ -10,18 +10,19 @@ from types import SimpleNamespace
 from ..data.formats import format_of
 from ..extras import require_package
 from ..models.loading import merges_adapters, trains_adapters
-from ..models.names import (
-    check_exists,
+from ..models.names import check_exists, is_here, looks_like_path
+from ..option_checks import (
+    check_best_metric,
     check_merging,
     check_model_options,
+    check_needed,
     check_output_dir,
     check_precision_of_merged,
-    is_here,
-    looks_like_path,
+    check_stream_options,
 )
-from ..option_checks import check_stream_options
-from ..options import require
+from ..options import DataOptions, require
 from .parse import Given
+from .values import FILES
 
 REQUIRED = {
     "train": ("model", "dataset"),
@@ -30,7 +31,6 @@ REQUIRED = {
     "evaluate": ("model", "ref_model", "eval_dataset"),
     "cache-reference": ("model", "dataset"),
 }
-_CONFIGURATIONS = ("accelerator_config", "fsdp_config", "deepspeed")  # which may be JSON files
 
 
 def check_command(command: str, given: Given) -> None:
@@ -44,9 +44,14 @@ def check_command(command: str, given: Given) -> None:
     for name in REQUIRED[command]:
         require(models if hasattr(models, name) else data, name)
     if command == "train":
-        output_dir = os.path.expanduser(given.value("output_dir") or "trainer_output")
+        output_dir = os.path.expanduser(given.value("output_dir"))
         check_output_dir(output_dir, {"model": models.model, "ref_model": models.ref_model})
         check_can_be_made(output_dir)
+        check_evaluations(given)
+        check_uploads(given)
+    if command != "cache-reference":
+        check_needed(SimpleNamespace(**{**given.defaults, **given.training}))
+    check_best_metric(given.value("metric_for_best_model"))
     if data.streaming and command == "cache-reference":
         raise ValueError("streaming is True, but a cache holds the hidden states of rows by number: leave it out")
     if data.streaming and command != "data":
@@ -56,11 +61,12 @@ def check_command(command: str, given: Given) -> None:
         check_merging(models, trains_adapters=trains_adapters(models))
         check_precision_of_merged(models, merges=merges_adapters(models))
     check_model_options(models)
-    for model in filter(None, (models.model, models.ref_model)):
-        check_exists("model", model)
-    for dataset in filter(None, (data.dataset, data.eval_dataset)):
+    check_model_exists(models.model, "gguf_file", models.gguf_file)
+    check_model_exists(models.ref_model, "ref_gguf_file", models.ref_gguf_file)
+    read = {"audit": (data.dataset,), "evaluate": (data.eval_dataset,)}.get(command, (data.dataset, data.eval_dataset))
+    for dataset in filter(None, read):
         check_dataset(dataset)
-    for name in _CONFIGURATIONS:
+    for name in FILES:
         file = given.value(name)
         if isinstance(file, str) and file.endswith(".json") and not Path(file).is_file():
             raise ValueError(f"{name} is {file}; there is no such file")
@@ -69,6 +75,39 @@ def check_command(command: str, given: Given) -> None:
     checkpoint = given.value("resume_from_checkpoint")
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise ValueError(f"resume_from_checkpoint is {checkpoint}; there is no such folder")
+
+
+def check_evaluations(given: Given) -> None:
+    """Refuses options of evaluations while training where there are none.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    strategy = str(given.value("eval_strategy"))
+    if given.data.eval_dataset is None:
+        if strategy != "no" or given.value("eval_on_start"):
+            name = "eval_on_start" if strategy == "no" else "eval_strategy"
+            raise ValueError(f"{name} is {given.value(name)}, but there are no data to evaluate on: set eval_dataset")
+        if given.data.eval_split != DataOptions.eval_split:
+            raise ValueError(f"eval_split is {given.data.eval_split}, but eval_dataset is missing")
+    if given.value("eval_samples") and strategy == "no" and not given.value("eval_on_start"):
+        raise ValueError("eval_samples is set, but nothing is evaluated while training: set eval_strategy")
+
+
+def check_uploads(given: Given) -> None:
+    """Raises ValueError for options of uploads where nothing is uploaded."""
+    for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"):
+        if given.value(name) != given.defaults[name] and not given.value("push_to_hub"):
+            raise ValueError(f"{name} is {given.value(name)}, but push_to_hub is not set: nothing is uploaded")
+
+
+def check_model_exists(model: str | None, file_option: str, file: str | None) -> None:
+    """Raises ValueError where a model is a path and nothing is there, or not the GGUF file that was asked for."""
+    if model is None:
+        return
+    check_exists("model", model)
+    if file is not None and is_here(model) and not Path(model, file).is_file():
+        raise ValueError(f"{file_option} is {file}; there is no such file in {model}")
 
 
 def check_can_be_made(output_dir: str) -> None:

@@ -13,9 +13,10 @@ from datasets import Dataset, IterableDataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import TDPOConfig
+from ..data.forms import column_mapping
 from ..data.load import load_preferences
 from ..data.show import View, data_text, legend_text
-from ..data.tokenize import padding_token, tokenize_rows
+from ..data.tokenize import check_row, padding_token, tokenize_rows
 from ..files import file_digest, read_json, whole_folder, write_json
 from ..models.checks import check_model
 from ..models.loading import (
@@ -28,9 +29,8 @@ from ..models.loading import (
     trains_adapters,
 )
 from ..models.merging import merge_adapters
-from ..models.names import check_merging, check_output_dir
 from ..models.sizes import embedded_ids
-from ..option_checks import check_stream_options
+from ..option_checks import check_merging
 from ..options import DataOptions, ModelOptions, ShowOptions, require
 from ..precision import autocast
 from ..reference.cache import cache_reference
@@ -53,15 +53,18 @@ def _trainer(
     eval_dataset: Dataset | IterableDataset | None,
     saves_start: bool = False,
 ) -> TDPOTrainer:
-    models = options.models
-    _ = options.training.device  # sets up the processes, among which DeepSpeed may partition what is loaded
+    models, _, args = options
+    for data in (train_dataset, eval_dataset):
+        if isinstance(data, Dataset) and len(data):  # what they lack is said before the models are loaded
+            check_row(data[0], column_mapping(args.columns), args.trained_objective().token_columns)
+    _ = args.device  # sets up the processes, among which DeepSpeed may partition what is loaded
     policy = load_policy(models)
     if saves_start and merges_adapters(models):
-        _save_start(policy, Path(options.training.output_dir, "start"), options.training)
+        _save_start(policy, Path(args.output_dir, "start"), args)
     return TDPOTrainer(
         policy,
         load_reference(models),
-        options.training,
+        args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=load_tokenizer(models),
@@ -70,16 +73,12 @@ def _trainer(
 
 
 def _training_data(options: Options) -> Dataset | IterableDataset:
-    _, data, args = options
-    if data.streaming:
-        check_stream_options(args, trains=True)
+    data = options.data
     return load_preferences(require(data, "dataset"), data.split, data.streaming)
 
 
 def _evaluation_data(options: Options) -> Dataset | IterableDataset:
-    _, data, args = options
-    if data.streaming:
-        check_stream_options(args, trains=False)
+    data = options.data
     return load_preferences(require(data, "eval_dataset"), data.eval_split, data.streaming)
 
 
@@ -89,8 +88,6 @@ def train(options: Options) -> None:
     A finished run changes nothing; what it lacks of `merge_adapters` is made, and with `push_to_hub` it is uploaded.
     """
     models, _, args = options
-    require(models, "model")
-    check_output_dir(args.output_dir, {"model": models.model, "ref_model": models.ref_model})
     check_merging(models, trains_adapters=trains_adapters(models))
     if models.merge_adapters and is_deepspeed_zero3_enabled():
         raise ValueError("merge_adapters is True, but ZeRO-3 partitions every model that is loaded: merge afterwards")

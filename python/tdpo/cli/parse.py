@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..extras import require_extra
-from ..options import DataOptions, ModelOptions, TDPOOptions
+from ..options import CommonOptions, DataOptions, ModelOptions, TDPOOptions
 from .help import HELP_FLAGS, print_help, usage
 from .known import Known, known_options
 from .values import nearest, refusal, value_of_text, value_of_yaml
@@ -22,8 +22,8 @@ from .values import nearest, refusal, value_of_text, value_of_yaml
 if TYPE_CHECKING:
     from ..config import TDPOConfig
 
+_PATHS = {"model", "ref_model", "dataset", "eval_dataset", "reference_cache"}  # which may begin with ~
 # transformers refuses bf16 and tf32 where no accelerator has them, unless the CPU is asked for.
-PATHS = {"model", "ref_model", "dataset", "eval_dataset", "reference_cache"}  # which may begin with ~
 _NO_DEVICE = {"use_cpu": True, "tf32": False}
 
 
@@ -75,11 +75,6 @@ class Given:
             raise ValueError(str(error)) from error
 
 
-def parse_options(command: str, description: str, arguments: list[str], **others: Any) -> Options:
-    """The options of `tdpo command`; arguments and errors are those of `read_options` and `Given.options`."""
-    return read_options(command, description, arguments, **others).options()
-
-
 def read_options(
     command: str,
     description: str,
@@ -118,11 +113,12 @@ def read_options(
     places = {name: f"{path}: " for name in of_file.keys() - flags.keys()}
     if not needs_device:
         values |= _NO_DEVICE
-    for name in PATHS & values.keys():
+    for name in _PATHS & values.keys():
         values[name] = os.path.expanduser(values[name])
     models, data = ({item.name for item in fields(options)} for options in (ModelOptions, data_options))
     training = {name: value for name, value in values.items() if name not in models | data}
-    defaults = {name: option.default for name, option in known.items()}
+    common = {item.name: item.default for item in fields(CommonOptions)}  # where transformers computes them
+    defaults = {name: common.get(name) if option.default is None else option.default for name, option in known.items()}
     try:
         check_options(SimpleNamespace(**{**defaults, **training}))
     except (TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from .known import Known
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _SHORT = {"t": True, "y": True, "f": False, "n": False}  # as transformers' flags have them
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
-_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # mappings, or files that hold one
+FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # options that are mappings, or JSON files of one
 
 
 def value_of_text(option: Known, place: str, text: str) -> Any:
@@ -37,7 +37,7 @@ def value_of_text(option: Known, place: str, text: str) -> Any:
         return [text]
     if str not in option.kinds:
         raise refusal(option, place, text)
-    if dict in option.kinds and option.name not in _FILES and option.name != "columns":
+    if dict in option.kinds and option.name not in FILES and option.name != "columns":
         raise ValueError(f"{place} is {text!r}; a mapping is needed, as JSON where it is a text")
     return text
 

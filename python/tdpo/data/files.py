@@ -7,7 +7,7 @@ import csv
 import gzip
 import json
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +19,7 @@ from .formats import COMPRESSED, format_of
 _OPEN: dict[str, Any] = dict(zip(COMPRESSED, (gzip.open, bz2.open, lzma.open)))
 
 
-def read_rows(files: list[Path], *, streaming: bool) -> Dataset | IterableDataset:
+def read_rows(files: Sequence[Path], *, streaming: bool) -> Dataset | IterableDataset:
     """The rows of JSON, JSONL, CSV or TSV files, in order.
 
     Raises:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def load_preferences(name: str, split: str = "train", streaming: bool = False) -
         if files:
             if streaming:
                 return _read_files(_part(splits, split), streaming=True)
-            return _slice({split: _read_files(files) for split, files in splits.items()}, split)
+            read = functools.cache(_read_files)  # a file without splits is each of them, and read once
+            return _slice({split: read(tuple(files)) for split, files in splits.items()}, split)
         if not path.is_dir():
             return load_dataset(name, split=split, streaming=streaming)
         saved = load_from_disk(name)
@@ -105,7 +108,7 @@ def _split_of(parts: tuple[str, ...]) -> str | None:
     return None
 
 
-def _read_files(files: list[Path], *, streaming: bool = False) -> Any:
+def _read_files(files: Sequence[Path], *, streaming: bool = False) -> Any:
     formats = {format_of(file) for file in files}
     if len(formats) > 1:
         raise ValueError(f"the files have different formats: {', '.join(map(str, files))}")

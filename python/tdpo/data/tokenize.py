@@ -196,6 +196,21 @@ def row_encoder(
     own = {item.name: getattr(options, item.name) for item in fields(RowOptions)}
     options = RowOptions(**{**own, "dataset_num_proc": None})  # no others: caches of `datasets` go by what is in here
     columns = column_mapping(options.columns)
+    if check_row(row, columns, token_columns):
+        return IdEncoder(tokenizer, options, columns, token_columns)
+    return Encoder(tokenizer, options, columns)
+
+
+def check_row(row: Mapping[str, Any], columns: Mapping[str, str | None], token_columns: tuple[str, ...]) -> bool:
+    """Checks that a row has the columns that are needed; returns whether it holds token ids.
+
+    Args:
+        columns: the data's names of columns by ours.
+        token_columns: numbers per response token that the loss reads.
+
+    Raises:
+        ValueError: it lacks some; the message names them.
+    """
     check_columns(columns, list(row))
     names = {*row, *columns} - {ours for ours, theirs in columns.items() if theirs is None}
     are_ids, of_tokens = "chosen_ids" in names, _of_sides(token_columns)
@@ -211,9 +226,7 @@ def row_encoder(
             f"the dataset lacks {', '.join(missing)}; it has {', '.join(row)}. Columns under other names are mapped "
             f"with columns={{{missing[0]!r}: ...}}"
         )
-    if are_ids:
-        return IdEncoder(tokenizer, options, columns, token_columns)
-    return Encoder(tokenizer, options, columns)
+    return are_ids
 
 
 def _is_media(feature: Any) -> bool:

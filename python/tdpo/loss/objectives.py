@@ -17,7 +17,7 @@ from torch import Tensor
 from tdpo_ext import MarginLoss, TokenDivergence, TokenRows, per_token
 from tdpo_ext.losses import Objective, dpo_margin_loss, tdpo_margin_loss
 
-from ..options import USED_BY, ObjectiveOptions
+from ..options import ObjectiveOptions
 
 
 class NamedObjective(NamedTuple):
@@ -25,7 +25,6 @@ class NamedObjective(NamedTuple):
 
     Attributes:
         build: the objective with some options.
-        options: the numbers of ObjectiveOptions that it uses.
         formula: the loss of a pair; see docs/objectives.md for the notation.
         source: where it comes from.
         columns: the token columns that the data must have.
@@ -33,7 +32,6 @@ class NamedObjective(NamedTuple):
     """
 
     build: Callable[[ObjectiveOptions], Objective]
-    options: tuple[str, ...]
     formula: str
     source: str
     columns: tuple[str, ...] = ()
@@ -79,37 +77,31 @@ def tis_dpo(beta: float, alpha: float) -> MarginLoss:
 OBJECTIVES = {
     "tdpo2": NamedObjective(
         lambda o: tdpo_margin_loss(beta=o.beta, alpha=o.alpha, variant="tdpo2"),
-        options=USED_BY["tdpo2"],
         formula="-logsigmoid(beta (u - alpha (KL_l - sg KL_w)))",
         source="arXiv 2404.11999, eq. 16-18",
     ),
     "tdpo1": NamedObjective(
         lambda o: tdpo_margin_loss(beta=o.beta, variant="tdpo1"),
-        options=USED_BY["tdpo1"],
         formula="-logsigmoid(beta (u - (KL_l - KL_w)))",
         source="arXiv 2404.11999, eq. 14-15",
     ),
     "dpo": NamedObjective(
         lambda o: dpo_margin_loss(beta=o.beta, label_smoothing=o.label_smoothing),
-        options=USED_BY["dpo"],
         formula="-(1 - eps) logsigmoid(beta u) - eps logsigmoid(-beta u)",
         source="arXiv 2305.18290, eq. 7",
     ),
     "ipo": NamedObjective(
         lambda o: ipo(o.beta),
-        options=USED_BY["ipo"],
         formula="(mean u - 1 / (2 beta))²",
         source="arXiv 2310.12036, eq. 17",
     ),
     "simpo": NamedObjective(
         lambda o: MarginLoss(mean_logp_margin, lambda margins: -F.logsigmoid(o.beta * margins - o.simpo_gamma)),
-        options=USED_BY["simpo"],
         formula="-logsigmoid(beta (mean log p_w - mean log p_l) - gamma)",
         source="arXiv 2405.14734, eq. 6",
     ),
     "tis_dpo": NamedObjective(
         lambda o: tis_dpo(o.beta, o.alpha),
-        options=USED_BY["tis_dpo"],
         formula="-logsigmoid(beta (sum w_w logratio_w - sum w_l logratio_l - alpha (sum w_w kl_w - sum w_l kl_l)))",
         source="arXiv 2410.04350",
         columns=("weight",),

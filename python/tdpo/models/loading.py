@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..extras import MissingExtra, require_package
 from ..files import MANIFEST, check_manifest, read_json
+from ..option_checks import check_dense, check_precision_of_merged
 from ..options import ModelOptions, require
-from .names import check_dense, check_exists, check_precision_of_merged, is_here
+from .names import check_exists, is_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

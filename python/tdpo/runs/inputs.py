@@ -1,4 +1,4 @@
-"""Evaluation data by name, and the tokens that transformers counts in batches laid out as ours."""
+"""Evaluation data by name, and counts of tokens, ours and transformers', in batches laid out as ours."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers import Trainer
 
 class Inputs(Trainer):
     """A Trainer that names the splits it has, and counts no padding where it should not."""
+
+    _new_tokens = 0  # this process has trained on since the last count
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The batches of an evaluation; `eval_dataset`: data, the name of a split of the trainer's, or None for all.
@@ -41,6 +43,15 @@ class Inputs(Trainer):
             known = ", ".join(map(repr, splits)) or "none, since eval_dataset is not a dict of them"
             raise ValueError(f"{argument} is {name!r}, which is no split of the trainer's; it has {known}")
         return splits[name]
+
+    def _count_tokens(self) -> None:
+        """Counts tokens of prompts and responses that all processes have trained on, unless transformers counts."""
+        if self.args.include_num_input_tokens_seen != "no":
+            return
+        counted = torch.tensor(self._new_tokens, device=self.args.device)
+        self._new_tokens = 0
+        # The ranks of a tensor-parallel group read the same tokens.
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(counted, "sum")) // self.get_tp_size()
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         super()._track_num_input_tokens({**inputs, "attention_mask": _is_token(inputs)})

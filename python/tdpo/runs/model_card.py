@@ -11,8 +11,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainerState
 
 from ..config import TDPOConfig
-from ..loss.objectives import OBJECTIVES
-from ..options import card_options
+from ..options import USED_BY, card_options
 
 CITATION = """@inproceedings{zeng2024tdpo,
   title     = {Token-level Direct Preference Optimization},
@@ -80,7 +79,7 @@ def _options(args: TDPOConfig) -> Iterator[tuple[str, Any]]:
     defaults = {field.name: field.default for field in fields(TDPOConfig)}
     for name, shown in card_options().items():
         value, default = (getattr(of, "value", of) for of in (getattr(args, name), defaults[name]))
-        if name == "alpha" and "alpha" not in OBJECTIVES[args.variant].options:
+        if name == "alpha" and "alpha" not in USED_BY[args.variant]:
             continue
         if shown == "always" or value != default:
             yield name, value

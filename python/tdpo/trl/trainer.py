@@ -219,6 +219,10 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
         self._metrics[self._mode].update({name: [mean] for name, mean in means.items()})
         super().log(logs, start_time)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._means["eval"] = MetricMeans(self.accelerator)  # a prediction or an interrupted evaluation left entries
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tdpo.cli.checks import REQUIRED, check_dataset
+from tdpo.cli.checks import REQUIRED, check_command, check_dataset
 from tdpo.cli.main import _COMMANDS
 from tdpo.cli.parse import read_options
 
@@ -70,6 +70,22 @@ WRONG = [
     ([*TRAIN, "--dataset", "none.jsonl"], "the dataset file none.jsonl does not exist"),
     ([*TRAIN, "--eval_dataset", "no/such/folder"], "the dataset no/such/folder does not exist"),
     ([*TRAIN, "--dataset", "none/*.jsonl"], "the dataset file none/*.jsonl does not exist"),
+    ([*TRAIN, "--model", "plain", "--gguf_file", "x.gguf"], "gguf_file is x.gguf; there is no such file in plain"),
+    (
+        [*TRAIN, "--ref_model", "plain", "--ref_gguf_file", "x.gguf"],
+        "ref_gguf_file is x.gguf; there is no such file in plain",
+    ),
+    ([*TRAIN, "--eval_strategy", "steps"], "eval_strategy is steps, but there are no data to evaluate on"),
+    ([*TRAIN, "--eval_on_start"], "eval_on_start is True, but there are no data to evaluate on"),
+    ([*TRAIN, "--eval_split", "dev"], "eval_split is dev, but eval_dataset is missing"),
+    ([*TRAIN, "--eval_dataset", "data.jsonl", "--eval_samples", "2"], "eval_samples is set, but nothing is evaluated"),
+    ([*TRAIN, "--hub_model_id", "me/it"], "hub_model_id is me/it, but push_to_hub is not set: nothing is uploaded"),
+    ([*TRAIN, "--hub_strategy", "end"], "hub_strategy is end, but push_to_hub is not set: nothing is uploaded"),
+    ([*TRAIN, "--reference_dtype", "float8"], "reference_dtype is float8, but precompute_reference is False: set "),
+    ([*TRAIN, "--reference_cache", "c"], "reference_cache is c, but precompute_reference is False: set "),
+    ([*TRAIN, "--eval_sample_tokens", "9"], "eval_sample_tokens is 9, but eval_samples is 0: set eval_samples too"),
+    ([*TRAIN, "--metric_for_best_model", "acuracy"], "metric_for_best_model is acuracy; an evaluation has loss, "),
+    ([*TRAIN, "--optim_args", "eps=1"], "optim_args is 'eps=1', but of such arguments optim adamw_torch_fused reads "),
     ([*TRAIN, "more"], "unrecognized arguments: more"),
     (["demo", "--step", "3"], "unknown flag --step; did you mean 'steps'?"),
     (["demo", "--steps", "few"], "--steps is few; an integer is needed"),
@@ -105,6 +121,21 @@ def test_wrong_command_lines_load_nothing(folder):
 
 def test_every_command_says_what_it_needs():
     assert set(REQUIRED) >= _COMMANDS.keys() - {"demo"}
+
+
+@pytest.mark.parametrize(("command", "unread"), [("evaluate", "dataset"), ("audit", "eval_dataset")])
+def test_files_that_a_command_does_not_read_may_be_missing(command, unread, folder, monkeypatch):
+    """One file of options serves several commands, on machines that need not have all the data."""
+    monkeypatch.chdir(folder)
+    models = ["--model", "plain", "--ref_model", "plain"]
+    for missing in ("dataset", "eval_dataset"):
+        data = {"dataset": "data.jsonl", "eval_dataset": "data.jsonl", missing: "none.jsonl"}
+        given = read_options(command, "", [*models, *(f"--{name}={file}" for name, file in data.items())])
+        if missing == unread:
+            check_command(command, given)
+        else:
+            with pytest.raises(ValueError, match=r"^the dataset file none.jsonl does not exist"):
+                check_command(command, given)
 
 
 @pytest.mark.parametrize("name", ["a_dataset", "owner/dataset", "owner/dataset.v2"])

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from tdpo.cli import commands
 from tdpo.cli.main import main
-from tdpo.cli.parse import parse_options
+from tdpo.cli.parse import read_options
 from tdpo.data.tokenize import tokenize_rows
 from tdpo.models.loading import lora_config
 from tdpo.options import ModelOptions
@@ -136,6 +136,23 @@ def test_the_reference_and_the_limits_are_those_of_training(home, tmp_path):
     assert main(["train", *options, "--precompute_reference"]) == 0  # would refuse the cache of another
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        ("train", ["--token_columns", "weight"], "the loss reads chosen_weight, rejected_weight, numbers per token"),
+        ("audit", ["--variant", "tis_dpo"], "the loss reads chosen_weight, rejected_weight, numbers per token"),
+        ("train", ["--columns", "chosen=best"], "best"),
+    ],
+)
+def test_what_rows_lack_is_said_before_models_are_loaded(command, flags, said, home, tmp_path, monkeypatch, capsys):
+    def load(_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(commands, "load_policy", load)
+    assert main([command, str(home / "config.yaml"), "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_options_of_adapters():
     models = ModelOptions(lora_r=4, lora_alpha=7, lora_dropout=0.25, lora_target_modules=["q_proj"])
     adapters = lora_config(models)
@@ -150,7 +167,7 @@ def test_options_of_adapters():
 def test_null_leaves_the_default(tmp_path):
     config = {"logits_budget": None, "reference_cache": None, "beta": None, "output_dir": str(tmp_path), "alpha": 0.0}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "use_cpu": True}))
-    args = parse_options("train", "", [str(tmp_path / "config.yaml")]).training
+    args = read_options("train", "", [str(tmp_path / "config.yaml")]).options().training
     assert (args.logits_budget, args.reference_cache, args.beta, args.alpha) == (None, None, 0.1, 0.0)
 
 
@@ -193,7 +210,7 @@ def test_damaged_input_is_named_in_a_sentence(name, empty, home, tmp_path, capsy
     paths = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl")]
     arguments = [str(tmp_path / "config.yaml"), *paths, "--output_dir", str(tmp_path / "out")]
     if (name, empty) == ("config.yaml", True):  # an empty file has no options, which is no error
-        assert parse_options("train", "", [*arguments, "--use_cpu"]).models.model == str(tmp_path / "model")
+        assert read_options("train", "", [*arguments, "--use_cpu"]).options().models.model == str(tmp_path / "model")
         return
     assert main(["train", *arguments]) == 2
     shown = capsys.readouterr().err
@@ -270,7 +287,7 @@ accelerator_config:
 
 def test_values_of_a_file_keep_their_types(tmp_path):
     (tmp_path / "config.yaml").write_text(YAML.format(out=tmp_path))
-    models, _, args = parse_options("train", "", [str(tmp_path / "config.yaml"), "--seed", "8"])
+    models, _, args = read_options("train", "", [str(tmp_path / "config.yaml"), "--seed", "8"]).options()
     assert (args.beta, args.seed, args.max_grad_norm) == (0.1, 8, 2.0)  # YAML takes 1e-1 for text
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
     assert (models.lora_target_modules, args.token_columns, args.report_to) == (["q_proj"], ["weight"], [])
@@ -299,7 +316,7 @@ def test_values_of_a_file_keep_their_types(tmp_path):
 def test_values_of_a_file_that_do_not_fit_are_named(line, said, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(f"{line}\noutput_dir: {tmp_path}\nuse_cpu: true\n")
     with pytest.raises((SystemExit, ValueError)) as raised:
-        parse_options("train", "", [str(tmp_path / "config.yaml")])
+        read_options("train", "", [str(tmp_path / "config.yaml")]).options()
     assert said in f"{raised.value} {capsys.readouterr().err}"
 
 
@@ -321,7 +338,7 @@ def test_resuming_can_be_asked_for_and_refused(home, tmp_path, capsys):
 def test_examples_parse(name, tmp_path):
     example = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     (tmp_path / "cpu.yaml").write_text(yaml.safe_dump({**example, "use_cpu": True, "bf16": False}))
-    models, data, args = parse_options("train", "", [str(tmp_path / "cpu.yaml"), "--beta", "0.3"])
+    models, data, args = read_options("train", "", [str(tmp_path / "cpu.yaml"), "--beta", "0.3"]).options()
     assert args.beta == 0.3
     assert models.model == example["model"]
     assert data.dataset == example["dataset"]

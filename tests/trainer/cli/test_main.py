@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tdpo.cli import commands
 from tdpo.cli.main import main
-from tdpo.cli.parse import parse_options
+from tdpo.cli.parse import read_options
 from tdpo.runs.stopping import Terminated
 
 import tdpo_ext
@@ -49,7 +49,7 @@ def test_sigterm_has_the_shells_exit_status(monkeypatch, capsys):
 def test_columns_under_other_names(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("columns.yaml").write_text("columns: {prompt: question, chosen: null}\n")
-    assert parse_options("train", "", arguments).training.columns == {"prompt": "question", "chosen": None}
+    assert read_options("train", "", arguments).options().training.columns == {"prompt": "question", "chosen": None}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import yaml
 from tdpo.cli.known import known_options
-from tdpo.cli.parse import parse_options
+from tdpo.cli.parse import read_options
 from tdpo.config import TDPOConfig
 from tdpo.options import DataOptions, ModelOptions, TDPOOptions
 
@@ -61,7 +61,7 @@ def natural_values():
 
 def parse(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
-    return parse_options("train", "", [str(tmp_path / "config.yaml")])
+    return read_options("train", "", [str(tmp_path / "config.yaml")]).options()
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_every_option_has_natural_values():
         ("learning_rate: 1e-5", "learning_rate", 1e-5),
         ("learning_rate: '1e-5'", "learning_rate", 1e-5),
         ("beta: 1.0e0", "beta", 1.0),
-        ("optim_args: {rank: 64, scale: 0.25}", "optim_args", "rank=64,scale=0.25"),
+        ("optim: sgd\noptim_args: {momentum: 0.9, dampening: 0}", "optim_args", "momentum=0.9,dampening=0"),
         ("lr_scheduler_kwargs: {min_lr: 1e-6}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
         ("lr_scheduler_kwargs: '{\"min_lr\": 1.0e-6}'", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
         ("report_to: off", "report_to", []),
@@ -181,13 +181,13 @@ def test_what_does_not_fit_is_refused_with_file_and_option(line, said, tmp_path)
     ],
 )
 def test_flags(flags, name, expected, tmp_path):
-    args = parse_options("train", "", ["--use_cpu", "--output_dir", str(tmp_path), *flags]).training
+    args = read_options("train", "", ["--use_cpu", "--output_dir", str(tmp_path), *flags]).options().training
     assert getattr(args, name) == expected
 
 
 def test_flags_override_the_file(tmp_path):
     (tmp_path / "config.yaml").write_text(f"seed: 3\nbeta: -1\nuse_cpu: true\noutput_dir: {tmp_path}\n")
-    args = parse_options("train", "", [str(tmp_path / "config.yaml"), "--beta", "0.3"]).training
+    args = read_options("train", "", [str(tmp_path / "config.yaml"), "--beta", "0.3"]).options().training
     assert (args.seed, args.beta) == (3, 0.3)
     with pytest.raises(ValueError, match=r"^beta is -2"):  # which is not the file's
-        parse_options("train", "", [str(tmp_path / "config.yaml"), "--beta", "-2"])
+        read_options("train", "", [str(tmp_path / "config.yaml"), "--beta", "-2"]).options()

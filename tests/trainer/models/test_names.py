@@ -3,7 +3,7 @@
 import pytest
 import transformers
 from tdpo.models.loading import load_policy
-from tdpo.models.names import check_exists, check_model_options, is_here, looks_like_path
+from tdpo.models.names import check_exists, is_here, looks_like_path
 from tdpo.options import ModelOptions
 
 
@@ -33,19 +33,3 @@ def test_a_path_is_never_asked_of_a_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="the model no/such/folder does not exist"):
         load_policy(ModelOptions(model="no/such/folder"))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "said"),
-    [
-        ({"lora_r": 1.5}, TypeError, "lora_r is 1.5; an integer is needed"),
-        ({"lora_alpha": 0}, ValueError, "lora_alpha is 0; it must be at least 1"),
-        ({"lora_dropout": 1.0}, ValueError, "lora_dropout is 1.0; it must be in"),
-        ({"dtype": "int8"}, ValueError, "dtype is 'int8'; allowed are"),
-        ({"ref_gguf_file": "a.gguf"}, ValueError, "ref_gguf_file is a.gguf, but its folder, ref_model, is missing"),
-        ({"gguf_file": "a.gguf", "tp_plan": "auto"}, ValueError, "tp_plan is auto, but gguf_file is a.gguf"),
-    ],
-)
-def test_options_of_models(options, error, said):
-    with pytest.raises(error, match=said):
-        check_model_options(ModelOptions(model="a/model", **options))

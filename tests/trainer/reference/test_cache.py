@@ -25,6 +25,7 @@ from helpers.model_families import make_model
 from helpers.trainer_cases import losses, make_trainer, run_python
 
 SHARD = "00000.safetensors"
+IN_FLOAT32 = {"precompute_reference": True, "reference_dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,7 @@ def test_training_from_the_cache_equals_a_live_reference(own, padding_free, tmp_
             tmp_path / str(cached),
             model=make_model("llama", 0),
             ref_model=None if own else make_model("llama", 1),
-            precompute_reference=cached,
-            reference_dtype="float32",
+            **(IN_FLOAT32 if cached else {}),
             padding_free=padding_free,
         )
         assert (trainer.ref_model is None) == cached
@@ -63,8 +63,7 @@ def test_every_evaluation_split_has_its_metrics(tmp_path, preferences):
             model=make_model("llama", 0),
             ref_model=make_model("llama", 1),
             eval_dataset=splits,
-            precompute_reference=cached,
-            reference_dtype="float32",
+            **(IN_FLOAT32 if cached else {}),
         )
         evaluations.append(trainer.evaluate())
     for split in splits:
@@ -306,8 +305,7 @@ def peak(folder, kind, cache):
         model=LlamaForCausalLM(config),
         max_steps=1,
         optim="sgd",
-        precompute_reference=kind == "cached",
-        reference_cache=cache,
+        **({"precompute_reference": True, "reference_cache": cache} if kind == "cached" else {}),
     )
     trainer.train()
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024

@@ -47,8 +47,11 @@ OTHER_OPTIONS = {
     "max_prompt_length": ({"max_prompt_length": 15}, "max_prompt_length was 16 and is 15"),
     "overlong": ({"overlong": "drop"}, "overlong was 'truncate' and is 'drop'"),
     "precompute_reference": ({"precompute_reference": True}, "precompute_reference was False and is True"),
-    "reference_dtype": ({"reference_dtype": "float32"}, "reference_dtype was 'bfloat16' and is 'float32'"),
-    "optim_args": ({"optim_args": "foreach=True"}, "optim_args was None and is 'foreach=True'"),
+    "reference_dtype": (
+        {"precompute_reference": True, "reference_dtype": "float32"},
+        "reference_dtype was 'bfloat16' and is 'float32'",
+    ),
+    "optim_args": ({"optim": "sgd", "optim_args": "momentum=0.5"}, "optim_args was None and is 'momentum=0.5'"),
     "optim_target_modules": ({"optim_target_modules": ["x"]}, "optim_target_modules was None and is ['x']"),
     "lr_scheduler_type": ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was 'linear' and is 'cosine'"),
     "lr_scheduler_kwargs": ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs was None and is {'a': 1}"),

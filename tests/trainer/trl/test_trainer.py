@@ -320,6 +320,17 @@ def test_evaluation_takes_no_gradients(tmp_path):
     assert "eval_rewards/margins" in trainer.state.log_history[-1]
 
 
+def test_a_prediction_is_no_part_of_the_next_evaluation(tmp_path):
+    trainer = make(tmp_path, ref_model=make_model("llama", 1))
+    alone = trainer.evaluate()
+    trainer.predict(trainer.train_dataset.select(range(3)))
+    trainer.evaluate()
+    first, second = (entry for entry in trainer.state.log_history if "eval_kl/chosen" in entry)
+    times = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    assert {name for name in first if name not in times and first[name] != second[name]} == set()
+    assert alone["eval_loss"] == second["eval_loss"]
+
+
 class Processor(ProcessorMixin):
     def __init__(self):
         pass
