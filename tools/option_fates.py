@@ -122,7 +122,7 @@ OF_TRANSFORMERS: dict[str, dict[str, Entry]] = {
         "logging_first_step": Entry(),
         "log_on_each_node": _NODES,
         "logging_nan_inf_filter": Entry(REFUSED, UNTRIED),
-        "include_num_input_tokens_seen": Entry(note="without it, `num_tokens` is logged: every response with its prompt"),
+        "include_num_input_tokens_seen": Entry(note="replaces `num_tokens`: responses, each with its prompt"),
         "log_level": Entry(),
         "log_level_replica": _untried("needs several processes"),
         "disable_tqdm": Entry(),
