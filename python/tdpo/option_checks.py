@@ -49,11 +49,7 @@ _OPTIM_ARGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_npu_fused", "adamw_torch_xla"), ()),
 }
 # Options that only work with another one, and that one.
-_NEEDED = {
-    "reference_cache": "precompute_reference",
-    "reference_dtype": "precompute_reference",
-    "eval_sample_tokens": "eval_samples",
-}
+_NEEDED = {"reference_cache": "precompute_reference", "reference_dtype": "precompute_reference"}
 _OF_REWARDS = ("chosen", "rejected", "accuracies", "margins")
 # The metrics of an evaluation (tdpo.loss.metrics), and what transformers adds.
 EVALUATED = (

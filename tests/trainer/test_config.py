@@ -142,7 +142,7 @@ def test_choices_are_what_there_is():
 
 
 def test_what_identifies_a_run_and_what_a_card_shows_is_said_by_the_options(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, eval_samples=1, eval_sample_tokens=7)
+    trainer = make_trainer(tmp_path, eval_sample_tokens=7)
     assert "eval_sample_tokens" not in trainer.record.options
     assert "eval_sample_tokens" not in trainer.card()
     assert set(identity_options()) <= trainer.record.options.keys()

@@ -93,11 +93,10 @@ def test_beta_scales_the_rewards_beside_an_objective(tmp_path):
     [
         ("reference_cache", "cache", "precompute_reference"),
         ("reference_dtype", "float8", "precompute_reference"),
-        ("eval_sample_tokens", 9, "eval_samples"),
     ],
 )
 def test_options_that_nothing_reads_alone(option, value, needed, tmp_path):
-    with pytest.raises(ValueError, match=rf"^{option} is {value}, but {needed} is (False|0): set {needed} too$"):
+    with pytest.raises(ValueError, match=rf"^{option} is {value}, but {needed} is False: set {needed} too$"):
         make_trainer(tmp_path, **{option: value})
     options = vars(TDPOConfig(output_dir=str(tmp_path), use_cpu=True))
     check_needed(SimpleNamespace(**{**options, option: value, needed: 1}))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from ..data.formats import format_of
 from ..extras import require_package
 from ..models.loading import merges_adapters, trains_adapters
-from ..models.names import check_exists, is_here, looks_like_path
+from ..models.names import check_exists, check_gguf_exists, is_here, looks_like_path
 from ..option_checks import (
     check_best_metric,
     check_merging,
@@ -61,8 +61,12 @@ def check_command(command: str, given: Given) -> None:
         check_merging(models, trains_adapters=trains_adapters(models))
         check_precision_of_merged(models, merges=merges_adapters(models))
     check_model_options(models)
-    check_model_exists(models.model, "gguf_file", models.gguf_file)
-    check_model_exists(models.ref_model, "ref_gguf_file", models.ref_gguf_file)
+    for model in filter(None, (models.model, models.ref_model)):
+        check_exists("model", model)
+    if models.model is not None and models.gguf_file is not None:
+        check_gguf_exists(models.model, "gguf_file", models.gguf_file)
+    if models.ref_model is not None and models.ref_gguf_file is not None:
+        check_gguf_exists(models.ref_model, "ref_gguf_file", models.ref_gguf_file)
     read = {"audit": (data.dataset,), "evaluate": (data.eval_dataset,)}.get(command, (data.dataset, data.eval_dataset))
     for dataset in filter(None, read):
         check_dataset(dataset)
@@ -99,15 +103,6 @@ def check_uploads(given: Given) -> None:
     for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"):
         if given.value(name) != given.defaults[name] and not given.value("push_to_hub"):
             raise ValueError(f"{name} is {given.value(name)}, but push_to_hub is not set: nothing is uploaded")
-
-
-def check_model_exists(model: str | None, file_option: str, file: str | None) -> None:
-    """Raises ValueError where a model is a path and nothing is there, or not the GGUF file that was asked for."""
-    if model is None:
-        return
-    check_exists("model", model)
-    if file is not None and is_here(model) and not Path(model, file).is_file():
-        raise ValueError(f"{file_option} is {file}; there is no such file in {model}")
 
 
 def check_can_be_made(output_dir: str) -> None:

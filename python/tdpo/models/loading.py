@@ -16,7 +16,7 @@ from ..extras import MissingExtra, require_package
 from ..files import MANIFEST, check_manifest, read_json
 from ..option_checks import check_dense, check_precision_of_merged
 from ..options import ModelOptions, require
-from .names import check_exists, is_here
+from .names import check_exists, check_gguf_exists, is_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -251,7 +251,8 @@ def load_gguf_model(folder: str | Path, gguf_file: str, **options: Any) -> PreTr
         ValueError: the file is missing.
         ImportError: the package `gguf` is.
     """
-    _check_gguf(folder, gguf_file)
+    check_gguf_exists(folder, "gguf_file", gguf_file)
+    require_package("gguf")
     from transformers import AutoModelForCausalLM, GgufConfig
 
     # Otherwise weights may stay in the file's quantized blocks, which can be neither trained nor saved.
@@ -268,15 +269,8 @@ def load_gguf_tokenizer(folder: str | Path, gguf_file: str, **options: Any) -> P
         ValueError: the file is missing.
         ImportError: the package `gguf` is.
     """
-    _check_gguf(folder, gguf_file)
+    check_gguf_exists(folder, "gguf_file", gguf_file)
+    require_package("gguf")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, **options)
-
-
-def _check_gguf(folder: str | Path, gguf_file: str) -> None:
-    folder = Path(folder)
-    if folder.is_dir() and not (folder / gguf_file).is_file():
-        others = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
-        raise ValueError(f"gguf_file is {gguf_file}, which is not in {folder}; GGUF files there: {others}")
-    require_package("gguf")

@@ -31,6 +31,13 @@ def check_exists(what: str, name: str) -> None:
         raise ValueError(f"the {what} {name} does not exist")
 
 
+def check_gguf_exists(folder: str | os.PathLike[str], option: str, gguf_file: str) -> None:
+    """Raises ValueError where a model is a folder that lacks a GGUF file, which `option` names."""
+    if Path(folder).is_dir() and not Path(folder, gguf_file).is_file():
+        others = ", ".join(sorted(path.name for path in Path(folder).glob("*.gguf"))) or "none"
+        raise ValueError(f"{option} is {gguf_file}, which is not in {folder}; GGUF files there: {others}")
+
+
 def is_here(name: str) -> bool:
     """Whether a name is of this disk; where not, it is a hub's."""
     return Path(name).exists() or looks_like_path(name)

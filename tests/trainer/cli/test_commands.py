@@ -136,23 +136,6 @@ def test_the_reference_and_the_limits_are_those_of_training(home, tmp_path):
     assert main(["train", *options, "--precompute_reference"]) == 0  # would refuse the cache of another
 
 
-@pytest.mark.parametrize(
-    ("command", "flags", "said"),
-    [
-        ("train", ["--token_columns", "weight"], "the loss reads chosen_weight, rejected_weight, numbers per token"),
-        ("audit", ["--variant", "tis_dpo"], "the loss reads chosen_weight, rejected_weight, numbers per token"),
-        ("train", ["--columns", "chosen=best"], "best"),
-    ],
-)
-def test_what_rows_lack_is_said_before_models_are_loaded(command, flags, said, home, tmp_path, monkeypatch, capsys):
-    def load(_):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(commands, "load_policy", load)
-    assert main([command, str(home / "config.yaml"), "--output_dir", str(tmp_path / "out"), *flags]) == 2
-    assert said in capsys.readouterr().err
-
-
 def test_options_of_adapters():
     models = ModelOptions(lora_r=4, lora_alpha=7, lora_dropout=0.25, lora_target_modules=["q_proj"])
     adapters = lora_config(models)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 from datasets import Dataset
+from tdpo.cli import commands
 from tdpo.cli.main import main
 from tdpo.data.summary import Summary
 from transformers import PreTrainedModel
@@ -164,3 +165,20 @@ def test_the_beginning_of_a_stream_is_shown(home, capsys, monkeypatch):
     assert main(["data", "config.yaml", "--streaming", "--max_steps", "3"]) == 0
     shown = capsys.readouterr().out
     assert f"train data: {home / 'pairs.jsonl'}, split train, its first 4 rows\n\n  rows           4\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        ("train", ["--token_columns", "weight"], "the loss reads chosen_weight, rejected_weight, numbers per token"),
+        ("audit", ["--variant", "tis_dpo"], "the loss reads chosen_weight, rejected_weight, numbers per token"),
+        ("train", ["--columns", "chosen=best"], "best"),
+    ],
+)
+def test_what_rows_lack_is_said_before_models_are_loaded(command, flags, said, home, monkeypatch, capsys):
+    def load(_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(commands, "load_policy", load)
+    assert main([command, "config.yaml", "--use_cpu", "--no_tf32", *flags]) == 2
+    assert said in capsys.readouterr().err
