@@ -34,7 +34,7 @@ class MadeUpPairs:
         return self._side(pairs, 0, shift), self._side(pairs, 1, shift)
 
     def _side(self, pairs: Sequence[int], side: int, shift: float) -> Side:
-        lengths = torch.tensor([_CHOSEN_TOKENS[pair] + side for pair in pairs])
+        lengths = torch.tensor([_CHOSEN_TOKENS[pair] + side for pair in pairs], device="cpu")
         drawn = [_draw(pair, side, shift, len(self.columns)) for pair in pairs]
         values = torch.cat([of_pair for of_pair, _ in drawn], dim=1)
         columns = torch.cat([of_pair for _, of_pair in drawn], dim=1).to(self.device)
@@ -69,16 +69,16 @@ def entries(side: Side, pair: int) -> slice:
 
 def _draw(pair: int, side: int, shift: float, columns: int) -> tuple[Tensor, Tensor]:
     """Values (fields, tokens) of one response, in the order of TokenDivergence, and its columns (columns, tokens)."""
-    generator = torch.Generator().manual_seed(7 + 2 * pair + side)
+    generator = torch.Generator("cpu").manual_seed(7 + 2 * pair + side)
     tokens = _CHOSEN_TOKENS[pair] + side
 
     def draw(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(tokens, generator=generator)
+        return low + (high - low) * torch.rand(tokens, generator=generator, device="cpu")
 
     logps = draw(-4.0, -0.5) - shift
     ref_logps = logps + draw(-0.5, 0.5) - shift
     kl = draw(0.05, 0.4) * (1 + shift)
     entropy = draw(0.5, 2.0) + shift
     correct = (draw(0.0, 1.0) < 0.5).float()
-    values = torch.stack([logps, ref_logps, kl, entropy, correct, torch.ones(tokens)])
-    return values, torch.stack([draw(0.1, 1.0) for _ in range(columns)]) if columns else torch.empty(0, tokens)
+    values = torch.stack([logps, ref_logps, kl, entropy, correct, torch.ones_like(kl)])
+    return values, torch.stack([draw(0.1, 1.0) for _ in range(columns)]) if columns else kl.new_empty(0, tokens)

@@ -130,9 +130,9 @@ class VocabShard:
             result, facts = prepare()
         except Exception as error:
             failure = error
-        header = torch.zeros(_HEADER, dtype=torch.int64)
-        header[:3] = torch.tensor([failure is None, self.start, self.stop])
-        header[3 : 3 + len(facts)] = torch.tensor([_as_integer(fact.value) for fact in facts])
+        header = torch.zeros(_HEADER, dtype=torch.int64, device="cpu")
+        header[:3] = header.new_tensor([failure is None, self.start, self.stop])
+        header[3 : 3 + len(facts)] = header.new_tensor([_as_integer(fact.value) for fact in facts])
         headers = self.all_gather(header.to(device)).tolist()
         if not all(succeeded for succeeded, *_ in headers):
             self.raise_failure(failure)

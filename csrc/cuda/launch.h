@@ -3,11 +3,8 @@
 
 #include "../params.h"
 
-#if defined(TDPO_EMULATOR)
-using cudaStream_t = void*;
-#else
-#include <cuda_runtime_api.h>
-#endif
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;  // as CUDA's headers have it, which the launchers' callers need not have
 
 namespace tdpo::cuda {
 

@@ -37,7 +37,7 @@ class Head:
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> Tensor:
         """Logits of some rows' hidden states over some columns, in the precision of `out`, which is returned."""
-        with full_precision(hidden.device):
+        with full_precision(hidden):
             product(hidden, self.weight[columns].t(), out)
         if self.bias is not None:
             out += self.bias[columns]

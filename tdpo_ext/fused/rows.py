@@ -190,7 +190,7 @@ class KnownPairs(Sequences):
             )
         _check_pairs(len(lengths))
         if self.cu_seqlens is None:
-            offsets = torch.tensor([0, *accumulate(lengths)])
+            offsets = torch.tensor([0, *accumulate(lengths)], device="cpu")
         else:
             offsets = _checked_offsets(self.cu_seqlens, labels)
             if offsets.shape != (len(lengths) + 1,):

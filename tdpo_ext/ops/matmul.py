@@ -64,21 +64,23 @@ def product(
 
 
 @contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Within, float32 products on a GPU are float32, whatever `torch.set_float32_matmul_precision` says.
+def full_precision(operand: Tensor) -> Iterator[None]:
+    """Within, float32 products of such operands on a GPU are float32, whatever torch's settings of TF32 say.
 
     For logits: TF32 keeps 10 bits of an operand, and a KL near equality would be lost as in bfloat16. Products of
-    gradients are left to the setting.
+    gradients are left to the settings.
     """
-    if device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
+    # The newer of torch's two settings: the older one can neither be read nor written where a user has set the newer.
+    setting = torch.backends.cuda.matmul
+    if operand.device.type != "cuda" or operand.dtype != torch.float32 or setting.fp32_precision == "ieee":
         yield
         return
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    precision = setting.fp32_precision
+    setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        setting.fp32_precision = precision
 
 
 @functools.cache
@@ -89,7 +91,7 @@ def _rounds_faster() -> bool:
 
 def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """The float32 product, rounded block by block: faster than torch's own where `a` is transposed, as for dW."""
-    block = torch.empty(min(_BLOCK_ROWS, len(a)), b.shape[1], dtype=torch.float32)
+    block = torch.empty(min(_BLOCK_ROWS, len(a)), b.shape[1], dtype=torch.float32, device=a.device)
     for rows, result in zip(a.split(_BLOCK_ROWS), out.split(_BLOCK_ROWS)):
         exact = block[: len(rows)]
         operators.matmul_float32(rows, b, accumulate=False, out=exact)

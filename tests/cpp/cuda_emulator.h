@@ -1,7 +1,8 @@
-// Runs CUDA kernels on the CPU, one fiber per CUDA thread, so that the real device code is tested without a GPU.
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread, so that the real device code is tested without a GPU: in the
+// tests here, which call the launchers, and in the virtual GPU (tests/virtual_gpu), where the operators do.
 //
-// The threads of a CTA are ucontext fibers that a scheduler resumes in ascending, descending or random order; CTAs run
-// one after another, in the same kind of order. __syncthreads and warp shuffles park a fiber until its CTA, or the
+// The threads of a CTA are fibers that a scheduler resumes in ascending, descending or random order; CTAs run one after
+// another, in the same kind of order. __syncthreads and warp shuffles park a fiber until its CTA, or the
 // lanes of its mask, have arrived at the same place of the source. Where they have not and nothing else can run, or
 // where a lane shuffles under a mask that does not name it, the emulator throws. Shared memory is filled with NaN
 // before each CTA, and so is what a shuffle reads from a lane that takes no part. This finds wrong indices, missing or
@@ -32,10 +33,12 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-// Of the thread: the executable's thread-local memory holds nothing else, so all of it can be filled before each CTA.
+// Of the thread: the thread-local memory of the executable, or of the library that holds the kernels, holds nothing else,
+// so all of it can be filled before each CTA.
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
-using cudaStream_t = void*;
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
 
 struct EmulatedIndex {
   unsigned x = 0;
@@ -54,8 +57,55 @@ struct Place {
   bool operator==(const Place&) const = default;
 };
 
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+// A switch without swapcontext's system call: the threads of a CTA switch hundreds of times each.
+struct Fiber {
+  void* stack_pointer = nullptr;
+};
+extern "C" void tdpo_switch_fiber(void** from, void* to);
+asm(R"(
+.text
+.hidden tdpo_switch_fiber
+.weak tdpo_switch_fiber
+.type tdpo_switch_fiber,@function
+tdpo_switch_fiber:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+inline void switch_fiber(Fiber& from, Fiber& to) { tdpo_switch_fiber(&from.stack_pointer, to.stack_pointer); }
+inline void start_fiber(Fiber& fiber, std::vector<char>& stack, void (*entry)()) {
+  auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack.data() + stack.size()) / 16 * 16);
+  *--top = nullptr;  // where the entry would return to, which never does
+  *--top = reinterpret_cast<void*>(entry);
+  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+  fiber.stack_pointer = top;
+}
+#else
+using Fiber = ucontext_t;
+inline void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from, &to); }
+inline void start_fiber(Fiber& fiber, std::vector<char>& stack, void (*entry)()) {
+  getcontext(&fiber);
+  fiber.uc_stack.ss_sp = stack.data();
+  fiber.uc_stack.ss_size = stack.size();
+  makecontext(&fiber, entry, 0);
+}
+#endif
+
 struct Thread {
-  ucontext_t context;
+  Fiber fiber;
   std::vector<char> stack = std::vector<char>(128 << 10);
   Parked parked = Parked::no;
   Place place;
@@ -65,7 +115,7 @@ inline Order order = Order::ascending;
 inline std::mt19937 random;
 inline std::vector<Thread> threads;
 inline std::deque<unsigned> runnable;
-inline ucontext_t scheduler;
+inline Fiber scheduler;
 inline const std::function<void()>* kernel = nullptr;
 inline int traps = 0;      // of this launch
 inline std::string error;  // of a fiber: only the scheduler can throw
@@ -75,7 +125,7 @@ inline void park(Parked where, Place place = {}) {
   auto& thread = threads[threadIdx.x];
   thread.parked = where;
   thread.place = place;
-  swapcontext(&thread.context, &scheduler);
+  switch_fiber(thread.fiber, scheduler);
 }
 
 inline void thread_main() {
@@ -119,36 +169,47 @@ inline bool release_lanes_with(unsigned thread) {
   return release(first, std::min<unsigned>(first + 32, threads.size()), place.mask, Parked::at_warp_barrier, place);
 }
 
-// Fills the executable's thread-local memory, which is the shared memory, with ones: NaN as a float or a double.
-inline void poison_shared_memory() {
+// This thread's copy of the thread-local memory of the executable or library that holds this code: the shared memory.
+struct SharedMemory {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+inline thread_local char touched;  // so that the thread has a copy
+inline SharedMemory find_shared_memory() {
+  touched = 1;
+  SharedMemory found;
   dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void*) {
-        for (int i = 0; i < info->dlpi_phnum; ++i)
-          if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data != nullptr)
-            std::memset(info->dlpi_tls_data, 0xff, info->dlpi_phdr[i].p_memsz);
-        return 1;  // the executable comes first; libraries keep theirs
+      [](dl_phdr_info* info, size_t, void* found) {
+        const auto here = reinterpret_cast<uintptr_t>(&find_shared_memory);
+        const auto parts = info->dlpi_phdr, end = parts + info->dlpi_phnum;
+        const bool holds_this = std::any_of(parts, end, [&](const auto& part) {
+          return part.p_type == PT_LOAD && here - (info->dlpi_addr + part.p_vaddr) < part.p_memsz;
+        });
+        if (!holds_this) return 0;
+        const auto part = std::find_if(parts, end, [](const auto& part) { return part.p_type == PT_TLS; });
+        *static_cast<SharedMemory*>(found) = {info->dlpi_tls_data, part->p_memsz};
+        return 1;
       },
-      nullptr);
+      &found);
+  return found;
 }
+inline SharedMemory shared_memory;  // of the launch that runs
 
 inline void run_block(unsigned block_threads) {
-  poison_shared_memory();
+  std::memset(shared_memory.data, 0xff, shared_memory.bytes);  // NaN as a float or a double
   threads.resize(block_threads);
   runnable.clear();
   for (unsigned i = 0; i < block_threads; ++i) {
     auto& thread = threads[i];
     thread.parked = Parked::no;
     runnable.push_back(i);
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
-    makecontext(&thread.context, thread_main, 0);
+    start_fiber(thread.fiber, thread.stack, thread_main);
   }
   while (true) {
     while (!runnable.empty()) {
       const unsigned next = take(runnable);
       threadIdx.x = next;
-      swapcontext(&scheduler, &threads[next].context);
+      switch_fiber(scheduler, threads[next].fiber);
       if (!error.empty()) throw std::runtime_error(std::exchange(error, {}));
       if (threads[next].parked == Parked::at_warp_barrier) release_lanes_with(next);
     }
@@ -166,10 +227,9 @@ inline void run_block(unsigned block_threads) {
   }
 }
 
-template <typename F>
-void launch(unsigned grid, unsigned block, const F& body) {
-  const std::function<void()> call = body;
-  kernel = &call;
+inline void launch(unsigned grid, unsigned block, const std::function<void()>& body) {
+  shared_memory = find_shared_memory();
+  kernel = &body;
   traps = 0;
   blockDim.x = block;
   gridDim.x = grid;
@@ -183,10 +243,19 @@ void launch(unsigned grid, unsigned block, const F& body) {
   if (traps > 0) throw std::runtime_error("__trap");
 }
 
+// Where launches go: nowhere, so that they run at once, or into the queue of their stream.
+inline void (*enqueue)(cudaStream_t, const char* name, std::function<void()> launch) = nullptr;
+
+inline void launch_on(cudaStream_t stream, const char* name, unsigned grid, unsigned block,
+                      std::function<void()> body) {
+  if (enqueue == nullptr) return launch(grid, block, body);
+  enqueue(stream, name, [=] { launch(grid, block, body); });
+}
+
 }  // namespace emulator
 
 #define TDPO_LAUNCH(kernel_name, grid, block, stream, ...) \
-  ((void)(stream), emulator::launch(grid, block, [&] { kernel_name(__VA_ARGS__); }))
+  emulator::launch_on(stream, #kernel_name, grid, block, [=] { kernel_name(__VA_ARGS__); })
 
 inline void __syncthreads(std::source_location at = std::source_location::current()) {
   emulator::park(emulator::Parked::at_block_barrier, {.line = at.line(), .column = at.column()});

@@ -81,27 +81,30 @@ bool throws(F f) {
 }  // namespace
 
 int main() {
-  std::vector<int> in(96), out(96), sums(3);
-  std::iota(in.begin(), in.end(), 0);
+  std::vector<int> numbers(96), out(96), sums(3);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  // Launches copy their arguments.
+  const int* const in = numbers.data();
+  int *const to = out.data(), *const sum = sums.data();
   bool missing_barrier_shows = false;
   std::vector<std::vector<unsigned>> orders;
   using emulator::Order;
   for (auto order : {Order::ascending, Order::descending, Order::random}) {
     emulator::order = order;
-    orders.emplace_back();
-    TDPO_LAUNCH(note_order, 2, 32, nullptr, &orders.back());
-    TDPO_LAUNCH(reverse_through_shared, 1, 96, nullptr, in.data(), out.data());
+    auto* const noted = &orders.emplace_back();
+    TDPO_LAUNCH(note_order, 2, 32, nullptr, noted);
+    TDPO_LAUNCH(reverse_through_shared, 1, 96, nullptr, in, to);
     for (int i = 0; i < 96; ++i) expect(out[i] == 95 - i, "a barrier makes shared memory visible");
-    TDPO_LAUNCH(warp_sum, 1, 96, nullptr, in.data(), sums.data());
+    TDPO_LAUNCH(warp_sum, 1, 96, nullptr, in, sum);
     expect(sums[0] == 496 && sums[1] == 1520 && sums[2] == 2544, "shuffles stay in their warp");
-    TDPO_LAUNCH(reverse_without_barrier, 1, 96, nullptr, in.data(), out.data());
+    TDPO_LAUNCH(reverse_without_barrier, 1, 96, nullptr, in, to);
     for (int i = 0; i < 96; ++i) missing_barrier_shows |= out[i] != 95 - i;
-    TDPO_LAUNCH(read_stale_shared, 1, 32, nullptr, in.data(), out.data());
-    TDPO_LAUNCH(read_stale_shared, 1, 32, nullptr, nullptr, out.data());
+    TDPO_LAUNCH(read_stale_shared, 1, 32, nullptr, in, to);
+    TDPO_LAUNCH(read_stale_shared, 1, 32, nullptr, nullptr, to);
     expect(out[3] == -1, "shared memory is poisoned between CTAs");
-    TDPO_LAUNCH(shuffle_from_outside_of_the_mask, 1, 32, nullptr, out.data());
+    TDPO_LAUNCH(shuffle_from_outside_of_the_mask, 1, 32, nullptr, to);
     expect(out[7] == 1 && out[8] == -1, "a lane outside of the mask has no value");
-    TDPO_LAUNCH(shuffle_after_others_left, 1, 32, nullptr, out.data());
+    TDPO_LAUNCH(shuffle_after_others_left, 1, 32, nullptr, to);
     expect(out[7] == 1 && out[8] == -1, "a lane that has left has no value");
     expect(throws([] { TDPO_LAUNCH(mismatched_barriers, 1, 32, nullptr); }), "mismatched barriers are a deadlock");
     expect(throws([] { TDPO_LAUNCH(shuffle_in_two_branches, 1, 32, nullptr); }), "a shuffle in two branches shows");

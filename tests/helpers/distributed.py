@@ -9,6 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+def backend_of(device):
+    """NCCL between GPUs, gloo between processors and virtual GPUs."""
+    return "nccl" if device == "cuda" and torch.cuda.get_device_name() != "virtual GPU" else "gloo"
+
+
 def outcome_of(check, rank, world, device):
     """ "" where the check passes, or a traceback."""
     try:
@@ -24,7 +29,7 @@ def _worker(rank, world, device, store, checks, outcomes):
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        backend_of(device),
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
@@ -40,6 +45,8 @@ def _worker(rank, world, device, store, checks, outcomes):
 
 def run_on_ranks(checks, world, device, folder):
     """{(name, rank): "" or a traceback} of every check(rank, world, device) in `checks`, run one after the other."""
+    if device == "cuda" and backend_of(device) == "gloo":
+        os.environ["VIRTUAL_GPU_LATE"] = "0"  # of the processes: gloo's gathers read memory whose work may wait
     with mp.Manager() as manager:
         outcomes = manager.dict()
         arguments = (world, device, str(folder / f"store-{world}"), checks, outcomes)

@@ -209,7 +209,7 @@ def dtensors(rank, world, device):
     logits, ref_logits, labels = (t.to(device) for t in random_rows(6, 43))
     parts = [distribute_tensor(t, mesh, [Shard(1)]) for t in (logits, ref_logits)]
     ours = token_divergence(parts[0].requires_grad_(), parts[1], labels)
-    close(ours.kl, token_divergence(logits, ref_logits, labels).kl.double(), 1e-6, "kl of DTensor logits")
+    close(ours.kl, token_divergence(logits, ref_logits, labels).kl.double(), 5e-6, "kl of DTensor logits")
     (grad,) = torch.autograd.grad(ours.kl.sum(), parts[0])
     assert grad.placements == (Shard(1),)
     with pytest.raises(ValueError, match="ref_weight is a plain tensor"):
@@ -272,7 +272,8 @@ class SmallModel(nn.Module):
 
 
 def train(model, reference_model, batches, mesh=None):
-    loss_fn, optimizer = LinearTDPOLoss(beta=0.1, logits_budget=20_000), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loss_fn = LinearTDPOLoss(beta=0.1, logits_budget=20_000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=False)  # some may be DTensors
     for tokens in batches:
         labels = tdpo_ext.shift_labels(tokens)
         with torch.no_grad():

@@ -109,6 +109,10 @@ class PreferenceCollator:
     token_columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        with torch.device("cpu"):  # whatever the default device is: a loader's workers and pinned memory need it
+            return self._batch(examples)
+
+    def _batch(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         sequences = sequences_of(examples)
         lines = _shared_lines(sequences) if self.shared_prompts else _lines(sequences)
         # `dataset_row` comes first: transformers takes the length of a batch's first tensor for the batch size.

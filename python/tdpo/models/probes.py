@@ -231,13 +231,16 @@ def _probe(model: CausalLM, reach: int, rounded: CausalLM | None = None) -> Prob
         Exception: any of `_CANT`, where the model can't run a sequence alone.
     """
     pairs = _pairs(model, reach)
-    sequences = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for side in RESPONSES for row in pairs]
+    device = model.weight.device
+    sequences = [
+        torch.tensor(row["prompt_ids"] + row[f"{side}_ids"], device=device) for side in RESPONSES for row in pairs
+    ]
     prompts = [len(row["prompt_ids"]) for _ in RESPONSES for row in pairs]
 
     def alone(model: CausalLM, ids: Tensor) -> Tensor:
-        return _read(model, {"input_ids": ids[None].to(model.weight.device)})[0]
+        return _read(model, {"input_ids": ids[None]})[0]
 
-    with evaluation_mode(model.model), torch.autocast(model.weight.device.type, enabled=False):
+    with evaluation_mode(model.model), torch.autocast(device.type, enabled=False):
         states = [alone(model, ids) for ids in sequences]
         tolerance = 1e-4
         if rounded is not None:
@@ -275,10 +278,10 @@ def _states(model: CausalLM, pairs: list[dict[str, Any]], layout: str) -> Tensor
 def _pairs(model: CausalLM, reach: int) -> list[dict[str, Any]]:
     """Pairs of random tokens: a long prompt, a long response behind a short prompt, and no prompt."""
     lengths = [(2 * reach + 1, 3, 5), (2, 3, 4), (1, reach, 2), (0, 3, 4)]
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     least = min(3, model.vocab_size - 1)  # the first ids are usually special tokens
     tokens = [
-        [torch.randint(least, model.vocab_size, (length,), generator=draw).tolist() for length in of_pair]
+        [torch.randint(least, model.vocab_size, (length,), generator=draw, device="cpu").tolist() for length in of_pair]
         for of_pair in lengths
     ]
     return [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), of_pair)) for of_pair in tokens]

@@ -179,7 +179,8 @@ def enliven(model: nn.Module) -> None:
 @torch.no_grad()
 def shaken(model: Any) -> Any:
     """The model, after a change of its weights that is about the size of rounding errors."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for parameter in model.parameters():
-        parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+        parameter.mul_(1 + 1e-6 * noise.to(parameter.device))
     return model

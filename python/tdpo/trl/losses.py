@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -87,13 +88,13 @@ def _robust(args: DPOConfig) -> Objective:
 
 def _exo_pair(args: DPOConfig) -> Objective:
     """EXO (arXiv 2402.00856, eq. 16)."""
-    beta, eps = args.beta, torch.tensor(args.label_smoothing)
-    if args.label_smoothing == 0:
+    beta, eps = args.beta, args.label_smoothing
+    if eps == 0:
         raise ValueError("label_smoothing is 0; it must be positive for the loss 'exo_pair'")
 
     def link(margins: Tensor) -> Tensor:
         win, lose = F.logsigmoid(beta * margins), F.logsigmoid(-beta * margins)
-        return win.exp() * (win - torch.log1p(-eps)) + lose.exp() * (lose - eps.log())
+        return win.exp() * (win - math.log1p(-eps)) + lose.exp() * (lose - math.log(eps))
 
     return MarginLoss(logratio_margin, link)
 
