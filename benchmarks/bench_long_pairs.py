@@ -31,7 +31,7 @@ from common import save, text_table
 
 import tdpo_ext.linear
 from tdpo_ext import linear_preference_loss, tdpo_loss
-from tdpo_ext.fused.planning.plan import make_plan
+from tdpo_ext.fused.planning.choose import make_plan
 
 BUDGET, WIDTH = 256 << 20, 512
 SHAPES = [

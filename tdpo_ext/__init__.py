@@ -2,7 +2,8 @@
 
 from . import eager, ops
 from .divergence import TokenDivergence, TokenRows, shift_labels, token_divergence
-from .fused.planning.plan import ChunkedPlan, StreamingPlan, make_plan
+from .fused.planning.choose import make_plan
+from .fused.planning.plan import ChunkedPlan, StreamingPlan
 from .fused.planning.sizes import Sizes
 from .info import build_info
 from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_divergence

@@ -15,7 +15,8 @@ from .fused.heads import CallTensors, Head
 from .fused.inputs import check_columns, prepare
 from .fused.options import FusedOptions
 from .fused.pair_loss import PairLoss
-from .fused.planning.plan import ChunkedPlan, make_plan, streaming_plan
+from .fused.planning.choose import make_plan, streaming_plan
+from .fused.planning.plan import ChunkedPlan
 from .fused.rows import KnownPairs, OneSequence, PackedPairs, PaddedPairs, Sequences
 from .fused.streaming import streamed_divergence, streamed_loss
 from .losses import Objective, dpo_margin_loss, margin_form, tdpo_margin_loss, weighted_tokens

@@ -221,10 +221,11 @@ class WholeWeightGradient:
         if self._empty:  # no rows
             return self._grad.zero_()
         if len(self._parts) > 1:
+            (held_rows, held), (rest_rows, rest) = self._parts
             # Rounded rows end where their sums began, or before: in ascending order none is overwritten too early.
-            for rows, total in self._parts:
-                for some in slices(len(total), _ROUNDED_ROWS):
-                    self._grad[rows][some] = total[some].to(self._grad.dtype)
+            for some in slices(len(held), _ROUNDED_ROWS):
+                self._grad[held_rows][some] = held[some].to(self._grad.dtype)
+            self._grad[rest_rows].copy_(rest)
         return self._grad
 
 

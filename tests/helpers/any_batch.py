@@ -15,8 +15,8 @@ import torch
 from tdpo.loss.objectives import OBJECTIVES as NAMED
 from tdpo.loss.objectives import ObjectiveOptions
 
-import tdpo_ext.fused.planning.plan
 import tdpo_ext.linear
+from helpers.planning import plans_of_large_calls
 from tdpo_ext import TokenDivergence, TokenRows, VocabShard, eager, linear_preference_loss, per_token
 from tdpo_ext.fused import chunked, streaming
 from tdpo_ext.fused.planning.plan import LongPair
@@ -231,7 +231,7 @@ def _padded(rows, lengths, value):
 def check(batch: Batch, shard: VocabShard | None = None) -> None:
     """Raises AssertionError where the fused loss is not that of float64."""
     truth = float64_result(batch)
-    with mock.patch.object(tdpo_ext.fused.planning.plan, "STREAMING_ROWS", batch.streaming_rows):
+    with plans_of_large_calls(batch.streaming_rows):
         ours = fused_result(batch, shard)
     dtype = batch.tensors["hidden"].dtype
     exact = dtype == torch.float64

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import tdpo_ext.linear
-from tdpo_ext.fused.planning.plan import make_plan
+from helpers.planning import plans_of_large_calls
+from tdpo_ext.fused.planning.choose import make_plan
 
 
 @pytest.fixture
@@ -20,6 +21,13 @@ def plans(monkeypatch):
 
     monkeypatch.setattr(tdpo_ext.linear, "make_plan", recorded)
     return made
+
+
+@pytest.fixture
+def large_calls():
+    """Plans are made as for large calls."""
+    with plans_of_large_calls():
+        yield
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ WITHOUT = replace(FROZEN, needs_grad=False)
     ("sizes", "work"),
     [
         # Both heads, 200 bytes, are read in 3 blocks, the policy's, 80, in 2 products for dhidden; a dW has 160.
-        (TRAINED, Work(products=700 + 280 + 280, weights=600 + 160, moved=(2 * 2 + 3 * 1) * 160)),
+        (TRAINED, Work(products=700 + 280 + 280, weights=600 + 160, moved=(2 * 2 - 1 + 3 * 1 + 2) * 160)),
         (FROZEN, Work(products=700 + 280, weights=600 + 160, moved=0)),
         (WITHOUT, Work(products=700, weights=600, moved=0)),
     ],

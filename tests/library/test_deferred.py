@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 import tdpo_ext.fused.gradients
 from helpers.linear_cases import OBJECTIVES, Case, kind_of, loss_and_gradients, make_case, not_a_margin_loss
 from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token
-from tdpo_ext.fused.planning.plan import ChunkedPlan, StreamingPlan, make_plan
-from tdpo_ext.fused.planning.sizes import Sizes
+from tdpo_ext.fused.planning.plan import ChunkedPlan, StreamingPlan
 from tdpo_ext.ops.matmul import product
+
+pytestmark = pytest.mark.usefixtures("large_calls")
 
 
 def logratio_margin(chosen, rejected):
@@ -299,17 +300,6 @@ def test_a_pair_of_twenty_thousand_rows_at_64_mib(plans):
 def test_margins_that_are_not_linear_are_refused(margin):
     with pytest.raises(ValueError, match="margin that is not linear"):
         linear_preference_loss(MarginLoss(margin, torch.sigmoid), **make_case().tensors())
-
-
-def test_the_planner_compares_costs():
-    sizes = Sizes(vocab=50_257, width=768, ref_width=768, weight_bytes=4, logit_bytes=4, needs_weight_grad=True)
-    budget = 64 << 20
-    assert make_plan([2048], sizes, budget, can_defer=True).deferred
-    assert isinstance(make_plan([2048], sizes, budget), StreamingPlan)
-    # On a GPU, products are so fast that adding up a dW for every short pair costs more than the recompute.
-    many_short = make_plan([256] * 64, sizes, budget, can_defer=True, device_type="cuda")
-    assert isinstance(many_short, StreamingPlan)
-    assert make_plan([8192], sizes, 1 << 30, can_defer=True, device_type="cuda").deferred
 
 
 def clamped(chosen, rejected):

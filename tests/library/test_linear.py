@@ -21,7 +21,8 @@ from helpers.linear_cases import (
     not_a_margin_loss,
 )
 from tdpo_ext import LinearTDPOLoss, eager, linear_preference_loss, linear_token_divergence, tdpo_loss
-from tdpo_ext.fused.planning.plan import ChunkedPlan, make_plan
+from tdpo_ext.fused.planning.choose import make_plan
+from tdpo_ext.fused.planning.plan import ChunkedPlan
 from tdpo_ext.fused.planning.sizes import Sizes
 
 
@@ -44,6 +45,9 @@ def assert_matches_oracle(case, objective, **options):
         assert error < max(2 * rounding, 2e-5 if not double else 1e-12), f"{name}: relative error {error:.2e}"
 
 
+pytestmark = pytest.mark.usefixtures("large_calls")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("objective", ["tdpo2", "tdpo1"])
@@ -53,13 +57,14 @@ def test_gradients(dtype, budget, objective):
 
 @pytest.mark.parametrize("width", [16, 64])
 def test_low_precision_weight_gradients_of_several_chunks(width):
-    """Summed in float32 where that is smaller (narrow), or one product over the kept dz of all rows (wide)."""
+    """One product over the kept dz of all rows."""
     case = make_case(torch.bfloat16, width=width, bias=True)
     lengths = [int((case.labels[[pair, pair + 3]] != -100).sum()) for pair in range(3)]
     sizes = Sizes(vocab=301, width=width, ref_width=24, weight_bytes=2, logit_bytes=4, needs_weight_grad=True)
     plan = make_plan(lengths, sizes, 90_000)
     assert isinstance(plan, ChunkedPlan)
-    assert plan.keeps_dz == (width == 64)
+    assert plan.keeps_dz
+    assert not plan.sums_weight
     assert len(plan.chunks) > 1
     assert_matches_oracle(case, OBJECTIVES["tdpo2"], logits_budget=90_000)
 
@@ -69,7 +74,7 @@ def test_low_precision_weight_gradients_are_summed_in_float32(plan, plans, monke
     """The error of dW over many chunks, or blocks of rows, is that of one: a single rounding, not one per sum."""
     case = make_case(torch.bfloat16, pairs=40, tokens=12, width=16, vocab=401, ignored=0.0)
     objective = OBJECTIVES["tdpo2"] if plan == "chunked" else not_a_margin_loss
-    monkeypatch.setattr(tdpo_ext.fused.planning.plan, "STREAMING_ROWS", 32)
+    monkeypatch.setattr(tdpo_ext.fused.planning.choose, "STREAMING_ROWS", 32)
     errors = []
     truth = loss_and_gradients(eager.linear_preference_loss, case, objective, dtype=torch.float64)[2]["weight"]
     for budget in (1 << 30, 180_000 if plan == "chunked" else 60_000):
@@ -77,7 +82,8 @@ def test_low_precision_weight_gradients_are_summed_in_float32(plan, plans, monke
         errors.append(((grad.double() - truth).norm() / truth.norm()).item())
     if plan == "chunked":
         assert len(plans[-1].chunks) >= 16
-        assert not plans[-1].keeps_dz
+        assert plans[-1].sums_weight
+        assert plans[-1].steps.gradient_products >= 8
     else:
         assert not isinstance(plans[-1], ChunkedPlan)
         assert plans[-1].rows == 32

@@ -18,6 +18,7 @@ import tdpo_ext.fused.streaming
 from helpers.linear_cases import OBJECTIVES, kind_of, make_case, not_a_margin_loss
 from tdpo_ext import linear_preference_loss, linear_token_divergence, per_token
 
+pytestmark = pytest.mark.usefixtures("large_calls")
 LENGTHS = [11, 4, 7, 9, 11, 1]
 # Operators whose result the host reads, or whose shape depends on data.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}

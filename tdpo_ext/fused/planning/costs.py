@@ -87,10 +87,25 @@ def forward_work(sizes: Sizes, rows: int, steps: ForwardSteps) -> Work:
         weights += steps.gradient_products * sizes.vocab * sizes.width * sizes.weight_bytes
     if sizes.needs_weight_grad:
         products += rows * sizes.vocab * sizes.width
-    # Every product for dW but the first reads and writes its sum; a pair that is summed apart is read once more, and
-    # the total read and written.
-    moved = (2 * steps.gradient_products + 3 * steps.pairs_apart) * sizes.accumulated_weight
-    return Work(products, weights, moved)
+    return Work(products, weights, _moved_for_weight_gradient(sizes, steps))
+
+
+# Bytes that rounding the float32 sum of a low-precision dW moves, for each of the sum: half of it lies in dW's memory,
+# and is copied before it is rounded.
+_ROUNDING = 2.0
+
+
+def _moved_for_weight_gradient(sizes: Sizes, steps: ForwardSteps) -> float:
+    """Bytes of dW that are written, added to, scaled and rounded."""
+    if not sizes.needs_weight_grad or steps.gradient_products == 0:
+        return 0
+    products, apart = steps.gradient_products, steps.pairs_apart
+    if products == 1:
+        return sizes.vocab * sizes.width * sizes.weight_bytes
+    # Every product but the first reads and writes the sum. A pair that is summed apart is read once more, and the total
+    # read and written.
+    moved = (2 * products - 1 + 3 * apart) * sizes.accumulated_weight
+    return moved + (_ROUNDING * sizes.accumulated_weight if sizes.low_precision else 0)
 
 
 # Rows whose reference logits streaming computes again: half for TDPO2, whose chosen responses need none; all for TDPO1,
