@@ -95,7 +95,10 @@ struct Shifts {
   TDPO_FN Shifts(Real z_max, Real r_max, InvTemperature<Real> inv_temp)
       : z(finite_max(z_max)), r(finite_max(r_max)), z_center(0), r_center(0), gap(z - r) {
     if (!far_apart()) return;
-    const Real offset = gap / inv_temp.base2;
+    // A multiple of what the largest logits are rounded to, so that taking it off is exact.
+    const Real largest = std::fmax(std::fabs(z), std::fabs(r)) / inv_temp.base2;
+    const Real rounding = std::copysign(largest, gap);
+    const Real offset = (gap / inv_temp.base2 + rounding) - rounding;
     if (std::fabs(z) > std::fabs(r))
       z_center = offset;
     else

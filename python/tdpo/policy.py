@@ -14,6 +14,7 @@ from .models.checks import check_models, check_policy
 from .models.noise import disable_dropout
 from .option_checks import check_needed, check_stream_options
 from .precision import autocast, check_attention
+from .refusals import use_one_gpu
 
 _NEED_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
 _LEARNING_RATE, _LEARNING_RATE_OF_ADAPTERS = 1e-6, 1e-5  # as in TRL's examples
@@ -41,6 +42,7 @@ def check_trainer_arguments(
     check_needs_no_logits(others)
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
+    use_one_gpu(args)
     check_needed(args)
     train_dataset, _ = data
     if any(map(is_stream, data)):

@@ -5,8 +5,11 @@ Free of torch and transformers, but for `refuse_for_device`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,18 @@ def refuse_for_device(args: Any) -> None:
 
     if args.fp16 and (args.use_cpu or not torch.accelerator.is_available()):
         raise ValueError("fp16 is True; leave it at False on a CPU, where nothing computes in float16: use bf16")
+
+
+def use_one_gpu(args: Any) -> None:
+    """Lets a process without a launcher use one of several GPUs: DataParallel would cut the tensors of a batch."""
+    if args.device.type == "cuda" and args.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are visible, and this process uses %s alone; to train on all of them, start the script or `tdpo "
+            "train` with `accelerate launch` or torchrun",
+            args.n_gpu,
+            args.device,
+        )
+        args._n_gpu = 1
 
 
 def check_batches(accelerator_config: Any) -> None:

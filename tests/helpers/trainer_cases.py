@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tdpo import TDPOConfig, TDPOTrainer
 
+from helpers.device import USE_CPU
 from helpers.model_families import make_model, make_tokenizer
 
 SETTINGS = {
@@ -19,7 +20,7 @@ SETTINGS = {
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "report_to": [],
-    "use_cpu": True,
+    "use_cpu": USE_CPU,
     "disable_tqdm": True,
     "max_length": 40,
     "max_prompt_length": 16,
@@ -55,7 +56,7 @@ def write_home(folder, **options):
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         "learning_rate": 1e-3,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, **options}))

@@ -1,13 +1,23 @@
 """Fixtures of the library's tests."""
 
+import contextlib
 import fcntl
 from pathlib import Path
 
 import pytest
+import torch
 
 import tdpo_ext.linear
+from helpers.device import DEVICE
 from helpers.planning import plans_of_large_calls
 from tdpo_ext.fused.planning.choose import make_plan
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """What tests make lies on the device that `pytest --device` names."""
+    with torch.device(DEVICE) if DEVICE != "cpu" else contextlib.nullcontext():
+        yield DEVICE
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ from ..precision import WarnOfCoarseWeights, autocast
 from ..reference.choose import policy_at_start
 from ..reference.reference import Reference
 from ..reference.second_model import SecondModel, ShardedModel
-from ..refusals import OF_TRL, refuse, refuse_for_device
+from ..refusals import OF_TRL, refuse, refuse_for_device, use_one_gpu
 from ..runs.adapters import WholeAdapters
 from ..runs.model_card import CITATION
 from .losses import VARIANTS, loss_types, trl_objective
@@ -98,6 +98,7 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
                 raise TypeError(f"args is of {type(args).__name__}; TRL's DPOConfig is needed, or tdpo.TDPOTrainer")
             refuse(args, OF_TRL)
             refuse_for_device(args)
+            use_one_gpu(args)
             trl_objective(args, alpha=alpha, variant=variant)  # bad options are refused before models are loaded
         check_needs_no_logits(others)
         if variant != "dpo" and (args is None or "sigmoid" in loss_types(args)):
