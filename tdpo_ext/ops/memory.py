@@ -10,6 +10,7 @@ from torch import Tensor
 
 _ops = torch.ops.tdpo_ext
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+_LEAST_ROUNDED = 32 << 20  # bytes of a block below which it is no matter
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -57,9 +58,21 @@ class Buffer:
         return whole[:, : self.shape[1]]
 
 
+def _rounded_up(nbytes: int, device: torch.device) -> int:
+    """Bytes of a block: on a GPU one of four sizes between powers of two.
+
+    Its caching allocator would otherwise keep a block of another size for every batch of other lengths.
+    """
+    if device.type == "cpu" or nbytes < _LEAST_ROUNDED:
+        return nbytes
+    step = 1 << (nbytes.bit_length() - 3)
+    return -(-nbytes // step) * step
+
+
 def allocate(device: torch.device, buffers: dict[str, Buffer | None]) -> dict[str, Tensor]:
     """Uninitialised tensors by name, all in one block so that the next call finds it again; None is left out."""
     needed = {name: buffer for name, buffer in buffers.items() if buffer is not None}
-    block = empty((sum(buffer.nbytes for buffer in needed.values()),), torch.uint8, device)
-    pieces = block.split([buffer.nbytes for buffer in needed.values()])
+    sizes = [buffer.nbytes for buffer in needed.values()]
+    block = empty((_rounded_up(sum(sizes), device),), torch.uint8, device)
+    pieces = block[: sum(sizes)].split(sizes)
     return {name: buffer.view(piece) for (name, buffer), piece in zip(needed.items(), pieces)}

@@ -15,7 +15,7 @@ from tdpo_ext.fused.planning.choose import make_plan
 
 @pytest.fixture(autouse=True)
 def device():
-    """What tests make lies on the device that `pytest --device` names."""
+    """What tests make lies on the device that TDPO_TEST_DEVICE names."""
     with torch.device(DEVICE) if DEVICE != "cpu" else contextlib.nullcontext():
         yield DEVICE
 

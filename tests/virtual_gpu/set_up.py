@@ -21,7 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STAND_IN = "libvirtual_gpu.so"
-HEADERS = "cuda-headers"  # in the environment
+HEADERS = "cuda-include"  # in the environment
 # Of NVIDIA's libraries; the others that torch's need are the system's.
 _THEIRS = re.compile(r"lib(cu|nv|nccl)\w*\.so\.\d+")
 _THEIR_SYMBOLS = re.compile(r"_*(cu|nv|nccl)\w+")
@@ -32,14 +32,15 @@ def main(environment: Path) -> None:
     packages = next(environment.glob("lib/python3.*/site-packages"))
     python = environment / "bin/python"
     _strike_out(next(packages.glob("torch-*.dist-info")) / "METADATA")
+    _pip(python, "torch", "numpy")  # is there; what else it requires is not
     release = re.search(r"cuda: Optional\[str\] = '(\d+)\.(\d+)'", (packages / "torch/version.py").read_text())
     if release is None:
         raise SystemExit("set_up.py: torch is no CUDA build")
-    headers = _headers(python, environment / HEADERS, *release.groups())
+    headers = _headers(python, environment, *release.groups())
     build = environment / "virtual-gpu"
     _make_stand_in(packages / "torch/lib", headers, build)
     shutil.copytree(HERE / "python", build / "python", dirs_exist_ok=True)  # where setuptools may write
-    _pip(python, "--no-deps", "--no-build-isolation", "--force-reinstall", str(build / "python"))
+    _pip(python, "--no-deps", "--force-reinstall", str(build / "python"))
 
 
 def _pip(python: Path, *arguments: str) -> None:
@@ -53,14 +54,17 @@ def _strike_out(metadata: Path) -> None:
     metadata.write_text("".join(line for line in lines if not theirs.match(line)))
 
 
-def _headers(python: Path, folder: Path, major: str, minor: str) -> Path:
-    """The folder of CUDA's headers, from NVIDIA's packages; the libraries in these stay where no one looks."""
+def _headers(python: Path, environment: Path, major: str, minor: str) -> Path:
+    """CUDA's headers, from NVIDIA's packages, whose libraries stay where no one looks; a link to their folder."""
+    link = environment / HEADERS
+    if link.exists():
+        return link
     old = int(major) < 13
     names = ["nvidia-cuda-runtime-cu12", "nvidia-cuda-nvcc-cu12"] if old else ["nvidia-cuda-runtime", "nvidia-cuda-crt"]
-    if not folder.exists():
-        _pip(python, "--no-deps", "--target", str(folder), *(f"{name}=={major}.{minor}.*" for name in names))
-    includes = [path.parent for path in folder.rglob("cuda_runtime_api.h")]
-    return includes[0]
+    folder = environment / "cuda"
+    _pip(python, "--no-deps", "--target", str(folder), *(f"{name}=={major}.{minor}.*" for name in names))
+    link.symlink_to(next(folder.rglob("cuda_runtime_api.h")).parent)
+    return link
 
 
 def _symbols(library: Path, *options: str) -> list[str]:

@@ -17,8 +17,12 @@ def row_pitch(columns: int) -> int:
 
 
 def rows_beside(vocab: int, weight_bytes: int, logit_bytes: int) -> int:
-    """Rows of the sum of a low-precision dW that the memory of dW itself does not hold."""
-    return vocab - vocab * weight_bytes // logit_bytes
+    """Rows of the sum of a low-precision dW that the memory of dW itself does not hold.
+
+    It holds a multiple of 64 where it can, so that the product for the others begins at an aligned entry of dz.
+    """
+    held = vocab * weight_bytes // logit_bytes
+    return vocab - (held // _PITCH * _PITCH if held >= _PITCH else held)
 
 
 @dataclass(frozen=True)

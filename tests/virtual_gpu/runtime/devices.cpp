@@ -104,23 +104,24 @@ VIRTUAL_GPU_EXPORT cudaError_t cudaDeviceGetPCIBusId(char* text, int bytes, int 
 
 // ---- the driver, of which torch asks for a few functions ----
 
-namespace {
-
-int nothing(...) { return 0; }
-int context_state(int, unsigned* flags, int* active) {
+VIRTUAL_GPU_EXPORT int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
   if (flags != nullptr) *flags = 0;
   if (active != nullptr) *active = 1;
   return 0;
 }
-int current_context(void** context) {
+VIRTUAL_GPU_EXPORT int cuCtxGetCurrent(void** context) {
   static int only;
   *context = &only;
   return 0;
 }
 
+namespace {
+
+int nothing(...) { return 0; }
+
 void* driver_function(const std::string& name) {
-  if (name == "cuDevicePrimaryCtxGetState") return reinterpret_cast<void*>(context_state);
-  if (name == "cuCtxGetCurrent") return reinterpret_cast<void*>(current_context);
+  if (name == "cuDevicePrimaryCtxGetState") return reinterpret_cast<void*>(cuDevicePrimaryCtxGetState);
+  if (name == "cuCtxGetCurrent") return reinterpret_cast<void*>(cuCtxGetCurrent);
   return reinterpret_cast<void*>(nothing);
 }
 

@@ -27,8 +27,8 @@ constexpr int kQueriesUntilIdle = 2, kQueriesUntilDone = 1000;
 
 std::recursive_mutex mutex;  // of all below
 using Locked = std::lock_guard<std::recursive_mutex>;
-std::map<StreamId, Stream> streams;
-std::map<cudaStream_t, int> devices;  // of the streams
+auto& streams = *new std::map<StreamId, Stream>;     // never destroyed: work of Python may be left at exit
+auto& devices = *new std::map<cudaStream_t, int>;  // of the streams
 uintptr_t last_handle = 0x1000;
 
 thread_local int running = 0;
