@@ -174,7 +174,7 @@ $(VIRTUAL)/machine: tests/virtual_gpu/set_up.py $(shell find tests/virtual_gpu/r
 $(VIRTUAL)/tests: $(VIRTUAL)/machine $(SOURCES) tests/virtual_gpu/virtual_gpu.cmake \
 		tests/virtual_gpu/emulated_kernels.cpp tests/cpp/cuda_emulator.h
 	TDPO_CUDA=0 TDPO_BRGEMM=0 CMAKE_ARGS="-DTDPO_VIRTUAL_GPU=ON -DTDPO_CUDA_INCLUDE=$(abspath $(VIRTUAL))/cuda-include" \
-		$(VIRTUAL)/bin/pip install --quiet ".[test]"
+		$(VIRTUAL)/bin/pip install --quiet ".[test]" pybind11
 	touch $@
 
 $(VENV)/data: $(VENV)/torch
