@@ -156,7 +156,7 @@ def test_bad_label_trips_a_device_assertion(vocab):
         f"tdpo_ext.token_divergence(logits, logits, torch.tensor([1, {vocab}], device='cuda'))\n"
         "torch.cuda.synchronize()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode != 0
     assert f"labels hold {vocab}" in done.stdout + done.stderr
 

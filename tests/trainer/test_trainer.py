@@ -9,6 +9,7 @@ from datasets import Dataset
 from tdpo import TDPOConfig, TDPOTrainer
 from transformers import TrainerCallback
 
+from helpers.device import DEVICE
 from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import FOUR_STEPS, SETTINGS, losses, make_preferences, make_trainer
 from tdpo_ext import eager
@@ -21,7 +22,7 @@ def test_training_raises_margins(variant, tmp_path):
 
     def preference():
         """The logit of the chosen response's first token over that of the rejected one's."""
-        logits = trainer.model(input_ids=torch.tensor([row["prompt_ids"]])).logits[0, -1]
+        logits = trainer.model(input_ids=torch.tensor([row["prompt_ids"]], device=DEVICE)).logits[0, -1]
         return (logits[row["chosen_ids"][0]] - logits[row["rejected_ids"][0]]).item()
 
     before = preference()
@@ -36,14 +37,14 @@ def test_training_raises_margins(variant, tmp_path):
 def test_a_step_follows_the_formulas_gradient(variant, alpha, weight, tmp_path):
     """One step of SGD on a whole epoch, by autograd of the paper's formulas on the models' own logits."""
     policy, frozen = make_model("llama", 0), make_model("llama", 1)
-    copied = copy.deepcopy(policy)
+    copied = copy.deepcopy(policy).to(DEVICE)
     options = {"variant": variant, "alpha": alpha, "beta": 0.3, "optim": "sgd", "max_grad_norm": 0.0}
     options |= {"learning_rate": 0.05, "per_device_train_batch_size": 24, "max_steps": 1}
     trainer = make_trainer(tmp_path, model=policy, ref_model=frozen, **options)
     trainer.train()
 
     def sums(row, side):
-        ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+        ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]], device=DEVICE)
         first = len(row["prompt_ids"])
         logits, ref_logits = (model(input_ids=ids).logits[0, first - 1 : -1] for model in (copied, frozen))
         values = eager.token_divergence(logits, ref_logits, ids[0, first:])
