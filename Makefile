@@ -70,13 +70,13 @@ engines: $(VENV)/dev  ## the tests of DeepSpeed, tensor parallelism and QLoRA
 	$(BIN)/pip install --quiet ".[engines]"
 	$(BIN)/pytest tests/trainer/models/test_engines.py tests/trainer/test_trainer_distributed.py
 
-# Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
 virtual-gpu: $(VIRTUAL)/tests  ## the CUDA tests, on a virtual GPU (tests/virtual_gpu)
 	$(VIRTUAL)/bin/python tests/virtual_gpu/run.py
 
 virtual-gpu-nightly: $(VIRTUAL)/tests  ## the same with guard pages, random thread order and 2,000 random calls
 	$(VIRTUAL)/bin/python tests/virtual_gpu/run.py --nightly
 
+# Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
 test-nightly: $(VENV)/dev  ## ten times as many random cases, then the soak
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/library/test_divergence.py tests/library/test_linear.py \
 		tests/library/test_peaked_rows.py tests/library/test_deferred.py tests/library/test_any_batch.py
