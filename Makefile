@@ -154,8 +154,8 @@ cuda-test:  ## the tests that need a GPU
 	cd tests && $(PYTHON) -m pytest -m cuda .
 
 cuda-sanitize:  ## compute-sanitizer on the CUDA kernels; needs a GPU
-	compute-sanitizer --error-exitcode 1 --kernel-regex kns=tdpo --tool memcheck $(SANITIZER_CASE)
-	compute-sanitizer --error-exitcode 1 --kernel-regex kns=tdpo --tool racecheck $(SANITIZER_CASE)
+	compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool memcheck $(SANITIZER_CASE)
+	compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool racecheck $(SANITIZER_CASE)
 
 # torch first: the extension is built for the torch that is already installed.
 $(VENV)/torch:

@@ -41,7 +41,7 @@ stage() { # stage NAME SECONDS COMMAND...: writes the output to a log and prints
     fi
 }
 
-sanitizer=(compute-sanitizer --error-exitcode 1 --kernel-regex kns=tdpo --tool)
+sanitizer=(compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool)
 if [ "$device" = cpu ]; then
     sanitizer=(bash -c 'shift; "$@"' rehearsal)
 fi
