@@ -33,8 +33,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-// Of the thread: the thread-local memory of the executable, or of the library that holds the kernels, holds nothing else,
-// so all of it can be filled before each CTA.
+// Of the thread: the thread-local memory of the executable, or of the library that holds the kernels, holds nothing
+// else, so all of it can be filled before each CTA.
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
 struct CUstream_st;

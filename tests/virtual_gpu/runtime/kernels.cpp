@@ -7,7 +7,8 @@ using namespace virtual_gpu;
 
 namespace {
 
-// The names of the kernels by the functions that stand for them on the host. Libraries register theirs as they are loaded.
+// The names of the kernels by the functions that stand for them on the host. Libraries register theirs as they are
+// loaded.
 std::map<const void*, std::string>& names() {
   static auto* const known = new std::map<const void*, std::string>;
   return *known;

@@ -100,8 +100,8 @@ VIRTUAL_GPU_EXPORT cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   if (used[current_device] + bytes > settings().memory) return fail(cudaErrorMemoryAllocation);
   const size_t body = rounded_up(std::max<size_t>(bytes, 1), kPage);
   const size_t mapped_bytes = body + (settings().guard ? 2 * kPage : 0);
-  void* const mapping = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const mapping =
+      mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
   auto* const mapped = static_cast<char*>(mapping);
   char* const data = settings().guard ? between_guards(mapped, body, bytes) : mapped;

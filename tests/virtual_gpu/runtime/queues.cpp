@@ -27,7 +27,7 @@ constexpr int kQueriesUntilIdle = 2, kQueriesUntilDone = 1000;
 
 std::recursive_mutex mutex;  // of all below
 using Locked = std::lock_guard<std::recursive_mutex>;
-auto& streams = *new std::map<StreamId, Stream>;     // never destroyed: work of Python may be left at exit
+auto& streams = *new std::map<StreamId, Stream>;   // never destroyed: work of Python may be left at exit
 auto& devices = *new std::map<cudaStream_t, int>;  // of the streams
 uintptr_t last_handle = 0x1000;
 

@@ -1,8 +1,8 @@
 // A CUDA runtime for machines without a GPU: what its files share.
 //
-// Device memory is host memory. Kernels of torch do nothing when they are launched: virtual_gpu.aten does their work, and
-// the emulated kernels (../emulated_kernels.cpp) and copies do their own. All of that is work in the queue of a stream: it
-// runs at once, or, where streams run late, when a synchronisation asks for it, or when a graph is replayed.
+// Device memory is host memory. Kernels of torch do nothing when they are launched: virtual_gpu.aten does their work,
+// and the emulated kernels (../emulated_kernels.cpp) and copies do their own. All of that is work in the queue of a
+// stream: it runs at once, or, where streams run late, when a synchronisation asks for it, or when a graph is replayed.
 #pragma once
 
 #include <cuda_runtime_api.h>
