@@ -126,7 +126,7 @@ def storage_errors(out: Path, perturbation: float) -> dict:
 
 
 def peak(kind: str, out: str) -> None:
-    cache = {"precompute_reference": kind == "cached", "reference_cache": f"{out}/cache"}
+    cache = {"precompute_reference": True, "reference_cache": f"{out}/cache"} if kind == "cached" else {}
     trainer(Path(out, kind), sizes=LARGE, optim="sgd", **cache).train()
     status = Path("/proc/self/status").read_text()  # getrusage would include the parent's peak
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)

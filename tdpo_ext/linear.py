@@ -57,8 +57,9 @@ def linear_token_divergence(
         ref_hidden, ref_weight, ref_bias: the reference's, of one dtype. Width and dtype may differ from the policy's,
             as where a bfloat16 reference stands beside float32 master weights.
         labels: int64, aligned with `hidden` (see `shift_labels`).
-        logits_budget: bytes that temporaries may take (default: by device, see `fused.plan.default_budget`). It changes
-            memory and time, never results beyond rounding (in float16, gradients may underflow: docs/math.md).
+        logits_budget: bytes that temporaries may take (default: by device, see
+            `fused.planning.plan.default_budget`). It changes memory and time, never results beyond rounding (in
+            float16, gradients may underflow: docs/math.md).
         logit_scale, ref_logit_scale: each model's logits, its bias included, are multiplied by its own before the cap
             and the temperature (Cohere and Granite scale theirs).
         ignore_index, temperature, softcap, kl_direction: as in `token_divergence`.
@@ -116,10 +117,10 @@ def linear_preference_loss(
     """Mean pairwise preference loss of B pairs from hidden states, with a memory budget instead of logits.
 
     The first B sequences are the chosen responses, the last B the rejected ones. Prompt, padding and ignored rows never
-    reach the head. The planner takes whole pairs at a time where their logits fit the budget: gradients are formed in
-    the forward pass and nothing is recomputed (4 matrix products, 3 with a frozen head). A longer pair is taken a block
-    of rows at a time where the objective is a `MarginLoss`, with as many products; other objectives stream it over
-    slices of the vocabulary and compute logits twice. docs/math.md describes the plans.
+    reach the head. The planner takes whole pairs at a time where their logits fit the budget and that is fastest:
+    gradients are formed in the forward pass and nothing is recomputed (4 matrix products, 3 with a frozen head). A
+    longer pair is taken a block of rows at a time where the objective is a `MarginLoss`, with as many products; other
+    objectives stream it over slices of the vocabulary and compute logits twice. docs/math.md describes the plans.
 
     Args:
         objective: `objective(chosen, rejected) -> (pairs,)` on per-sequence sums, such as

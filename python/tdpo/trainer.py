@@ -64,7 +64,7 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs, ScheduledRates):
         processing_class: the tokenizer.
         peft_config: adapters to train instead of the whole policy, such as `peft.LoraConfig`.
         objective: a loss of your own, as `tdpo_ext.linear_preference_loss` takes it (docs/objectives.md), instead of
-            the `variant` of `args`, whose `beta` then scales `rewards/*` alone; the others must be unset.
+            the `variant` of `args`, whose `beta` then scales `rewards/*` alone; its other options must be unset.
         others: as in `transformers.Trainer`.
 
     Raises:

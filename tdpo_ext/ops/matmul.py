@@ -80,7 +80,9 @@ def full_precision(operand: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        setting.fp32_precision = precision
+        setting.fp32_precision = "none"  # what it had inherited, it inherits again
+        if setting.fp32_precision != precision:
+            setting.fp32_precision = precision
 
 
 @functools.cache

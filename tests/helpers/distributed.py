@@ -1,8 +1,10 @@
 """Runs functions on several processes of one process group and brings back what became of them."""
 
+import contextlib
 import os
 import traceback
 from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -45,9 +47,10 @@ def _worker(rank, world, device, store, checks, outcomes):
 
 def run_on_ranks(checks, world, device, folder):
     """{(name, rank): "" or a traceback} of every check(rank, world, device) in `checks`, run one after the other."""
-    if device == "cuda" and backend_of(device) == "gloo":
-        os.environ["VIRTUAL_GPU_LATE"] = "0"  # of the processes: gloo's gathers read memory whose work may wait
-    with mp.Manager() as manager:
+    virtual = device == "cuda" and backend_of(device) == "gloo"
+    # gloo's gathers read memory whose work may wait.
+    on_time = mock.patch.dict(os.environ, {"VIRTUAL_GPU_LATE": "0"}) if virtual else contextlib.nullcontext()
+    with on_time, mp.Manager() as manager:
         outcomes = manager.dict()
         arguments = (world, device, str(folder / f"store-{world}"), checks, outcomes)
         mp.spawn(_worker, arguments, nprocs=world, join=True)

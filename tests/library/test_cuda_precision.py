@@ -56,6 +56,10 @@ def test_the_kl_never_takes_tf32(how, options, restored):
     assert ((kl - expected).norm() / expected.norm()).item() < 1e-4
     assert ((grad - expected_grad).norm() / expected_grad.norm()).item() < 5e-3  # whose products may take it
     assert matmul.fp32_precision == before
+    if how == "backends.fp32_precision":  # what the product inherits, it still inherits
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "tf32"
     x = torch.randn(64, 64)
     assert ((x.cuda() @ x.cuda()).cpu() - x @ x).abs().max() > 1e-4  # others do
 

@@ -113,7 +113,7 @@ def test_without_gradients_nothing_is_recomputed_by_either_plan(plans):
     case = make_case(pairs=2, tokens=150)
     with torch.no_grad():
         loss, _, _ = linear_preference_loss(OBJECTIVES["tdpo2"], **case.tensors())
-        streamed, _, _ = linear_preference_loss(OBJECTIVES["tdpo2"], **case.tensors(), logits_budget=300_000)
+        streamed, _, _ = linear_preference_loss(not_a_margin_loss, **case.tensors(), logits_budget=300_000)
     frozen = {name: tensor if tensor is None else tensor.detach() for name, tensor in case.tensors().items()}
     blocks, _, _ = linear_preference_loss(OBJECTIVES["tdpo2"], **frozen, logits_budget=300_000)
     assert [type(plan) for plan in plans] == [ChunkedPlan, StreamingPlan, ChunkedPlan]

@@ -18,9 +18,9 @@ from tdpo_ext.fused.planning.plan import LongPair, WholePairs
 from tdpo_ext.ops import operators
 from tdpo_ext.ops.matmul import product
 
-# Budgets of `long_case`, in whose pairs some 135 of 150 rows count.
-
 pytestmark = pytest.mark.usefixtures("large_calls")
+
+# Budgets of `long_case`, in whose pairs some 135 of 150 rows count.
 BUDGETS = {"one chunk": 1 << 30, "several chunks": 900_000, "deferred": 500_000, "streamed": 500_000}
 
 

@@ -63,6 +63,8 @@ def test_more_budget_never_makes_a_slower_plan():
             budget = int(rows * sizes.whole_row * 1.07 ** (step - 68))
             plan = make_plan(lengths, sizes, budget, can_defer=can_defer, device_type=device_type)
             seconds = modelled(plan, rows, sizes, device_type)
+            if isinstance(plan, StreamingPlan) and plan.bytes > budget:
+                continue  # for want of a plan that fits
             assert before is None or seconds <= before, (lengths, sizes, budget, can_defer, device_type)
             before = seconds
             kinds[str(plan).partition(":")[0]] += 1

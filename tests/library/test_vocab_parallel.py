@@ -209,7 +209,12 @@ def dtensors(rank, world, device):
     logits, ref_logits, labels = (t.to(device) for t in random_rows(6, 43))
     parts = [distribute_tensor(t, mesh, [Shard(1)]) for t in (logits, ref_logits)]
     ours = token_divergence(parts[0].requires_grad_(), parts[1], labels)
-    close(ours.kl, token_divergence(logits, ref_logits, labels).kl.double(), 5e-6, "kl of DTensor logits")
+    close(
+        ours.kl,
+        token_divergence(logits, ref_logits, labels).kl.double(),
+        1e-6 if device == "cpu" else 5e-6,
+        "kl of DTensor logits",
+    )
     (grad,) = torch.autograd.grad(ours.kl.sum(), parts[0])
     assert grad.placements == (Shard(1),)
     with pytest.raises(ValueError, match="ref_weight is a plain tensor"):

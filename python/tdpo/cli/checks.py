@@ -101,7 +101,8 @@ def check_evaluations(given: Given) -> None:
 def check_uploads(given: Given) -> None:
     """Raises ValueError for options of uploads where nothing is uploaded."""
     for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"):
-        if given.value(name) != given.defaults[name] and not given.value("push_to_hub"):
+        asked = given.value(name) not in (given.defaults[name], False)
+        if asked and not given.value("push_to_hub"):
             raise ValueError(f"{name} is {given.value(name)}, but push_to_hub is not set: nothing is uploaded")
 
 

@@ -55,8 +55,9 @@ def _trainer(
 ) -> TDPOTrainer:
     models, _, args = options
     for data in (train_dataset, eval_dataset):
-        if isinstance(data, Dataset) and len(data):  # what they lack is said before the models are loaded
-            check_row(data[0], column_mapping(args.columns), args.trained_objective().token_columns)
+        if isinstance(data, Dataset) and data.column_names:  # what they lack is said before the models are loaded
+            columns = column_mapping(args.columns)
+            check_row(dict.fromkeys(data.column_names), columns, args.trained_objective().token_columns)
     _ = args.device  # sets up the processes, among which DeepSpeed may partition what is loaded
     policy = load_policy(models)
     if saves_start and merges_adapters(models):

@@ -121,6 +121,7 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
             )
         with _plainly_initialised(model):
             super().__init__(model, ref_model, args, *positional, **others)
+        use_one_gpu(self.args)  # of a configuration that TRL has made
         _check_lengths(self.args, self.train_dataset)
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")

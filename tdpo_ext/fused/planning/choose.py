@@ -1,6 +1,7 @@
 """Chooses how a fused loss cuts its work, so that logits and other temporaries stay within a budget of bytes.
 
-All plans that fit are compared by the cost model of `costs.py`; the fastest is taken. Equal calls make equal plans:
+All plans that fit, and those that `make_plan` allows a `MarginLoss`, are compared by the cost model of `costs.py`; the
+fastest is taken. Equal calls make equal plans:
 nothing depends on what happens to be free. More budget never makes a plan that is slower by the model.
 """
 
@@ -69,19 +70,24 @@ def _tile_rows(device_type: str) -> int:
 
 def _why_not_at_once(pair_lengths: tuple[int, ...], sizes: Sizes, budget: int) -> str:
     longest = max(pair_lengths)
-    need = longest * sizes.whole_row
-    why = (
-        f"the logits of a pair of {longest} rows need {need:,} bytes"
-        if need > budget
-        else f"chunks of whole pairs need {sizes.weight_sum:,} bytes for the weight gradient beside their logits"
-    )
-    return f"{why}, more than the budget of {budget:,}"
+    need, beside = longest * sizes.whole_row, sizes.weight_sum
+    if need > budget:
+        return f"the logits of a pair of {longest} rows need {need:,} bytes, more than the budget of {budget:,}"
+    if need + beside > budget:
+        return (
+            f"chunks of whole pairs need {beside:,} bytes for the weight gradient beside their logits, {need:,} for a "
+            f"pair of {longest} rows, more than the budget of {budget:,} together"
+        )
+    return f"whole pairs in chunks within the budget of {budget:,} bytes would take longer"
 
 
 def _fastest(
     forward: Sequence[ChunkedPlan], streamed: StreamingPlan, rows: int, sizes: Sizes, rates: MachineRates
 ) -> ChunkedPlan | StreamingPlan:
-    """The plan that the cost model takes to be fastest; of equal ones, that with the least memory."""
+    """The plan that the cost model takes to be fastest; of equal ones, that with the least memory.
+
+    Streaming takes a few rows and columns whatever the budget: more than that only where nothing else fits.
+    """
     streaming_seconds = _streaming_seconds(streamed, rows, sizes, rates)
     if not forward:
         return streamed
@@ -91,7 +97,7 @@ def _fastest(
 
     plan = min(forward, key=lambda plan: (seconds(plan), plan.bytes))
     ratio = streaming_seconds / seconds(plan)
-    if ratio < 1:
+    if ratio < 1 and streamed.bytes <= max(streamed.budget, plan.bytes):
         return replace(streamed, reason=f"{streamed.reason}; forward gradients would take {1 / ratio:.2f}x the time")
     compared = f"; streaming would take {ratio:.2f}x the time" if plan.deferred else ""
     return replace(plan, reason=plan.reason + compared)
@@ -199,7 +205,7 @@ def streaming_plan(rows: int, sizes: Sizes, budget: int, reason: str) -> Streami
     block = max(1, min(rows, STREAMING_ROWS))
     summed = sizes.low_precision and sizes.needs_weight_grad
     column_bytes = block * sizes.entry + (sizes.width * 4 if summed else 0)
-    fixed = block * sizes.row + (rows * sizes.width * 4 if sizes.low_precision else 0)
+    fixed = block * sizes.row + (rows * sizes.width * 4 if sizes.low_precision and sizes.needs_grad else 0)
     columns = min(sizes.vocab, max(_MIN_COLUMNS, (budget - fixed) // column_bytes))
     if _ALIGNED_FROM <= columns < sizes.vocab:
         columns = columns // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE

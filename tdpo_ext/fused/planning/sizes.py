@@ -19,10 +19,10 @@ def row_pitch(columns: int) -> int:
 def rows_beside(vocab: int, weight_bytes: int, logit_bytes: int) -> int:
     """Rows of the sum of a low-precision dW that the memory of dW itself does not hold.
 
-    It holds a multiple of 64 where it can, so that the product for the others begins at an aligned entry of dz.
+    It holds a multiple of 64, as rows of logits are, so that the product for the others begins at an aligned entry.
     """
     held = vocab * weight_bytes // logit_bytes
-    return vocab - (held // _PITCH * _PITCH if held >= _PITCH else held)
+    return vocab - (held if vocab < _PITCH_FROM else held // _PITCH * _PITCH)
 
 
 @dataclass(frozen=True)
