@@ -1,8 +1,8 @@
 """Chooses how a fused loss cuts its work, so that logits and other temporaries stay within a budget of bytes.
 
 All plans that fit, and those that `make_plan` allows a `MarginLoss`, are compared by the cost model of `costs.py`; the
-fastest is taken. Equal calls make equal plans:
-nothing depends on what happens to be free. More budget never makes a plan that is slower by the model.
+fastest is taken. Equal calls make equal plans: nothing depends on what happens to be free. More budget never makes a
+plan that is slower by the model.
 """
 
 from __future__ import annotations
