@@ -34,6 +34,15 @@ def test_the_planner_compares_costs():
     assert make_plan([8192], sizes, 1 << 30, can_defer=True, device_type="cuda").deferred
 
 
+@pytest.mark.parametrize("pair_rows", [48, 128, 200])
+def test_streaming_is_not_chosen_beyond_the_budget_where_whole_pairs_fit(pair_rows):
+    """Its fewest rows and columns need three times the budget here; by the model it would be faster."""
+    sizes = Sizes(vocab=32_000, width=4096, ref_width=4096, weight_bytes=4, logit_bytes=4, needs_weight_grad=True)
+    plan = make_plan([pair_rows] * 64, sizes, 64 << 20, device_type="cuda")
+    assert not isinstance(plan, StreamingPlan)
+    assert plan.bytes <= plan.budget
+
+
 def modelled(plan, rows, sizes, device_type):
     rates = rates_of(device_type, sizes)
     if isinstance(plan, StreamingPlan):
