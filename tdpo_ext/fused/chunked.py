@@ -41,7 +41,7 @@ from .objective_gradient import Coefficients, PairObjective, Upstream
 from .pair_loss import Outcome, PairLoss, column_gradient
 from .planning.plan import ChunkedPlan, LongPair
 from .planning.sizes import row_pitch, rows_beside
-from .rows import Chunk, reading_is_free
+from .rows import Chunk, ChunkedRows, reading_is_free
 
 _MOVED_ROWS = 16  # rows of dz moved at a time into the places of rows without a gradient
 
@@ -76,7 +76,9 @@ class _Buffers:
         if wanted.weight and plan.weight_apart:
             pair_weight = Buffer((vocab, width), inputs.logit_dtype)
         found = memory.allocate(
-            inputs.device, {"z": logits, "r": logits, "dz": dz, "weight_rest": weight_rest, "pair_weight": pair_weight}
+            inputs.device,
+            {"z": logits, "r": logits, "dz": dz, "weight_rest": weight_rest, "pair_weight": pair_weight},
+            plan.budget,
         )
         z = found["z"]
         return cls(
@@ -132,8 +134,8 @@ class _Run:
     inputs: FusedInputs
     plan: ChunkedPlan
     objective: PairObjective
-    index: Tensor  # positions of all rows, chunk after chunk
-    labels: Tensor  # in the same order
+    rows: ChunkedRows
+    labels: Tensor  # in the order of the rows
     columns: Mapping[str, Tensor]
     buffers: _Buffers
     gradients: Gradients
@@ -154,7 +156,8 @@ class _Run:
     def forward(self, rows: slice) -> _ForwardBlock:
         """Row states and values of a block of rows; leaves their logits in the buffers."""
         inputs, count = self.inputs, rows.stop - rows.start
-        gathered = inputs.rows_at(self.index[rows], self.labels[rows])
+        hidden, ref_hidden = self.rows.take(inputs.hidden, rows), self.rows.take(inputs.ref_hidden, rows)
+        gathered = GatheredRows(hidden, ref_hidden, self.labels[rows])
         local_states = functools.partial(
             inputs.row_states, gathered, self.vocabulary, z=self.buffers.z[:count], r=self.buffers.r[:count]
         )
@@ -230,12 +233,12 @@ def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_colum
         inputs=inputs,
         plan=plan,
         objective=loss.pair_objective(wanted, wanted_columns),
-        index=rows.index,
-        labels=inputs.labels[rows.index],
-        columns={name: column.detach()[rows.index] for name, column in loss.columns.items()},
+        rows=rows,
+        labels=rows.take(inputs.labels),
+        columns={name: rows.take(column.detach()) for name, column in loss.columns.items()},
         buffers=buffers,
         gradients=Gradients(
-            hidden=HiddenGradient(inputs, rows.index) if wanted.hidden else None,
+            hidden=HiddenGradient(inputs, rows) if wanted.hidden else None,
             weight=WholeWeightGradient(inputs, buffers.weight_rest) if wanted.weight else None,
             bias=BiasGradient(inputs) if wanted.bias else None,
         ),
@@ -253,9 +256,9 @@ def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_colum
             run.column_grads.setdefault(name, []).append(grad)
     run.flush()
     return Outcome(
-        loss=torch.stack(losses).sum(),
-        chosen=torch.cat(chosen, dim=1),
-        rejected=torch.cat(rejected, dim=1),
+        loss=losses[0] if len(losses) == 1 else torch.stack(losses).sum(),
+        chosen=chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1),
+        rejected=rejected[0] if len(rejected) == 1 else torch.cat(rejected, dim=1),
         gradients=run.gradients.finish(),
         column_gradients={
             name: column_gradient(loss.columns[name], rows.index, torch.cat(grads))

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..ops import memory
 from ..ops.matmul import product
 from .inputs import FusedInputs
+from .rows import ChunkedRows
 
 _ROUNDED_ROWS = 8192  # rows of a sum rounded at a time
 
@@ -72,18 +73,22 @@ class HiddenGradient:
     Ranks that share the vocabulary sum it, in the logits' precision, until `wait`.
     """
 
-    def __init__(self, inputs: FusedInputs, index: Tensor):
-        self._inputs, self._index = inputs, index
+    def __init__(self, inputs: FusedInputs, rows: ChunkedRows):
+        self._inputs, self._rows = inputs, rows
         self._grad = torch.zeros_like(inputs.hidden)
         self._pending: Callable[[], object] | None = None
 
     def add(self, block: Block, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
-        weight, index = self._inputs.head.weight, self._index[block.rows]
+        weight = self._inputs.head.weight
         if not (self._inputs.sums_hidden_grad or factors.any):
-            self._grad.index_copy_(0, index, torch.mm(dz, weight))
+            view = self._rows.view(self._grad, block.rows)
+            if view is None:
+                self._put(block, torch.mm(dz, weight))
+            else:
+                torch.mm(dz, weight, out=view)
             return
         # In the logits' precision, so that it is rounded once.
-        share = torch.empty(len(index), weight.shape[1], dtype=self._inputs.logit_dtype, device=weight.device)
+        share = torch.empty(len(dz), weight.shape[1], dtype=self._inputs.logit_dtype, device=weight.device)
 
         def multiply(out: Tensor) -> None:
             product(dz, weight, out)
@@ -92,10 +97,13 @@ class HiddenGradient:
 
         if not self._inputs.sums_hidden_grad:
             multiply(share)
-            self._grad.index_copy_(0, index, share.to(self._grad.dtype))
+            self._put(block, share)
             return
         total = self._inputs.exchange.start_sum(multiply, share)
-        self._pending = lambda: self._grad.index_copy_(0, index, total().to(self._grad.dtype))
+        self._pending = lambda: self._put(block, total())
+
+    def _put(self, block: Block, values: Tensor) -> None:
+        self._rows.put(self._grad, block.rows, values.to(self._grad.dtype))
 
     def wait(self) -> None:
         """Completes what `add` has started."""
@@ -105,9 +113,8 @@ class HiddenGradient:
 
     def scale(self, rows: slice, factor: Tensor) -> None:
         """Multiplies the gradient of complete rows by a number on the device."""
-        index = self._index[rows]
-        scaled = self._grad[index] * factor
-        self._grad.index_copy_(0, index, scaled.to(self._grad.dtype))
+        scaled = self._rows.take(self._grad, rows) * factor
+        self._rows.put(self._grad, rows, scaled.to(self._grad.dtype))
 
     def finish(self) -> Tensor:
         return self._grad

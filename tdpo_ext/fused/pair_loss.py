@@ -99,6 +99,7 @@ class _HandedOver(torch.autograd.Function):
         dtype = operators.state_dtype(hidden.dtype)
         loss, chosen, rejected = (value.to(dtype) for value in (outcome.loss, outcome.chosen, outcome.rejected))
         ctx.mark_non_differentiable(chosen, rejected)
+        ctx.set_materialize_grads(False)  # of the sums
         return loss, chosen, rejected
 
     @staticmethod

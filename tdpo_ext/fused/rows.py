@@ -14,19 +14,27 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..divergence import segment_sums
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Sequences that lie one after the other: their rows, on the host and on the device, (sequences,)."""
+    """Sequences that lie one after the other.
+
+    Attributes:
+        lengths: rows of each, on the host.
+        lengths_on_device: the same on the device, (sequences,).
+        offsets: the first row of each, and the number of all rows, on the device, (sequences + 1,).
+    """
 
     lengths: tuple[int, ...]
     lengths_on_device: Tensor
+    offsets: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over each sequence, in float64 and in a fixed order: (fields, rows) -> (fields, sequences)."""
-        return segment_sums(values.t(), self.lengths_on_device).t()
+        # unsafe: the offsets are ours, and checking them would make the host wait for the device.
+        rows = values.t().double()
+        return torch.segment_reduce(rows, "sum", offsets=self.offsets, initial=0, unsafe=True).t()
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """Every row's values of per-sequence tensors: (fields, sequences) -> (fields, rows)."""
@@ -57,10 +65,32 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkedRows:
-    """The rows that count, reordered so that every chunk is a slice of `index`."""
+    """The rows that count, reordered so that every chunk is a slice of them.
+
+    Attributes:
+        index: their positions among all rows, (rows,).
+        in_place: they are all rows, as they lie: `index` is 0, 1, ..., and none is copied to be read or written.
+    """
 
     index: Tensor
+    in_place: bool
     chunks: list[Chunk]
+
+    def take(self, values: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
+        """The values of some of these rows, of a tensor whose first dimension is all rows."""
+        return values[rows] if self.in_place else values[self.index[rows]]
+
+    def put(self, target: Tensor, rows: slice | Tensor, values: Tensor) -> None:
+        """Sets the values of some of these rows."""
+        view = self.view(target, rows)
+        if view is None:
+            target.index_copy_(0, self.index[rows], values)
+        else:
+            view.copy_(values)
+
+    def view(self, target: Tensor, rows: slice | Tensor) -> Tensor | None:
+        """A view of some of these rows; None where they lie apart."""
+        return target[rows] if self.in_place and isinstance(rows, slice) else None
 
 
 @dataclass(frozen=True)
@@ -69,13 +99,21 @@ class Rows:
 
     Attributes:
         index: positions of the rows among all (flattened) rows, (rows,).
-        lengths: rows of each sequence, on the host; of 2B sequences, the first B are chosen, the last B rejected.
-        lengths_on_device: the same where the labels are, (sequences,).
+        segments: of 2B sequences, the first B are chosen, the last B rejected.
+        every: all rows count: `index` is 0, 1, ...
     """
 
     index: Tensor
-    lengths: tuple[int, ...]
-    lengths_on_device: Tensor
+    segments: Segments
+    every: bool = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.segments.lengths
+
+    @property
+    def lengths_on_device(self) -> Tensor:
+        return self.segments.lengths_on_device
 
     @property
     def pairs(self) -> int:
@@ -88,12 +126,15 @@ class Rows:
 
     def in_chunks(self, chunks_of_pairs: Sequence[range]) -> ChunkedRows:
         """The rows reordered for chunks of consecutive pairs: in each, those of its chosen, then of its rejected."""
+        if len(chunks_of_pairs) == 1:
+            return ChunkedRows(self.index, self.every, [Chunk(slice(0, len(self.index)), self.segments)])
         sequences = torch.arange(len(self.lengths), device=self.index.device)
         spans = [(pairs.start + side, pairs.stop + side) for pairs in chunks_of_pairs for side in (0, self.pairs)]
         order = torch.cat([sequences[begin:end] for begin, end in spans])
         lengths = self.lengths_on_device[order]
+        offsets = _offsets(lengths)
         # From a row's new place to its old one, sequence by sequence.
-        moved = self.lengths_on_device.cumsum(0)[order] - lengths.cumsum(0)
+        moved = self.segments.offsets[order] - offsets[:-1]
         moved = moved.repeat_interleave(lengths, output_size=len(self.index))
         index = self.index[torch.arange(len(self.index), device=self.index.device) + moved]
 
@@ -101,10 +142,17 @@ class Rows:
         for chosen, rejected in zip(spans[::2], spans[1::2]):
             on_host = self.lengths[slice(*chosen)] + self.lengths[slice(*rejected)]
             rows = slice(first_row, first_row + sum(on_host))
-            on_device = lengths[first_sequence : first_sequence + len(on_host)]
-            chunks.append(Chunk(rows, Segments(on_host, on_device)))
-            first_row, first_sequence = rows.stop, first_sequence + len(on_host)
-        return ChunkedRows(index, chunks)
+            last_sequence = first_sequence + len(on_host)
+            on_device = lengths[first_sequence:last_sequence]
+            of_chunk = offsets[first_sequence : last_sequence + 1] - first_row
+            chunks.append(Chunk(rows, Segments(on_host, on_device, of_chunk)))
+            first_row, first_sequence = rows.stop, last_sequence
+        return ChunkedRows(index, False, chunks)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """0, and the running sums of lengths on the device."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 def reading_is_free(device: torch.device) -> bool:
@@ -136,7 +184,8 @@ class OneSequence(Sequences):
             index = (flat != ignore_index).nonzero()[:, 0]
         else:
             index = torch.arange(len(flat), device=labels.device)
-        return Rows(index, (len(index),), torch.full((1,), len(index), device=labels.device))
+        offsets = torch.arange(2, device=labels.device) * len(index)
+        return Rows(index, Segments((len(index),), offsets[1:], offsets))
 
 
 class PaddedPairs(Sequences):
@@ -149,7 +198,8 @@ class PaddedPairs(Sequences):
         counts = labels != ignore_index
         lengths = counts.sum(-1)
         on_host = tuple(lengths.tolist())
-        return Rows(counted_rows(counts.reshape(-1), sum(on_host)), on_host, lengths)
+        index = counted_rows(counts.reshape(-1), sum(on_host))
+        return Rows(index, Segments(on_host, lengths, _offsets(lengths)))
 
 
 @dataclass(frozen=True)
@@ -161,7 +211,7 @@ class PackedPairs(Sequences):
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
         cu_seqlens, total = _checked_offsets(self.cu_seqlens, labels), len(labels)
         counts = labels != ignore_index
-        running = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        running = _offsets(counts.long())
         offsets = cu_seqlens.to(labels.device, torch.int64, non_blocking=True)
         counted = running[offsets.clamp(0, total)]
         given, counted_offsets = torch.stack([offsets, counted]).tolist()  # the one wait
@@ -169,7 +219,7 @@ class PackedPairs(Sequences):
             raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {total}; got {given}")
         _check_pairs(len(given) - 1)
         lengths = tuple(b - a for a, b in pairwise(counted_offsets))
-        return Rows(counted_rows(counts, sum(lengths)), lengths, counted.diff())
+        return Rows(counted_rows(counts, sum(lengths)), Segments(lengths, counted.diff(), counted))
 
 
 @dataclass(frozen=True)
@@ -203,7 +253,8 @@ class KnownPairs(Sequences):
         if offsets.device != labels.device:  # an upload that the host does not wait for
             offsets = offsets.pin_memory().to(labels.device, non_blocking=True)
         index = torch.arange(len(labels), device=labels.device)
-        return Rows(index, lengths, offsets.to(torch.int64).diff())
+        offsets = offsets.to(torch.int64)
+        return Rows(index, Segments(lengths, offsets.diff(), offsets), every=True)
 
 
 def _checked_offsets(cu_seqlens: Tensor, labels: Tensor) -> Tensor:

@@ -253,6 +253,7 @@ class _Buffers:
                 "dz": Buffer(shape, inputs.weight_dtype, pitch) if dz else None,
                 "weight_sum": Buffer((plan.columns, inputs.head.width), inputs.logit_dtype) if weight_sum else None,
             },
+            plan.budget,
         )
         z = found["z"]
         return cls(z=z, r=found["r"], dz=found.get("dz", z), weight_sum=found.get("weight_sum"))

@@ -58,21 +58,26 @@ class Buffer:
         return whole[:, : self.shape[1]]
 
 
-def _rounded_up(nbytes: int, device: torch.device) -> int:
-    """Bytes of a block: on a GPU one of four sizes between powers of two.
+def _rounded_up(nbytes: int, device: torch.device, budget: int) -> int:
+    """Bytes of a block: on a GPU one of four sizes between powers of two; what fits the budget still fits it then.
 
     Its caching allocator would otherwise keep a block of another size for every batch of other lengths.
     """
     if device.type == "cpu" or nbytes < _LEAST_ROUNDED:
         return nbytes
     step = 1 << (nbytes.bit_length() - 3)
-    return -(-nbytes // step) * step
+    rounded = -(-nbytes // step) * step
+    return min(rounded, budget) if nbytes <= budget else rounded
 
 
-def allocate(device: torch.device, buffers: dict[str, Buffer | None]) -> dict[str, Tensor]:
-    """Uninitialised tensors by name, all in one block so that the next call finds it again; None is left out."""
+def allocate(device: torch.device, buffers: dict[str, Buffer | None], budget: int) -> dict[str, Tensor]:
+    """Uninitialised tensors by name, all in one block so that the next call finds it again; None is left out.
+
+    Args:
+        budget: bytes that the block does not exceed where the tensors need no more.
+    """
     needed = {name: buffer for name, buffer in buffers.items() if buffer is not None}
     sizes = [buffer.nbytes for buffer in needed.values()]
-    block = empty((_rounded_up(sum(sizes), device),), torch.uint8, device)
+    block = empty((_rounded_up(sum(sizes), device, budget),), torch.uint8, device)
     pieces = block[: sum(sizes)].split(sizes)
     return {name: buffer.view(piece) for (name, buffer), piece in zip(needed.items(), pieces)}

@@ -30,8 +30,19 @@ def test_batches_of_many_lengths_reserve_little_more_than_the_largest_needs():
         pitch = row_pitch(VOCAB)
         logits = Buffer((plan.rows, VOCAB), torch.float32, pitch)
         dz = Buffer((plan.dz_rows, VOCAB), torch.bfloat16, pitch)
-        scratch = allocate(device, {"z": logits, "r": logits, "dz": dz})
+        scratch = allocate(device, {"z": logits, "r": logits, "dz": dz}, plan.budget)
         weight_grad = torch.empty(VOCAB, WIDTH, dtype=torch.bfloat16, device=device)
         hidden_grad = torch.empty(sum(lengths), WIDTH, dtype=torch.bfloat16, device=device)
         del scratch, weight_grad, hidden_grad
     assert torch.cuda.memory_reserved() <= 1.25 * torch.cuda.max_memory_allocated()
+
+
+@gpu
+@pytest.mark.parametrize(("needed", "budget", "allocated"), [(100, 128, 112), (100, 110, 110), (100, 90, 112)])
+def test_a_block_of_rounded_size_keeps_the_budget(needed, budget, allocated):
+    """In MiB: of a block beyond the budget, which only some plans may take, the size is rounded up too."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    allocate(torch.device("cuda"), {"z": Buffer((needed << 20,), torch.uint8)}, budget << 20)
+    assert torch.cuda.max_memory_allocated() - before == allocated << 20

@@ -17,7 +17,8 @@ def poisoned(shape, dtype, device):
 def test_a_product_of_padded_rows_is_free_of_what_the_memory_held(dtype, monkeypatch):
     """Where a processor multiplies in tiles, torch reads beyond the columns of a view."""
     monkeypatch.setattr(memory, "empty", poisoned)
-    padded = memory.allocate(torch.device("cpu"), {"dz": Buffer((ROWS, COLUMNS), dtype, PITCH)})["dz"]
+    buffers = {"dz": Buffer((ROWS, COLUMNS), dtype, PITCH)}
+    padded = memory.allocate(torch.device("cpu"), buffers, budget=1 << 30)["dz"]
     assert padded.isnan().all()  # what callers write, before they do
     assert padded.stride() == (PITCH, 1)
     assert torch.equal(padded.as_strided((ROWS, PITCH), (PITCH, 1))[:, COLUMNS:], torch.zeros(ROWS, PITCH - COLUMNS))
