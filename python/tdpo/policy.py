@@ -42,7 +42,7 @@ def check_trainer_arguments(
     check_needs_no_logits(others)
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args is of {type(args).__name__}; a TDPOConfig is needed")
-    use_one_gpu(args)
+    use_one_gpu(args, model)
     check_needed(args)
     train_dataset, _ = data
     if any(map(is_stream, data)):

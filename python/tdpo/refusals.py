@@ -125,16 +125,20 @@ def refuse_for_device(args: Any) -> None:
         raise ValueError("fp16 is True; leave it at False on a CPU, where nothing computes in float16: use bf16")
 
 
-def use_one_gpu(args: Any) -> None:
-    """Lets a process without a launcher use one of several GPUs: DataParallel would cut the tensors of a batch."""
-    if args.device.type == "cuda" and args.n_gpu > 1:
+def use_one_gpu(args: Any, model: Any) -> None:
+    """Lets a process without a launcher use one of several GPUs, or those that `device_map` spread its model over.
+
+    transformers would use DataParallel, which cuts the tensors of a batch.
+    """
+    if args.device.type != "cuda" or args.n_gpu < 2:
+        return
+    args._n_gpu = 1
+    if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         logger.warning(
-            "%d GPUs are visible, and this process uses %s alone; to train on all of them, start the script or `tdpo "
-            "train` with `accelerate launch` or torchrun",
-            args.n_gpu,
+            "several GPUs are visible, and this process uses %s alone; to train on all of them, start the script or "
+            "`tdpo train` with `accelerate launch` or torchrun",
             args.device,
         )
-        args._n_gpu = 1
 
 
 def check_batches(accelerator_config: Any) -> None:

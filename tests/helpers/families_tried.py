@@ -13,6 +13,7 @@ from tdpo import TDPOConfig, TDPOTrainer
 from tdpo.models.stand_ins import shaken
 
 from helpers import families
+from helpers.device import USE_CPU
 
 TOLERANCE = 2e-3  # relative, in float32, or five times what rounding changes, but no more than MOST
 MOST = 2e-2
@@ -46,7 +47,7 @@ def one_line(error: BaseException, most: int = 260) -> str:
 
 def make_trainer(policy, reference, folder: str, **options) -> TDPOTrainer:
     args = TDPOConfig(
-        output_dir=folder, use_cpu=True, report_to=[], save_strategy="no", max_length=256, max_prompt_length=128,
+        output_dir=folder, use_cpu=USE_CPU, report_to=[], save_strategy="no", max_length=256, max_prompt_length=128,
         beta=families.BETA, alpha=families.ALPHA, per_device_train_batch_size=16, disable_tqdm=True, **options,
     )  # fmt: skip
     rows, models = Dataset.from_list(families.make_rows()), (families.copied(policy), families.copied(reference))

@@ -12,6 +12,7 @@ from tdpo.options import TDPOOptions, identity_options
 from tdpo.reference.stored_states import STORED_STATES
 from transformers import HfArgumentParser, TrainingArguments
 
+from helpers.device import USE_CPU
 from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import make_trainer
 from tdpo_ext import TokenDivergence, dpo_loss, tdpo_loss
@@ -27,7 +28,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("variant", OBJECTIVES)
 def test_options_name_a_loss(variant, tmp_path):
     alpha = {"alpha": 0.7} if variant == "tdpo2" else {}
-    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, variant=variant, beta=0.3, **alpha)
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, variant=variant, beta=0.3, **alpha)
     chosen, rejected = (TokenDivergence.unstack(3 * torch.rand(6, 5)) for _ in range(2))
     losses = args.trained_objective().objective(chosen, rejected)
     assert torch.equal(losses, OBJECTIVES[variant](chosen, rejected))
@@ -92,7 +93,7 @@ OUT_OF_RANGE = {
 def test_bad_options_are_named(name, value, error, tmp_path):
     options = {"max_length": 40, "max_prompt_length": 8, **{name: value}}
     with pytest.raises(error, match=rf"^{name} is "):
-        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, **options)
 
 
 @pytest.mark.parametrize(
@@ -101,27 +102,27 @@ def test_bad_options_are_named(name, value, error, tmp_path):
 )
 def test_options_without_use_are_refused(variant, name, value, tmp_path):
     with pytest.raises(ValueError, match=rf"^{name} is {value}, but the loss {variant} does not use it"):
-        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, variant=variant, **{name: value})
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, variant=variant, **{name: value})
 
 
 def test_beta_is_checked_for_every_variant(tmp_path):
     for variant in OBJECTIVES:
         with pytest.raises(ValueError, match=r"^beta is 0"):
-            TDPOConfig(output_dir=str(tmp_path), use_cpu=True, variant=variant, beta=0)
+            TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, variant=variant, beta=0)
 
 
 def test_good_options(tmp_path):
     options = {"beta": 1, "alpha": 0, "max_length": 2, "max_prompt_length": 1, "logits_budget": 1, "eval_samples": 0}
-    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, **options)
     assert args.reference_folder == tmp_path / "reference-cache"
-    assert TDPOConfig(output_dir=str(tmp_path), use_cpu=True, beta=np.float32(0.5)).beta == 0.5
-    assert TDPOConfig(output_dir="out", use_cpu=True, reference_cache=tmp_path).reference_folder == tmp_path
+    assert TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, beta=np.float32(0.5)).beta == 0.5
+    assert TDPOConfig(output_dir="out", use_cpu=USE_CPU, reference_cache=tmp_path).reference_folder == tmp_path
 
 
 def test_bad_arguments_of_the_trainer_are_named(tmp_path):
-    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, max_length=64, max_prompt_length=32)
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, max_length=64, max_prompt_length=32)
     good = {"model": make_model("gpt2"), "args": args, "processing_class": make_tokenizer()}
-    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=USE_CPU)
     for name, value in {
         "model": "gpt2",
         "ref_model": "gpt2",
@@ -154,7 +155,7 @@ def test_what_identifies_a_run_and_what_a_card_shows_is_said_by_the_options(tmp_
     assert trainer.record.options["eval_sample_tokens"] == 7
     monkeypatch.setattr(text, "least", 8)
     with pytest.raises(ValueError, match="eval_sample_tokens is 7"):
-        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, eval_sample_tokens=7)
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, eval_sample_tokens=7)
 
 
 def test_other_parsers_take_the_options(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.device import USE_CPU
 from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import make_preferences
 
@@ -36,7 +37,7 @@ def test_a_trl_script_is_switched_by_one_import(tmp_path):
             logging_steps=1,
             per_device_train_batch_size=4,
             learning_rate=1e-3,
-            use_cpu=True,
+            use_cpu=USE_CPU,
             bf16=False,
             report_to="none",
             save_strategy="no",

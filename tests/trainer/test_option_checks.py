@@ -10,6 +10,7 @@ from tdpo.loss.preference_loss import PreferenceOutput
 from tdpo.option_checks import _OPTIM_ARGS, EVALUATED, check_best_metric, check_model_options, check_needed
 from tdpo.options import ModelOptions
 
+from helpers.device import USE_CPU
 from helpers.trainer_cases import make_trainer
 from tdpo_ext import TokenDivergence, dpo_loss
 
@@ -98,5 +99,5 @@ def test_beta_scales_the_rewards_beside_an_objective(tmp_path):
 def test_options_that_nothing_reads_alone(option, value, needed, tmp_path):
     with pytest.raises(ValueError, match=rf"^{option} is {value}, but {needed} is False: set {needed} too$"):
         make_trainer(tmp_path, **{option: value})
-    options = vars(TDPOConfig(output_dir=str(tmp_path), use_cpu=True))
+    options = vars(TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU))
     check_needed(SimpleNamespace(**{**options, option: value, needed: 1}))

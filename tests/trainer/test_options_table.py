@@ -20,6 +20,7 @@ from tdpo import TDPOConfig, TDPOTrainer
 from tdpo.refusals import OF_TRANSFORMERS, OF_TRL, refuse
 from transformers import EarlyStoppingCallback, TrainingArguments
 
+from helpers.device import USE_CPU
 from helpers.model_families import make_model, make_tokenizer
 from helpers.option_runs import ROWS, Run, make, trained, watched
 from helpers.option_walk import OF_TRL_ALONE, RUNS, SAME, SHOWS, STEPS, Reporter
@@ -93,7 +94,7 @@ def other_value(name: str, unused: object) -> object:
 def test_options_are_refused(name, tmp_path):
     refusal = OF_TRANSFORMERS[name]
     with pytest.raises(ValueError, match=f"^{name} is .*{re.escape(refusal.instead)}$"):
-        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: other_value(name, refusal.unused)})
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, **{name: other_value(name, refusal.unused)})
     defaults = {item.name: item.default for item in fields(TDPOConfig)}
     assert defaults[name] in (refusal.unused, MISSING)
 
@@ -108,7 +109,7 @@ def test_options_are_refused_in_trls_trainer(name, tmp_path):
 
 @pytest.mark.parametrize("sizes", [{"cp_size": 2, "sp_size": 1}, {"cp_size": 1, "sp_size": 2}])
 def test_split_sequences_are_refused(sizes, tmp_path):
-    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU)
     args.parallelism_config = SimpleNamespace(**sizes)
     with pytest.raises(ValueError, match=r"^parallelism_config splits sequences"):
         refuse(args, OF_TRANSFORMERS)
@@ -259,7 +260,7 @@ def test_pairs_of_a_prompt_are_at_most_so_many(tmp_path):
     rows = Dataset.from_list(4 * [row])
     numbers = []
     for most in (None, 2):
-        args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, pairing="all", pairs_per_prompt=most)
+        args = TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, pairing="all", pairs_per_prompt=most)
         trainer = TDPOTrainer(make_model("llama"), args=args, train_dataset=rows, processing_class=make_tokenizer())
         numbers.append(len(trainer.train_dataset))
     assert numbers == [12, 8]

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from trl import DPOConfig
 
+from helpers.device import USE_CPU
 from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import SETTINGS, losses, make_preferences, make_trainer
 
@@ -237,7 +238,7 @@ def test_trls_trainer_tells_of_low_precision_and_probes_in_its_own(tmp_path, cap
     AttentionMaskInterface.register("half_precision", sdpa_mask)
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    settings = {"use_cpu": True, "report_to": "none", "max_steps": 1, "bf16": True, "save_strategy": "no"}
+    settings = {"use_cpu": USE_CPU, "report_to": "none", "max_steps": 1, "bf16": True, "save_strategy": "no"}
     for dtype, told in ((torch.float32, 0), (torch.bfloat16, 1)):
         models = [make_model("llama", seed).to(dtype) for seed in (0, 1)]
         for model in models:

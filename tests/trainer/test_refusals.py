@@ -1,10 +1,16 @@
 """Options of transformers that make no run, or would be wrong here."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
+import torch
 from tdpo import TDPOConfig
 from tdpo.cli.main import main
+from tdpo.refusals import use_one_gpu
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from helpers.device import USE_CPU
 from helpers.trainer_cases import make_trainer, write_home
 
 NO_RUN = {
@@ -39,13 +45,13 @@ NO_RUN = {
 def test_numbers_that_make_no_run_are_named(name, value, tmp_path):
     evaluates = {"eval_strategy": "steps"} if name == "eval_steps" else {}
     with pytest.raises(ValueError, match=rf"^{name} is {value}; it must "):
-        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value}, **evaluates)
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, **{name: value}, **evaluates)
 
 
 @pytest.mark.parametrize("what", ["logging", "eval", "save"])
 def test_steps_of_what_is_turned_off_are_not_read(what, tmp_path):
     off = {f"{what}_strategy": "no", f"{what}_steps": 0}
-    assert getattr(TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **off), f"{what}_steps") == 0
+    assert getattr(TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, **off), f"{what}_steps") == 0
 
 
 @pytest.mark.parametrize(
@@ -53,14 +59,14 @@ def test_steps_of_what_is_turned_off_are_not_read(what, tmp_path):
 )
 def test_what_is_no_number_is_named(name, value, tmp_path):
     with pytest.raises(TypeError, match=rf"^{name} is "):
-        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, **{name: value})
 
 
 def test_numbers_that_are_good(tmp_path):
     unused = {"num_train_epochs": 0, "max_steps": 3, "max_grad_norm": 0, "save_total_limit": None, "eval_delay": 0}
     shares = {"logging_steps": 0.1, "save_steps": 0.5, "eval_steps": 0.5, "warmup_steps": 0.1}
-    assert TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **unused, **shares).max_steps == 3
-    assert TDPOConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=-1, num_train_epochs=0.5).max_steps == -1
+    assert TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, **unused, **shares).max_steps == 3
+    assert TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, max_steps=-1, num_train_epochs=0.5).max_steps == -1
 
 
 @pytest.mark.parametrize(
@@ -100,3 +106,23 @@ def test_batches_that_are_split_are_another_run(tmp_path):
     plain.record.write(tmp_path)
     with pytest.raises(ValueError, match="split_batches was None and is True"):
         split.record.check(tmp_path, anyway=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "device_map", "left", "warned"),
+    [
+        ("cuda", 2, None, 1, True),
+        ("cuda", 2, {"": 0}, 1, True),
+        ("cuda", 2, {"model.layers.0": 0, "model.layers.1": 1}, 1, False),
+        ("cuda", 1, None, 1, False),
+        ("cpu", 0, None, 0, False),
+    ],
+)
+def test_one_process_uses_one_gpu(device, gpus, device_map, left, warned, caplog):
+    """On a virtual GPU, all of the trainer's tests see two."""
+    args = SimpleNamespace(device=torch.device(device), n_gpu=gpus, _n_gpu=gpus)
+    model = SimpleNamespace() if device_map is None else SimpleNamespace(hf_device_map=device_map)
+    with caplog.at_level(logging.WARNING, logger="tdpo"):
+        use_one_gpu(args, model)
+    assert args._n_gpu == left
+    assert ("accelerate launch" in caplog.text) == warned

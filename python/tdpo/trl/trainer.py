@@ -98,7 +98,7 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
                 raise TypeError(f"args is of {type(args).__name__}; TRL's DPOConfig is needed, or tdpo.TDPOTrainer")
             refuse(args, OF_TRL)
             refuse_for_device(args)
-            use_one_gpu(args)
+            use_one_gpu(args, model)
             trl_objective(args, alpha=alpha, variant=variant)  # bad options are refused before models are loaded
         check_needs_no_logits(others)
         if variant != "dpo" and (args is None or "sigmoid" in loss_types(args)):
@@ -121,7 +121,7 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
             )
         with _plainly_initialised(model):
             super().__init__(model, ref_model, args, *positional, **others)
-        use_one_gpu(self.args)  # of a configuration that TRL has made
+        use_one_gpu(self.args, self.model)  # of a configuration that TRL has made
         _check_lengths(self.args, self.train_dataset)
         if self._is_vlm:
             raise TypeError("model is a vision model; only text is supported: give processing_class=its tokenizer")

@@ -16,6 +16,7 @@ from tdpo.models.loading import load_policy, load_tokenizer
 from tdpo.options import ModelOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.device import USE_CPU
 from helpers.gguf_files import write_gguf
 from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import SETTINGS, make_preferences
@@ -46,7 +47,7 @@ def flags(home, out, **options):
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         **options,
     }
     return [f"--{name}={value}" for name, value in given.items() if value is not None]

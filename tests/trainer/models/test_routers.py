@@ -8,6 +8,7 @@ from tdpo.trl import TDPOTrainer as TRLTrainer
 
 import tdpo_ext
 from helpers import families
+from helpers.device import USE_CPU
 from helpers.families_tried import make_trainer as make_family_trainer
 from helpers.model_families import SMALL, make_model, make_tokenizer
 from helpers.trainer_cases import make_preferences, make_trainer
@@ -25,7 +26,7 @@ def trl_run(trainer_class, path, coefficient, **options):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     config = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 2, "logging_steps": 1, "beta": 0.2}
-    config |= {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    config |= {"use_cpu": USE_CPU, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     trainer = trainer_class(
         mixtral(0),
         mixtral(1),

@@ -10,6 +10,7 @@ from tdpo import TDPOConfig
 from tdpo.reference.reference import Reference
 from tdpo.runs.samples import show_samples
 
+from helpers.device import USE_CPU
 from helpers.model_families import make_model
 from helpers.trainer_cases import make_preferences, make_trainer
 
@@ -61,7 +62,7 @@ def test_models_are_sampled_in_evaluation_mode_and_left_in_their_own(training, t
 
     model.generate = generate
     rows = Dataset.from_list([{"prompt_ids": []}, {"prompt_ids": [7, 8]}])
-    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **SAMPLES)
+    args = TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, **SAMPLES)
     show_samples(model, Reference(make_model("gpt2"), None, 1.0, None), tokenizer, rows, args, "some")
     samples = [{"prompt": s["prompt"], "policy": s["policy"]} for s in samples_of(tmp_path)["some.json"]]
     # An empty prompt begins behind the end of another text.

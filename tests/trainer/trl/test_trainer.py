@@ -11,6 +11,7 @@ from tdpo import TDPOConfig
 from tdpo.loss.preference_loss import FusedLoss
 from transformers import ProcessorMixin
 
+from helpers.device import USE_CPU
 from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import make_preferences
 from tdpo_ext import eager, tdpo_loss
@@ -24,7 +25,7 @@ SETTINGS = {
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "report_to": "none",
-    "use_cpu": True,
+    "use_cpu": USE_CPU,
     "disable_tqdm": True,
     "save_strategy": "no",
     "bf16": False,
@@ -141,7 +142,7 @@ def test_what_would_have_no_effect_is_named(options, config, name, tmp_path):
 
 def test_options_of_the_other_trainer_are_named(tmp_path):
     with pytest.raises(TypeError, match=r"^args is of TDPOConfig; TRL's DPOConfig is needed, or tdpo\.TDPOTrainer$"):
-        TDPOTrainer(make_model("llama"), args=TDPOConfig(output_dir=str(tmp_path), use_cpu=True))
+        TDPOTrainer(make_model("llama"), args=TDPOConfig(output_dir=str(tmp_path), use_cpu=USE_CPU))
 
 
 def test_rows_are_grouped_by_their_lengths(tmp_path):

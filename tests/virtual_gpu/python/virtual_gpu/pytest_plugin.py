@@ -1,4 +1,4 @@
-"""A kernel's error ends with its test, as if each test had a process of its own."""
+"""A kernel's error fails its test, though nothing there waits for the kernel, and ends with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ def _own_errors() -> Iterator[None]:
     yield
     import torch
 
-    if torch.cuda.is_initialized():
-        from .queue import forget_errors
+    if not torch.cuda.is_initialized():
+        return
+    from .queue import forget_errors
 
-        gc.collect()
+    gc.collect()
+    try:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+    finally:
         forget_errors()
