@@ -6,7 +6,7 @@ from .fused.planning.choose import make_plan
 from .fused.planning.plan import ChunkedPlan, StreamingPlan
 from .fused.planning.sizes import Sizes
 from .info import build_info
-from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_divergence
+from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_divergence, linear_token_loss
 from .losses import MarginLoss, dpo_loss, per_token, rewards, tdpo_loss
 from .ops.memory import release_scratch
 from .vocab_parallel import VocabShard
@@ -25,6 +25,7 @@ __all__ = [
     "eager",
     "linear_preference_loss",
     "linear_token_divergence",
+    "linear_token_loss",
     "make_plan",
     "ops",
     "per_token",

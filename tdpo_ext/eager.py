@@ -75,3 +75,9 @@ def linear_preference_loss(objective, hidden, weight, ref_hidden, ref_weight, la
     divergence = linear_token_divergence(hidden, weight, ref_hidden, ref_weight, labels, **options)
     chosen, rejected = divergence.per_sequence().chunk(2)
     return objective(chosen, rejected).mean(), chosen.detach(), rejected.detach()
+
+
+def linear_token_loss(objective, hidden, weight, ref_hidden, ref_weight, labels, **options):
+    """Same contract as `tdpo_ext.linear_token_loss` for padded (B, T, D) input: (loss, values)."""
+    values = linear_token_divergence(hidden, weight, ref_hidden, ref_weight, labels, **options).per_sequence()
+    return objective(values).mean(), values.detach()

@@ -17,7 +17,7 @@ from .fused.options import FusedOptions
 from .fused.pair_loss import PairLoss
 from .fused.planning.choose import make_plan, streaming_plan
 from .fused.planning.plan import ChunkedPlan
-from .fused.rows import KnownPairs, OneSequence, PackedPairs, PaddedPairs, Sequences
+from .fused.rows import KnownLengths, OneSequence, Packed, Padded, Sequences
 from .fused.streaming import streamed_divergence, streamed_loss
 from .losses import Objective, dpo_margin_loss, margin_form, tdpo_margin_loss, weighted_tokens
 from .objective_checks import check_objective
@@ -141,10 +141,11 @@ def linear_preference_loss(
     Raises:
         ValueError, TypeError, IndexError: a bad argument, named in the message; an objective that couples pairs.
     """
-    return _preference_loss(
+    loss, (chosen, rejected) = _loss(
+        "linear_preference_loss",
         objective,
         CallTensors(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels),
-        sequences=_sequences(cu_seqlens, row_lengths),
+        sequences=_sequences(cu_seqlens, row_lengths, sides=2),
         token_columns=token_columns,
         options=FusedOptions(
             ignore_index=ignore_index,
@@ -157,30 +158,102 @@ def linear_preference_loss(
             shard=shard,
         ),
     )
+    return loss, chosen, rejected
 
 
-def _preference_loss(
+@_eagerly
+def linear_token_loss(
+    objective: Objective,
+    hidden: Tensor,  # (B, T, D), or packed (N, D)
+    weight: Tensor,  # (V, D)
+    ref_hidden: Tensor,  # (B, T, D_ref), or packed (N, D_ref)
+    ref_weight: Tensor,  # (V, D_ref)
+    labels: Tensor,  # (B, T), or packed (N,)
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    row_lengths: Sequence[int] | None = None,  # B
+    token_columns: Mapping[str, Tensor] | None = None,  # each of labels' shape
+    bias: Tensor | None = None,  # (V,)
+    ref_bias: Tensor | None = None,  # (V,)
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    kl_direction: str = "forward",
+    logits_budget: int | None = None,
+    shard: VocabShard | None = None,
+) -> tuple[Tensor, TokenDivergence]:
+    """Mean loss of B sequences alone from hidden states: unpaired losses, and distillation with the exact KL.
+
+    As `linear_preference_loss`, with gradients formed in the forward pass, for objectives that take one sequence at a
+    time instead of a pair. The reference is whatever the KL is taken to: a frozen start, or a teacher, whose rows may
+    come from another prompt, as long as row i of both predicts labels[i].
+
+        kl = tdpo_ext.MarginLoss(tdpo_ext.per_token(lambda rows: rows.mean(rows.kl)), lambda mean: mean)
+        loss, sums = tdpo_ext.linear_token_loss(kl, hidden, head, teacher_hidden, teacher_head, labels,
+                                                kl_direction="reverse")
+
+    Args:
+        objective: `objective(values) -> (sequences,)` of per-sequence sums (TokenDivergence) or, decorated with
+            `per_token`, of tokens (TokenRows); each sequence must be treated alone. As a `MarginLoss`, which is
+            link(margin(values)), it needs no recompute for sequences of any length.
+        cu_seqlens, row_lengths: of packed rows, as in `linear_preference_loss`, for B sequences.
+        others: as in `linear_preference_loss`.
+
+    Returns:
+        (loss, values): the scalar mean over sequences, and detached per-sequence sums (B,) for metrics. The loss can be
+        differentiated once. The mean over all tokens of a batch is the mean over sequences of each sum times
+        B / (tokens of the batch), a constant that the objective may hold.
+
+    Raises:
+        ValueError, TypeError, IndexError: a bad argument, named in the message; an objective that couples sequences.
+    """
+    loss, (values,) = _loss(
+        "linear_token_loss",
+        objective,
+        CallTensors(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels),
+        sequences=_sequences(cu_seqlens, row_lengths, sides=1),
+        token_columns=token_columns,
+        options=FusedOptions(
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ref_logit_scale=ref_logit_scale,
+            kl_direction=kl_direction,
+            logits_budget=logits_budget,
+            shard=shard,
+        ),
+    )
+    return loss, values
+
+
+def _loss(
+    function: str,
     objective: Objective,
     tensors: CallTensors,
     *,
     sequences: Sequences,
     token_columns: Mapping[str, Tensor] | None,
     options: FusedOptions,
-) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
+) -> tuple[Tensor, list[TokenDivergence]]:
+    """The mean loss, and sums of each side's sequences, of the public `function`."""
     if token_columns is not None and not isinstance(token_columns, Mapping):
         raise TypeError(f"token_columns is {checks.describe(token_columns)}; tensors by name are needed")
     columns = dict(token_columns or {})
 
-    def check_pairwise() -> list[Fact]:
+    def check_alone() -> list[Fact]:
         checks.function("objective", objective)
         check_columns(columns, tensors.labels)
         of_columns = 0 if options.shard is None else sum(digest(column) for column in columns.values()) >> 8
+        losses = check_objective(objective, tensors.labels.device, list(columns), sides=sequences.sides)
         return [
-            Fact("objective", check_objective(objective, tensors.labels.device, list(columns)), "objective"),
+            Fact("objective", losses, "objective"),
             Fact("columns", of_columns, "token_columns"),
         ]
 
-    inputs, rows, plan_inputs = prepare(tensors, sequences, options, check_pairwise)
+    inputs, rows, plan_inputs = prepare(tensors, sequences, options, check_alone)
     margin_loss = margin_form(objective)
     plan = make_plan(
         rows.pair_lengths,
@@ -190,16 +263,16 @@ def _preference_loss(
         device_type=inputs.device.type,
     )
     flat_columns = {name: column.reshape(-1) for name, column in columns.items()}
-    loss = PairLoss(margin_loss or objective, inputs, rows, flat_columns)
+    loss = PairLoss(function, margin_loss or objective, inputs, rows, flat_columns)
     if isinstance(plan, ChunkedPlan):
         return loss.apply(functools.partial(chunked_loss, loss, plan))
     return loss.apply(functools.partial(streamed_loss, loss, plan))
 
 
-def _sequences(cu_seqlens: Tensor | None, row_lengths: Sequence[int] | None) -> Sequences:
+def _sequences(cu_seqlens: Tensor | None, row_lengths: Sequence[int] | None, *, sides: int) -> Sequences:
     if row_lengths is not None:
-        return KnownPairs(row_lengths, cu_seqlens)
-    return PaddedPairs() if cu_seqlens is None else PackedPairs(cu_seqlens)
+        return KnownLengths(row_lengths, cu_seqlens, sides)
+    return Padded(sides) if cu_seqlens is None else Packed(cu_seqlens, sides)
 
 
 class LinearTDPOLoss(nn.Module):
@@ -300,10 +373,12 @@ class LinearTDPOLoss(nn.Module):
         """
         if isinstance(token_columns, Mapping) and token_columns and set(token_columns) != {"weight"}:
             raise ValueError(f"token_columns has {', '.join(map(repr, token_columns))}; this loss reads 'weight' alone")
-        return _preference_loss(
+        loss, (chosen, rejected) = _loss(
+            "LinearTDPOLoss",
             self.weighted_objective if token_columns else self.objective,
             CallTensors(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels),
-            sequences=_sequences(cu_seqlens, row_lengths),
+            sequences=_sequences(cu_seqlens, row_lengths, sides=2),
             token_columns=token_columns,
             options=self.options,
         )
+        return loss, chosen, rejected

@@ -56,8 +56,8 @@ class MarginLoss:
         checks.function("margin", self.margin)
         checks.function("link", self.link)
 
-    def __call__(self, chosen, rejected) -> Tensor:
-        return self.link(self.margin(chosen, rejected))
+    def __call__(self, *sides: TokenDivergence | TokenRows) -> Tensor:
+        return self.link(self.margin(*sides))
 
 
 def per_token(objective: Objective) -> Objective:

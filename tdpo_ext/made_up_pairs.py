@@ -1,4 +1,4 @@
-"""Pairs of plausible values, on which an objective is tried before the real ones."""
+"""Pairs, or sequences alone, of plausible values, on which an objective is tried before the real ones."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ class MadeUpPairs:
     """Some pairs; their values depend on nothing else in the call, and are new tensors at every call.
 
     Attributes:
+        count: sides of a pair: 2, or 1 for sequences alone.
         tokens: whether as TokenRows, instead of TokenDivergence of sums.
         columns: names of token columns.
     """
 
+    count: int
     tokens: bool
     device: torch.device
     columns: Sequence[str]
 
-    def sides(self, pairs: Sequence[int], shift: float = 0.0) -> tuple[Side, Side]:
+    def sides(self, pairs: Sequence[int], shift: float = 0.0) -> list[Side]:
         """Chosen and rejected of these pairs; `shift` changes everything but `tokens` and columns."""
-        return self._side(pairs, 0, shift), self._side(pairs, 1, shift)
+        return [self._side(pairs, side, shift) for side in range(self.count)]
 
     def _side(self, pairs: Sequence[int], side: int, shift: float) -> Side:
         lengths = torch.tensor([_CHOSEN_TOKENS[pair] + side for pair in pairs], device="cpu")
@@ -55,8 +57,13 @@ class MadeUpPairs:
 
     def describe(self, pairs: Sequence[int]) -> str:
         """As words, for an error message."""
-        lengths = ", ".join(f"{_CHOSEN_TOKENS[pair]} and {_CHOSEN_TOKENS[pair] + 1}" for pair in pairs)
-        return f"{len(pairs)} made-up pair{'s' * (len(pairs) > 1)} of {lengths} tokens"
+        lengths = (" and ".join(str(_CHOSEN_TOKENS[pair] + side) for side in range(self.count)) for pair in pairs)
+        return f"{len(pairs)} made-up {self.what}{'s' * (len(pairs) > 1)} of {', '.join(lengths)} tokens"
+
+    @property
+    def what(self) -> str:
+        """What an objective takes together."""
+        return "pair" if self.count == 2 else "sequence"
 
 
 def entries(side: Side, pair: int) -> slice:

@@ -1,5 +1,6 @@
 """Tries an objective on made-up pairs: a loss each, every pair treated alone, and margins that are linear.
 
+An objective of sequences alone (`linear_token_loss`) is tried on such "pairs" of one side.
 Objectives see one of two things for each side of some pairs: per-sequence sums (TokenDivergence), or, decorated with
 `per_token`, all tokens (TokenRows). They are tried on a few pairs, on each of those alone, and on those among more and
 longer ones: a coupling that begins beyond that is not noticed.
@@ -39,22 +40,26 @@ class _Accepted:
 _accepted: dict[object, _Accepted] = {}
 
 
-def check_objective(objective: Objective, device: torch.device, columns: Sequence[str]) -> int:
+def check_objective(objective: Objective, device: torch.device, columns: Sequence[str], *, sides: int = 2) -> int:
     """Tries an objective, once, on made-up pairs: a loss each, the same whether it sees a pair alone or among others.
 
-    `columns` are the names of the call's token columns. On the CPU, so that nothing waits for a GPU; where an objective
-    holds tensors of its own on a GPU, there. Returns a digest of the losses, which tells objectives apart.
+    On the CPU, so that nothing waits for a GPU; where an objective holds tensors of its own on a GPU, there. Returns a
+    digest of the losses, which tells objectives apart.
+
+    Args:
+        columns: names of the call's token columns.
+        sides: 2 for pairs, 1 for sequences alone.
 
     Raises:
         ValueError: it returns something else, couples pairs, or has parameters that want a gradient; or a MarginLoss
             has a margin that is not linear.
     """
-    key = _identity(objective)
+    key = _identity(objective, sides)
     if key is not None and key in _accepted and _accepted[key].reference() is not None:
         return _accepted[key].digest
 
     def losses_on(device: torch.device) -> Tensor:
-        made_up = MadeUpPairs(sees_tokens(objective), device, columns)
+        made_up = MadeUpPairs(sides, sees_tokens(objective), device, columns)
         return _Trial(objective, made_up, torch.is_grad_enabled()).losses()
 
     try:
@@ -69,15 +74,15 @@ def check_objective(objective: Objective, device: torch.device, columns: Sequenc
     return found
 
 
-def _identity(objective: Objective) -> object | None:
+def _identity(objective: Objective, sides: int) -> object | None:
     """What tells an objective from others for as long as it lives; None where it can't be told."""
     if isinstance(objective, MethodType):  # a bound method is a new object at every access
-        return (id(objective.__self__), objective.__func__)
+        return (id(objective.__self__), objective.__func__, sides)
     try:
         weakref.ref(objective)
     except TypeError:
         return None
-    return id(objective)
+    return (id(objective), sides)
 
 
 def _reference(objective: Objective) -> weakref.ref:
@@ -117,8 +122,8 @@ class _Trial:
         if not isinstance(losses, Tensor) or losses.shape != (len(pairs),):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"objective returned {got} for {self.made_up.describe(pairs)}; a loss per pair is needed, "
-                f"({len(pairs)},)"
+                f"objective returned {got} for {self.made_up.describe(pairs)}; a loss per {self.made_up.what} is "
+                f"needed, ({len(pairs)},)"
             )
         leaves = [leaf for side in sides for leaf in (side.logps, side.kl)]
         if self.grad_enabled:
@@ -141,9 +146,10 @@ class _Trial:
             self._refuse_coupling()
 
     def _refuse_coupling(self) -> NoReturn:
+        what = self.made_up.what
         raise ValueError(
-            "objective couples pairs: the loss of one pair depends on which pairs are beside it, but a batch is "
-            f"computed some pairs at a time (tried on {self.made_up.describe(FEW)}, on each of them alone, and on "
+            f"objective couples {what}s: the loss of one {what} depends on which {what}s are beside it, but a batch is "
+            f"computed some {what}s at a time (tried on {self.made_up.describe(FEW)}, on each of them alone, and on "
             f"{self.made_up.describe(MANY)})"
         )
 
@@ -171,8 +177,8 @@ class _Trial:
                 raise
             message = error.args[0] if error.args else ""
             raise type(error)(
-                f"{message} (objective was tried on {self.made_up.describe(pairs)}: it must take any number of pairs, "
-                "of any lengths)"
+                f"{message} (objective was tried on {self.made_up.describe(pairs)}: it must take any number of "
+                f"{self.made_up.what}s, of any lengths)"
             ) from error
 
 

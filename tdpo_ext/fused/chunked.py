@@ -244,21 +244,18 @@ def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_colum
         ),
     )
     losses: list[Tensor] = []
-    chosen: list[Tensor] = []
-    rejected: list[Tensor] = []
+    sums: list[tuple[Tensor, ...]] = []  # of each chunk's sides
     for planned, chunk in zip(plan.chunks, rows.chunks):
         upstream = _long_pair(run, chunk) if isinstance(planned, LongPair) else _whole_pairs(run, chunk)
         inputs.compare_over_ranks(upstream.loss, upstream.logps_grad, upstream.kl_grad)
         losses.append(upstream.loss)
-        for side, sums in zip((chosen, rejected), upstream.sums.chunk(2, dim=1)):
-            side.append(sums)
+        sums.append(upstream.sums.chunk(chunk.sides, dim=1))
         for name, grad in upstream.columns_grad.items():
             run.column_grads.setdefault(name, []).append(grad)
     run.flush()
     return Outcome(
         loss=losses[0] if len(losses) == 1 else torch.stack(losses).sum(),
-        chosen=chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1),
-        rejected=rejected[0] if len(rejected) == 1 else torch.cat(rejected, dim=1),
+        sides=sums[0] if len(sums) == 1 else tuple(torch.cat(of_side, dim=1) for of_side in zip(*sums)),
         gradients=run.gradients.finish(),
         column_gradients={
             name: column_gradient(loss.columns[name], rows.index, torch.cat(grads))

@@ -23,10 +23,10 @@ class Upstream:
 
     Attributes:
         loss: their share of the mean loss over all pairs.
-        sums: of each sequence, (fields, 2 pairs), chosen before rejected.
+        sums: of each sequence, (fields, sides * pairs), one side after the other.
         logps_grad, kl_grad: dL/dlogps and dL/dkl of each row, (rows,); 0 where nothing is differentiated.
         columns_grad: dL/dcolumn of each row, of the columns that require it.
-        chosen_kl, rejected_kl: whether that side's KL has a gradient at all (TDPO2's chosen side has none).
+        kl_of_sides: of each side, whether its KL has a gradient at all (that of TDPO2's chosen side has none).
     """
 
     loss: Tensor
@@ -34,8 +34,7 @@ class Upstream:
     logps_grad: Tensor
     kl_grad: Tensor
     columns_grad: dict[str, Tensor]
-    chosen_kl: bool
-    rejected_kl: bool
+    kl_of_sides: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,13 @@ class PairObjective:
     grad_enabled: bool
 
     def upstream(self, values: Tensor, chunk: Chunk, columns: Mapping[str, Tensor]) -> Upstream:
-        """Loss and gradients of a chunk from its rows' values, (fields, rows), chosen before rejected."""
+        """Loss and gradients of a chunk from its rows' values, (fields, rows), one side after the other."""
         with torch.set_grad_enabled(self.grad_enabled):
             sides = _sides(self.function, values, chunk, self._column_leaves(columns), self.differentiable)
-            loss = self._mean_share(self.function(sides.chosen, sides.rejected), chunk)
+            loss = self._mean_share(self.function(*sides.values), chunk)
         refuse_parameters(self.function, loss, sides.leaves)
         if not (self.differentiable and loss.requires_grad):
-            return _without_gradients(loss.detach(), sides.sums, values)
+            return _without_gradients(loss.detach(), sides.sums, values, chunk)
         return sides.upstream(loss)
 
     def coefficients(self, values: Tensor, chunk: Chunk, columns: Mapping[str, Tensor]) -> Coefficients:
@@ -85,7 +84,7 @@ class PairObjective:
         assert isinstance(self.function, MarginLoss)
         with torch.enable_grad():
             sides = _sides(self.function, values, chunk, columns, True)
-            return sides.coefficients(self.function.margin(sides.chosen, sides.rejected))
+            return sides.coefficients(self.function.margin(*sides.values))
 
     def link_upstream(
         self, values: Tensor, pair: Chunk, columns: Mapping[str, Tensor], used: Coefficients
@@ -98,10 +97,10 @@ class PairObjective:
         assert isinstance(self.function, MarginLoss)
         with torch.set_grad_enabled(self.grad_enabled):
             sides = _sides(self.function, values, pair, self._column_leaves(columns), self.differentiable)
-            margin = self.function.margin(sides.chosen, sides.rejected)
+            margin = self.function.margin(*sides.values)
             loss = self._mean_share(self.function.link(margin), pair)
         refuse_parameters(self.function, loss, sides.leaves)
-        upstream = _without_gradients(loss.detach(), sides.sums, values)
+        upstream = _without_gradients(loss.detach(), sides.sums, values, pair)
         if not (self.differentiable and loss.requires_grad):
             return upstream, loss.new_zeros(())
         check_linear(self.function, used.stacked(), sides.coefficients(margin).stacked())
@@ -113,7 +112,8 @@ class PairObjective:
 
     def nothing(self, values: Tensor, chunk: Chunk) -> Upstream:
         """What stands for a chunk's loss where it could not be computed."""
-        return _without_gradients(values.new_zeros((), dtype=torch.float64), chunk.segments.sum(values), values)
+        loss = values.new_zeros((), dtype=torch.float64)
+        return _without_gradients(loss, chunk.segments.sum(values), values, chunk)
 
     def _column_leaves(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -127,21 +127,21 @@ class PairObjective:
         return losses.sum() / self.total_pairs
 
 
-def _without_gradients(loss: Tensor, sums: Tensor, values: Tensor) -> Upstream:
+def _without_gradients(loss: Tensor, sums: Tensor, values: Tensor, chunk: Chunk) -> Upstream:
     zeros = values.new_zeros(values.shape[1])
-    return Upstream(loss, sums, logps_grad=zeros, kl_grad=zeros, columns_grad={}, chosen_kl=False, rejected_kl=False)
+    without_kl = (False,) * chunk.sides
+    return Upstream(loss, sums, logps_grad=zeros, kl_grad=zeros, columns_grad={}, kl_of_sides=without_kl)
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """Both sides as the objective sees them, with the leaves that gradients are taken of.
+    """The sides of some pairs as the objective sees them, with the leaves that gradients are taken of.
 
     The objective gets copies: what it writes in place changes no metric and no other chunk.
     """
 
     chunk: Chunk
-    chosen: TokenDivergence | TokenRows
-    rejected: TokenDivergence | TokenRows
+    values: tuple[TokenDivergence | TokenRows, ...]
     column_leaves: dict[str, Tensor]
     row_dtype: torch.dtype
     sums: Tensor
@@ -156,8 +156,7 @@ class _Sides:
             logps_grad=of_rows.logps_grad,
             kl_grad=of_rows.kl_grad,
             columns_grad={name: _or_zeros(grads[name], leaf) for name, leaf in self.column_leaves.items()},
-            chosen_kl=grads["chosen.kl"] is not None,
-            rejected_kl=grads["rejected.kl"] is not None,
+            kl_of_sides=tuple(grads[name] is not None for name in self._kl_leaves()),
         )
 
     def coefficients(self, margin: Tensor) -> Coefficients:
@@ -170,18 +169,17 @@ class _Sides:
         return [*self._value_leaves().values(), *self.column_leaves.values()]
 
     def _value_leaves(self) -> dict[str, Tensor]:
-        """In the order of `_of_rows`: chosen before rejected, logps before kl."""
-        return {
-            "chosen.logps": self.chosen.logps,
-            "rejected.logps": self.rejected.logps,
-            "chosen.kl": self.chosen.kl,
-            "rejected.kl": self.rejected.kl,
-        }
+        """In the order of `_of_rows`: logps before kl, of each one side after the other."""
+        logps = {f"side {number}: logps": side.logps for number, side in enumerate(self.values)}
+        return logps | self._kl_leaves()
+
+    def _kl_leaves(self) -> dict[str, Tensor]:
+        return {f"side {number}: kl": side.kl for number, side in enumerate(self.values)}
 
     def _of_rows(self, grads: Mapping[str, Tensor | None]) -> Coefficients:
-        """The gradients of both sides' values, for every row."""
+        """The gradients of all sides' values, for every row."""
         both = torch.cat([_or_zeros(grads[name], leaf) for name, leaf in self._value_leaves().items()]).view(2, -1)
-        if isinstance(self.chosen, TokenDivergence):
+        if isinstance(self.values[0], TokenDivergence):
             both = self.chunk.segments.spread(both)
         logps_grad, kl_grad = both.to(self.row_dtype).unbind(0)
         return Coefficients(logps_grad, kl_grad)
@@ -207,14 +205,14 @@ def _sides(
     leaves = {name: column for name, column in columns.items() if column.requires_grad}
     if not sees_tokens(objective):
         sums = chunk.segments.sum(values)
-        chosen, rejected = (
+        of_sums = tuple(
             side._replace(
                 logps=side.logps.detach().requires_grad_(differentiable),
                 kl=side.kl.detach().requires_grad_(differentiable),
             )
-            for side in TokenDivergence.unstack(sums.clone()).chunk(2)
+            for side in TokenDivergence.unstack(sums.clone()).chunk(chunk.sides)
         )
-        return _Sides(chunk, chosen, rejected, leaves, values.dtype, sums)
+        return _Sides(chunk, of_sums, leaves, values.dtype, sums)
 
     def side_rows(rows: slice, rows_of_pair: Tensor) -> TokenRows:
         logps, ref_logps, kl, entropy, correct, tokens = values.detach()[:, rows].clone().unbind(0)
@@ -229,11 +227,10 @@ def _sides(
             rows_of_pair=rows_of_pair.clone(),
         )
 
-    middle, lengths = chunk.chosen_rows, chunk.segments.lengths_on_device
+    lengths = chunk.segments.lengths_on_device
     return _Sides(
         chunk,
-        chosen=side_rows(slice(0, middle), lengths[: chunk.pairs]),
-        rejected=side_rows(slice(middle, None), lengths[chunk.pairs :]),
+        values=tuple(side_rows(rows, lengths[some]) for rows, some in zip(chunk.side_rows, chunk.side_sequences)),
         column_leaves=leaves,
         row_dtype=values.dtype,
         sums=chunk.segments.sum(values),

@@ -1,4 +1,4 @@
-"""A preference loss whose gradients are formed in the forward pass, by whatever plan; backward hands them over."""
+"""A loss of pairs, or of sequences alone, whose gradients are formed in the forward pass; backward hands them over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .rows import Rows
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a plan computes: the mean loss, sums of each side (fields, B), and the gradients that were wanted.
+    """What a plan computes: the mean loss, sums of each side (fields, pairs), and the gradients that were wanted.
 
     Attributes:
         gradients: dhidden, dW and dbias.
@@ -28,21 +28,22 @@ class Outcome:
     """
 
     loss: Tensor
-    chosen: Tensor
-    rejected: Tensor
+    sides: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...]
     column_gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PairLoss:
-    """A preference loss over the rows of a batch.
+    """A loss over the rows of a batch, of pairs or of sequences alone.
 
     Attributes:
+        function: the public function that was called.
         columns: the call's token columns, flat, each (N,).
         grad_enabled: the caller's grad mode.
     """
 
+    function: str
     objective: Objective
     inputs: FusedInputs
     rows: Rows
@@ -59,10 +60,8 @@ class PairLoss:
             grad_enabled=self.grad_enabled,
         )
 
-    def apply(
-        self, run: Callable[[Wanted, frozenset[str]], Outcome]
-    ) -> tuple[Tensor, TokenDivergence, TokenDivergence]:
-        """(mean loss over pairs, and sums of the chosen and the rejected sequences, each (B,), without a graph)."""
+    def apply(self, run: Callable[[Wanted, frozenset[str]], Outcome]) -> tuple[Tensor, list[TokenDivergence]]:
+        """(mean loss over pairs, and sums of the sequences of each side, each (pairs,), without a graph)."""
         inputs = self.inputs
         leaves = (inputs.hidden, inputs.head.weight, inputs.head.bias, *self.columns.values())
         differentiable = self.grad_enabled and any(leaf is not None and leaf.requires_grad for leaf in leaves)
@@ -75,8 +74,9 @@ class PairLoss:
             return result
 
         origin = _Origin(anchor(leaves)) if differentiable else None
-        loss, chosen, rejected = _HandedOver.apply(tuple(self.columns), outcome, origin, *leaves)
-        return loss, TokenDivergence.unstack(chosen), TokenDivergence.unstack(rejected)
+        call = _Call(self.function, tuple(self.columns), outcome, origin)
+        loss, *sides = _HandedOver.apply(call, *leaves)
+        return loss, [TokenDivergence.unstack(side) for side in sides]
 
 
 @dataclass(frozen=True)
@@ -86,35 +86,48 @@ class _Origin:
     leaves: Tensor
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What `_HandedOver` takes beside the leaves.
+
+    Attributes:
+        function: the public function.
+        columns: names of the token columns, the last of the leaves.
+        run: gets for each leaf whether its gradient is needed.
+    """
+
+    function: str
+    columns: tuple[str, ...]
+    run: Callable[[tuple[bool, ...]], Outcome]
+    origin: _Origin | None
+
+
 class _HandedOver(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, column_names: tuple[str, ...], run, origin: _Origin | None, hidden: Tensor, *others: Tensor | None
-    ):
+    def forward(ctx, call: _Call, hidden: Tensor, *others: Tensor | None):
         with torch.autocast(hidden.device.type, enabled=False):
-            outcome: Outcome = run(ctx.needs_input_grad[3:])
-        ctx.origin = origin
-        ctx.gradients = (*outcome.gradients, *(outcome.column_gradients.get(name) for name in column_names))
+            outcome = call.run(ctx.needs_input_grad[1:])
+        ctx.function, ctx.origin = call.function, call.origin
+        ctx.gradients = (*outcome.gradients, *(outcome.column_gradients.get(name) for name in call.columns))
         # Sums are taken in float64; users get them in the precision of the values.
-        dtype = operators.state_dtype(hidden.dtype)
-        loss, chosen, rejected = (value.to(dtype) for value in (outcome.loss, outcome.chosen, outcome.rejected))
-        ctx.mark_non_differentiable(chosen, rejected)
+        loss, *sides = (value.to(operators.state_dtype(hidden.dtype)) for value in (outcome.loss, *outcome.sides))
+        ctx.mark_non_differentiable(*sides)
         ctx.set_materialize_grads(False)  # of the sums
-        return loss, chosen, rejected
+        return loss, *sides
 
     @staticmethod
     def backward(ctx, loss_grad: Tensor, *_):
         if ctx.gradients is None:
             raise RuntimeError(
-                "tdpo_ext: the gradients of this linear_preference_loss were handed over by an earlier backward; "
-                "compute the loss again (retain_graph can't keep them)"
+                f"tdpo_ext: the gradients of this {ctx.function} were handed over by an earlier backward; compute "
+                "the loss again (retain_graph can't keep them)"
             )
         gradients, ctx.gradients = ctx.gradients, None
         factor = loss_grad.detach()
         for gradient in gradients:
             if gradient is not None:
                 operators.scale_unless_one(gradient, factor.to(operators.state_dtype(gradient.dtype)))
-        return (None, None, None, *once("linear_preference_loss", gradients, (ctx.origin.leaves, loss_grad)))
+        return (None, *once(ctx.function, gradients, (ctx.origin.leaves, loss_grad)))
 
 
 def column_gradient(column: Tensor, index: Tensor, grad: Tensor) -> Tensor:

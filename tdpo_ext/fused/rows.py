@@ -1,5 +1,8 @@
 """Which rows reach the heads, and which sequence each belongs to.
 
+What an objective takes together is a pair: a chosen and a rejected response, its sides. For the losses of sequences
+alone (`linear_token_loss`), each sequence is a pair with one side.
+
 On a GPU the host must not wait: it reads a batch's lengths at most once, before the first product, and not at all where
 the caller gives them. Everything else about rows is computed where the labels are.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -43,14 +46,15 @@ class Segments:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive pairs: their rows, as a slice of `ChunkedRows.index`, and segments, chosen before rejected."""
+    """Consecutive pairs: their rows, as a slice of `ChunkedRows.index`, and segments, one side after the other."""
 
     rows: slice
     segments: Segments
+    sides: int
 
     @property
     def pairs(self) -> int:
-        return len(self.segments.lengths) // 2
+        return len(self.segments.lengths) // self.sides
 
     @property
     def count(self) -> int:
@@ -58,9 +62,15 @@ class Chunk:
         return self.rows.stop - self.rows.start
 
     @property
-    def chosen_rows(self) -> int:
-        """Rows of the chosen sequences, which come first."""
-        return sum(self.segments.lengths[: self.pairs])
+    def side_rows(self) -> list[slice]:
+        """Of each side, its rows among the chunk's."""
+        lengths = [sum(self.segments.lengths[some]) for some in self.side_sequences]
+        return [slice(stop - length, stop) for length, stop in zip(lengths, accumulate(lengths))]
+
+    @property
+    def side_sequences(self) -> list[slice]:
+        """Of each side, its sequences among the chunk's."""
+        return [slice(side * self.pairs, (side + 1) * self.pairs) for side in range(self.sides)]
 
 
 @dataclass(frozen=True)
@@ -99,12 +109,14 @@ class Rows:
 
     Attributes:
         index: positions of the rows among all (flattened) rows, (rows,).
-        segments: of 2B sequences, the first B are chosen, the last B rejected.
+        segments: one side of all pairs after the other: of 2B sequences, the first B are chosen, the last B rejected.
+        sides: of a pair.
         every: all rows count: `index` is 0, 1, ...
     """
 
     index: Tensor
     segments: Segments
+    sides: int
     every: bool = False
 
     @property
@@ -117,20 +129,23 @@ class Rows:
 
     @property
     def pairs(self) -> int:
-        return len(self.lengths) // 2
+        return len(self.lengths) // self.sides
 
     @property
     def pair_lengths(self) -> list[int]:
-        """Rows of each pair, both responses together."""
-        return [chosen + rejected for chosen, rejected in zip(self.lengths[: self.pairs], self.lengths[self.pairs :])]
+        """Rows of each pair, all sides together."""
+        return [sum(self.lengths[pair :: self.pairs]) for pair in range(self.pairs)]
 
     def in_chunks(self, chunks_of_pairs: Sequence[range]) -> ChunkedRows:
-        """The rows reordered for chunks of consecutive pairs: in each, those of its chosen, then of its rejected."""
+        """The rows reordered for chunks of consecutive pairs: in each, those of one side after the other."""
         if len(chunks_of_pairs) == 1:
-            return ChunkedRows(self.index, self.every, [Chunk(slice(0, len(self.index)), self.segments)])
+            return ChunkedRows(self.index, self.every, [Chunk(slice(0, len(self.index)), self.segments, self.sides)])
         sequences = torch.arange(len(self.lengths), device=self.index.device)
-        spans = [(pairs.start + side, pairs.stop + side) for pairs in chunks_of_pairs for side in (0, self.pairs)]
-        order = torch.cat([sequences[begin:end] for begin, end in spans])
+        first_of_side = range(0, len(self.lengths), self.pairs)
+        spans = [
+            [slice(first + pairs.start, first + pairs.stop) for first in first_of_side] for pairs in chunks_of_pairs
+        ]
+        order = torch.cat([sequences[span] for of_chunk in spans for span in of_chunk])
         lengths = self.lengths_on_device[order]
         offsets = _offsets(lengths)
         # From a row's new place to its old one, sequence by sequence.
@@ -139,13 +154,13 @@ class Rows:
         index = self.index[torch.arange(len(self.index), device=self.index.device) + moved]
 
         chunks, first_row, first_sequence = [], 0, 0
-        for chosen, rejected in zip(spans[::2], spans[1::2]):
-            on_host = self.lengths[slice(*chosen)] + self.lengths[slice(*rejected)]
+        for of_chunk in spans:
+            on_host = tuple(chain.from_iterable(self.lengths[span] for span in of_chunk))
             rows = slice(first_row, first_row + sum(on_host))
             last_sequence = first_sequence + len(on_host)
             on_device = lengths[first_sequence:last_sequence]
-            of_chunk = offsets[first_sequence : last_sequence + 1] - first_row
-            chunks.append(Chunk(rows, Segments(on_host, on_device, of_chunk)))
+            segments = Segments(on_host, on_device, offsets[first_sequence : last_sequence + 1] - first_row)
+            chunks.append(Chunk(rows, segments, self.sides))
             first_row, first_sequence = rows.stop, last_sequence
         return ChunkedRows(index, False, chunks)
 
@@ -166,7 +181,13 @@ def counted_rows(counts: Tensor, total: int) -> Tensor:
 
 
 class Sequences:
-    """How the labels of a call are laid out in sequences: `rows(labels, ignore_index)` finds the rows that count."""
+    """How the labels of a call are laid out in sequences: `rows(labels, ignore_index)` finds the rows that count.
+
+    Attributes:
+        sides: of a pair.
+    """
+
+    sides: int
 
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
         raise NotImplementedError
@@ -178,6 +199,8 @@ class OneSequence(Sequences):
     Where the host would have to wait to know which rows are ignored, none is dropped: they contribute 0 all the same.
     """
 
+    sides = 1
+
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
         flat = labels.reshape(-1)
         if reading_is_free(labels.device):
@@ -185,28 +208,33 @@ class OneSequence(Sequences):
         else:
             index = torch.arange(len(flat), device=labels.device)
         offsets = torch.arange(2, device=labels.device) * len(index)
-        return Rows(index, Segments((len(index),), offsets[1:], offsets))
+        return Rows(index, Segments((len(index),), offsets[1:], offsets), sides=1)
 
 
-class PaddedPairs(Sequences):
-    """Labels (2B, T): chosen, then rejected."""
+@dataclass(frozen=True)
+class Padded(Sequences):
+    """Labels (sequences, T), one side of all pairs after the other."""
+
+    sides: int
 
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
         if labels.dim() != 2:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; (2B, T) is needed, or cu_seqlens with (N,)")
-        _check_pairs(len(labels))
+            needed = "(2B, T)" if self.sides == 2 else "(B, T)"
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; {needed} is needed, or cu_seqlens with (N,)")
+        _check_pairs(len(labels), self.sides)
         counts = labels != ignore_index
         lengths = counts.sum(-1)
         on_host = tuple(lengths.tolist())
         index = counted_rows(counts.reshape(-1), sum(on_host))
-        return Rows(index, Segments(on_host, lengths, _offsets(lengths)))
+        return Rows(index, Segments(on_host, lengths, _offsets(lengths)), self.sides)
 
 
 @dataclass(frozen=True)
-class PackedPairs(Sequences):
-    """Labels (N,), sequence s of 2B being cu_seqlens[s] to cu_seqlens[s + 1]."""
+class Packed(Sequences):
+    """Labels (N,), sequence s being cu_seqlens[s] to cu_seqlens[s + 1]."""
 
     cu_seqlens: Tensor
+    sides: int
 
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
         cu_seqlens, total = _checked_offsets(self.cu_seqlens, labels), len(labels)
@@ -217,17 +245,18 @@ class PackedPairs(Sequences):
         given, counted_offsets = torch.stack([offsets, counted]).tolist()  # the one wait
         if not given or given[0] != 0 or given[-1] != total or any(b < a for a, b in pairwise(given)):
             raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {total}; got {given}")
-        _check_pairs(len(given) - 1)
+        _check_pairs(len(given) - 1, self.sides)
         lengths = tuple(b - a for a, b in pairwise(counted_offsets))
-        return Rows(counted_rows(counts, sum(lengths)), Segments(lengths, counted.diff(), counted))
+        return Rows(counted_rows(counts, sum(lengths)), Segments(lengths, counted.diff(), counted), self.sides)
 
 
 @dataclass(frozen=True)
-class KnownPairs(Sequences):
+class KnownLengths(Sequences):
     """Labels (N,) of packed sequences whose lengths the host knows; every row counts, and nothing is read back."""
 
     lengths: Sequence[int]
     cu_seqlens: Tensor | None
+    sides: int
 
     def rows(self, labels: Tensor, ignore_index: int) -> Rows:
         if isinstance(self.lengths, (str, Tensor)) or not isinstance(self.lengths, Sequence):
@@ -238,7 +267,7 @@ class KnownPairs(Sequences):
                 f"row_lengths has the sum {sum(lengths)} but labels has shape {tuple(labels.shape)}; packed rows, "
                 "labels (N,), are needed, as many as the lengths together"
             )
-        _check_pairs(len(lengths))
+        _check_pairs(len(lengths), self.sides)
         if self.cu_seqlens is None:
             offsets = torch.tensor([0, *accumulate(lengths)], device="cpu")
         else:
@@ -254,7 +283,7 @@ class KnownPairs(Sequences):
             offsets = offsets.pin_memory().to(labels.device, non_blocking=True)
         index = torch.arange(len(labels), device=labels.device)
         offsets = offsets.to(torch.int64)
-        return Rows(index, Segments(lengths, offsets.diff(), offsets), every=True)
+        return Rows(index, Segments(lengths, offsets.diff(), offsets), self.sides, every=True)
 
 
 def _checked_offsets(cu_seqlens: Tensor, labels: Tensor) -> Tensor:
@@ -270,8 +299,7 @@ def _checked_offsets(cu_seqlens: Tensor, labels: Tensor) -> Tensor:
     return cu_seqlens
 
 
-def _check_pairs(sequences: int) -> None:
-    if sequences == 0 or sequences % 2:
-        raise ValueError(
-            f"labels hold {sequences} sequences; an even, positive number is needed: chosen, then rejected"
-        )
+def _check_pairs(sequences: int, sides: int) -> None:
+    if sequences == 0 or sequences % sides:
+        needed = "an even, positive number is needed: chosen, then rejected" if sides == 2 else "at least one is needed"
+        raise ValueError(f"labels hold {sequences} sequences; {needed}")

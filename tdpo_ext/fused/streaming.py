@@ -45,21 +45,18 @@ def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_co
     inputs.compare_over_ranks(upstream.loss, upstream.logps_grad, upstream.kl_grad)
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(wanted):
-        chosen, rejected = slice(0, chunk.chosen_rows), slice(chunk.chosen_rows, len(index))
         gradient_rows = _GradientRows.ordered(
             index,
             states,
             logps_grad=upstream.logps_grad,
             kl_grad=upstream.kl_grad,
-            groups=[(chosen, upstream.chosen_kl), (rejected, upstream.rejected_kl)],
+            groups=list(zip(chunk.side_rows, upstream.kl_of_sides)),
             drops_rows=inputs.exchange.shard is None,
         )
         gradients = _gradients(inputs, gradient_rows, plan, wanted)
-    chosen_sums, rejected_sums = upstream.sums.chunk(2, dim=1)
     return Outcome(
         loss=upstream.loss,
-        chosen=chosen_sums,
-        rejected=rejected_sums,
+        sides=upstream.sums.chunk(chunk.sides, dim=1),
         gradients=gradients,
         column_gradients={
             name: column_gradient(loss.columns[name], index, grad) for name, grad in upstream.columns_grad.items()

@@ -22,7 +22,7 @@ from tdpo_ext import LinearTDPOLoss, VocabShard, eager, tdpo_loss, token_diverge
 from tdpo_ext.fused.heads import CallTensors, Head
 from tdpo_ext.fused.inputs import prepare
 from tdpo_ext.fused.options import FusedOptions
-from tdpo_ext.fused.rows import PaddedPairs
+from tdpo_ext.fused.rows import Padded
 
 INF = math.inf
 # Bounds of the shards as shares of the vocabulary: even, uneven, with an empty one.
@@ -139,7 +139,7 @@ def smallest_budget(rank, world, device):
         logits_budget=1000 * (world - rank),
         shard=shard,
     )
-    _, _, plan_inputs = prepare(arguments, PaddedPairs(), options)
+    _, _, plan_inputs = prepare(arguments, Padded(2), options)
     assert plan_inputs.budget == 1000
 
 
