@@ -3,8 +3,10 @@
     python examples/distillation.py        (a minute on a CPU; two small models with a large vocabulary)
 
 The student samples; the teacher says, for every token, how its distribution differs: KL(student || teacher), the loss
-of generalised knowledge distillation (arXiv 2306.13649) with on-policy data. `linear_token_divergence` gives it and
-its gradient without logits, within a memory budget; over a sharded vocabulary with `shard=` too.
+of generalised knowledge distillation (arXiv 2306.13649) with on-policy data. `linear_token_loss` gives it without
+logits, within a memory budget, and forms its gradient in the forward pass: four matrix products and no recompute at
+any length; over a sharded vocabulary with `shard=` too. The teacher may see another prompt, as long as row i of both
+predicts labels[i].
 """
 
 import torch
@@ -13,6 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tdpo_ext
 
 VOCABULARY, PROMPT, RESPONSE = 32_000, 4, 12
+
+
+@tdpo_ext.per_token
+def mean_kl(rows: tdpo_ext.TokenRows) -> torch.Tensor:
+    """The mean KL over the tokens of each response, (responses,)."""
+    return rows.mean(rows.kl)
+
+
+# Linear in the KL of every token: a MarginLoss, which needs no recompute.
+DISTILLATION = tdpo_ext.MarginLoss(mean_kl, link=lambda mean: mean)
 
 
 def make_model(layers: int, width: int) -> LlamaForCausalLM:
@@ -28,13 +40,14 @@ def make_model(layers: int, width: int) -> LlamaForCausalLM:
 
 
 def reverse_kl(student: LlamaForCausalLM, teacher: LlamaForCausalLM, sequences: torch.Tensor) -> torch.Tensor:
-    """The mean of KL(student || teacher) over the response tokens of `sequences`, (B, PROMPT + RESPONSE)."""
+    """The mean over responses of their mean KL(student || teacher) a token; `sequences` are (B, PROMPT + RESPONSE)."""
     labels = tdpo_ext.shift_labels(sequences)
     labels[:, : PROMPT - 1] = -100  # prompt tokens don't count
     hidden = student.model(input_ids=sequences).last_hidden_state
     with torch.no_grad():
         teacher_hidden = teacher.model(input_ids=sequences).last_hidden_state
-    divergence = tdpo_ext.linear_token_divergence(
+    loss, _ = tdpo_ext.linear_token_loss(
+        DISTILLATION,
         hidden,
         student.lm_head.weight,
         teacher_hidden,
@@ -43,7 +56,7 @@ def reverse_kl(student: LlamaForCausalLM, teacher: LlamaForCausalLM, sequences: 
         kl_direction="reverse",
         logits_budget=64 << 20,
     )
-    return divergence.kl.sum() / divergence.tokens.sum()
+    return loss
 
 
 def main(steps: int = 30) -> list[float]:
