@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from common import save, text_table
 
-import tdpo_ext.linear
+import tdpo_ext.fused.call
 from tdpo_ext import linear_preference_loss, tdpo_loss
 from tdpo_ext.fused.planning.choose import make_plan
 
@@ -74,9 +74,9 @@ class Step:
             return plan
 
         inputs = {**self.inputs, "weight": self.weight.detach()} if frozen_head else self.inputs
-        tdpo_ext.linear.make_plan = recorded
+        tdpo_ext.fused.call.make_plan = recorded
         linear_preference_loss(objective, **inputs, logits_budget=BUDGET)[0].backward()
-        tdpo_ext.linear.make_plan = make_plan  # drops the reference to this step
+        tdpo_ext.fused.call.make_plan = make_plan  # drops the reference to this step
 
     def products(self, frozen_head: bool = False) -> None:
         hidden, weight = self.hidden.detach().flatten(0, 1), self.weight.detach()

@@ -6,7 +6,8 @@ from .fused.planning.choose import make_plan
 from .fused.planning.plan import ChunkedPlan, StreamingPlan
 from .fused.planning.sizes import Sizes
 from .info import build_info
-from .linear import LinearTDPOLoss, linear_preference_loss, linear_token_divergence, linear_token_loss
+from .linear import linear_logps, linear_preference_loss, linear_token_divergence, linear_token_loss
+from .loss_module import LinearTDPOLoss
 from .losses import MarginLoss, dpo_loss, per_token, rewards, tdpo_loss
 from .ops.memory import release_scratch
 from .vocab_parallel import VocabShard
@@ -23,6 +24,7 @@ __all__ = [
     "build_info",
     "dpo_loss",
     "eager",
+    "linear_logps",
     "linear_preference_loss",
     "linear_token_divergence",
     "linear_token_loss",

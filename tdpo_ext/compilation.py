@@ -31,3 +31,6 @@ def breaks_graph(reason: str) -> Callable[[Function], Function]:
         return called  # type: ignore[return-value]
 
     return decorate
+
+
+runs_eagerly = breaks_graph("tdpo_ext's fused losses plan by the lengths of a batch and run as they are")

@@ -22,11 +22,13 @@ class MadeUpPairs:
 
     Attributes:
         count: sides of a pair: 2, or 1 for sequences alone.
+        has_reference: whether there are ref_logps and kl, which are NaN otherwise.
         tokens: whether as TokenRows, instead of TokenDivergence of sums.
         columns: names of token columns.
     """
 
     count: int
+    has_reference: bool
     tokens: bool
     device: torch.device
     columns: Sequence[str]
@@ -39,6 +41,8 @@ class MadeUpPairs:
         lengths = torch.tensor([_CHOSEN_TOKENS[pair] + side for pair in pairs], device="cpu")
         drawn = [_draw(pair, side, shift, len(self.columns)) for pair in pairs]
         values = torch.cat([of_pair for of_pair, _ in drawn], dim=1)
+        if not self.has_reference:
+            values[1:3] = torch.nan
         columns = torch.cat([of_pair for _, of_pair in drawn], dim=1).to(self.device)
         if not self.tokens:
             made_up = TokenDivergence.unstack(segment_sums(values.t(), lengths).t().contiguous().to(self.device))

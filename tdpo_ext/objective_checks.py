@@ -40,7 +40,9 @@ class _Accepted:
 _accepted: dict[object, _Accepted] = {}
 
 
-def check_objective(objective: Objective, device: torch.device, columns: Sequence[str], *, sides: int = 2) -> int:
+def check_objective(
+    objective: Objective, device: torch.device, columns: Sequence[str], *, sides: int, has_reference: bool
+) -> int:
     """Tries an objective, once, on made-up pairs: a loss each, the same whether it sees a pair alone or among others.
 
     On the CPU, so that nothing waits for a GPU; where an objective holds tensors of its own on a GPU, there. Returns a
@@ -49,17 +51,18 @@ def check_objective(objective: Objective, device: torch.device, columns: Sequenc
     Args:
         columns: names of the call's token columns.
         sides: 2 for pairs, 1 for sequences alone.
+        has_reference: whether an objective may read ref_logps and kl.
 
     Raises:
         ValueError: it returns something else, couples pairs, or has parameters that want a gradient; or a MarginLoss
             has a margin that is not linear.
     """
-    key = _identity(objective, sides)
+    key = _identity(objective, sides, has_reference)
     if key is not None and key in _accepted and _accepted[key].reference() is not None:
         return _accepted[key].digest
 
     def losses_on(device: torch.device) -> Tensor:
-        made_up = MadeUpPairs(sides, sees_tokens(objective), device, columns)
+        made_up = MadeUpPairs(sides, has_reference, sees_tokens(objective), device, columns)
         return _Trial(objective, made_up, torch.is_grad_enabled()).losses()
 
     try:
@@ -74,15 +77,15 @@ def check_objective(objective: Objective, device: torch.device, columns: Sequenc
     return found
 
 
-def _identity(objective: Objective, sides: int) -> object | None:
-    """What tells an objective from others for as long as it lives; None where it can't be told."""
+def _identity(objective: Objective, *seen: int) -> object | None:
+    """What tells an objective, and what it has seen, from others while it lives; None where it can't be told."""
     if isinstance(objective, MethodType):  # a bound method is a new object at every access
-        return (id(objective.__self__), objective.__func__, sides)
+        return (id(objective.__self__), objective.__func__, *seen)
     try:
         weakref.ref(objective)
     except TypeError:
         return None
-    return (id(objective), sides)
+    return (id(objective), *seen)
 
 
 def _reference(objective: Objective) -> weakref.ref:
@@ -124,6 +127,10 @@ class _Trial:
             raise ValueError(
                 f"objective returned {got} for {self.made_up.describe(pairs)}; a loss per {self.made_up.what} is "
                 f"needed, ({len(pairs)},)"
+            )
+        if not self.made_up.has_reference and losses.isnan().any():
+            raise ValueError(
+                "objective reads ref_logps or kl, but there is no reference: ref_hidden and ref_weight are None"
             )
         leaves = [leaf for side in sides for leaf in (side.logps, side.kl)]
         if self.grad_enabled:

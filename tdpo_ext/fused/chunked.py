@@ -51,7 +51,7 @@ class _Buffers:
     """Scratch memory of a call.
 
     Attributes:
-        z, r: policy and reference logits of a block.
+        z, r: policy and reference logits of a block; the same where there is no reference.
         dz: of the rows whose dz is kept; `z` itself where those are a block's and have its dtype.
         weight_rest: what the memory of a low-precision dW does not hold of its sum, where it is summed.
         pair_weight: dW of a pair that is summed apart.
@@ -77,13 +77,19 @@ class _Buffers:
             pair_weight = Buffer((vocab, width), inputs.logit_dtype)
         found = memory.allocate(
             inputs.device,
-            {"z": logits, "r": logits, "dz": dz, "weight_rest": weight_rest, "pair_weight": pair_weight},
+            {
+                "z": logits,
+                "r": logits if inputs.has_reference else None,
+                "dz": dz,
+                "weight_rest": weight_rest,
+                "pair_weight": pair_weight,
+            },
             plan.budget,
         )
         z = found["z"]
         return cls(
             z=z,
-            r=found["r"],
+            r=found.get("r", z),
             dz=found.get("dz", z),
             weight_rest=found.get("weight_rest"),
             pair_weight=found.get("pair_weight"),

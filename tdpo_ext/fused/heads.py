@@ -52,6 +52,7 @@ class CallTensors:
         hidden, ref_hidden: (..., D) and (..., D_ref); flat, (N, D), once they are prepared.
         head, ref_head: the policy's and the reference's.
         labels: (...), token ids of the whole vocabulary; flat, (N,), once they are prepared.
+        has_reference: False where the call has none: the policy's tensors then stand in its place, and are not read.
     """
 
     hidden: Tensor
@@ -59,6 +60,35 @@ class CallTensors:
     ref_hidden: Tensor
     ref_head: Head
     labels: Tensor
+    has_reference: bool = True
+
+    @classmethod
+    def of_call(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        *,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+    ) -> CallTensors:
+        """Of a public function's arguments.
+
+        Raises:
+            ValueError: there is a part of a reference only.
+        """
+        if ref_hidden is None and ref_weight is None:
+            if ref_bias is not None:
+                raise ValueError("ref_bias is given, but ref_hidden and ref_weight are None")
+            return cls(hidden, Head(weight, bias), hidden, Head(weight, bias), labels, has_reference=False)
+        for name, other, given in (("ref_hidden", "ref_weight", ref_hidden), ("ref_weight", "ref_hidden", ref_weight)):
+            if given is None:
+                raise ValueError(f"{name} is None but {other} is given; both are needed, or neither")
+        assert ref_hidden is not None
+        assert ref_weight is not None
+        return cls(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels)
 
     def check_types(self) -> None:
         """Raises TypeError or ValueError naming the first argument that is no tensor that the kernels know.
@@ -99,6 +129,7 @@ class CallTensors:
             ref_hidden=local["ref_hidden"],
             ref_head=Head(local["ref_weight"], local["ref_bias"]),
             labels=local["labels"],
+            has_reference=self.has_reference,
         )
         return tensors, shard
 

@@ -19,6 +19,9 @@ from .planning.plan import resolved_budget
 from .planning.sizes import Sizes
 from .rows import Rows, Sequences
 
+# ref_logps and kl, among the fields of TokenDivergence.
+_REFERENCE_FIELDS = slice(1, 3)
+
 
 @dataclass(frozen=True)
 class GatheredRows:
@@ -29,7 +32,7 @@ class GatheredRows:
     labels: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FusedInputs(CallTensors):
     """The tensors of a call, flat and checked, over what this rank holds of the vocabulary; the reference has no graph.
 
@@ -61,6 +64,11 @@ class FusedInputs(CallTensors):
         return operators.state_dtype(self.weight_dtype)
 
     @property
+    def ref_width(self) -> int:
+        """Of the reference's hidden states; 0 without a reference."""
+        return self.ref_head.width if self.has_reference else 0
+
+    @property
     def sums_hidden_grad(self) -> bool:
         """Whether dhidden is summed over the ranks of a shard."""
         return self.exchange.shard is not None and self.exchange.shard.sum_hidden_grad
@@ -70,9 +78,13 @@ class FusedInputs(CallTensors):
         return GatheredRows(self.hidden[index], self.ref_hidden[index], labels)
 
     def row_states(self, rows: GatheredRows, columns: slice, *, z: Tensor, r: Tensor) -> Tensor:
-        """States of some rows over some columns; leaves the logits in `z` and `r`, (rows, columns)."""
+        """States of some rows over some columns; leaves the logits in `z` and `r`, (rows, columns).
+
+        Without a reference `r` is `z`: the policy is compared with itself.
+        """
         self.head.logits(rows.hidden, columns, out=z)
-        self.ref_head.logits(rows.ref_hidden, columns, out=r)
+        if self.has_reference:
+            self.ref_head.logits(rows.ref_hidden, columns, out=r)
         return operators.row_states(z, r, rows.labels, self.options.from_column(columns.start))
 
     def merge_over_ranks(self, rows: int, local_states: Callable[[], Tensor]) -> Tensor:
@@ -92,8 +104,14 @@ class FusedInputs(CallTensors):
         return operators.merge_row_states(torch.stack(states), reverse_kl=self.options.reverse_kl)
 
     def finalize(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Values of rows from their states, (fields, rows), in the order of TokenDivergence."""
-        return operators.finalize_row_states(states, labels, self.options)
+        """Values of rows from their states, (fields, rows), in the order of TokenDivergence.
+
+        Those of a reference are NaN where there is none.
+        """
+        values = operators.finalize_row_states(states, labels, self.options)
+        if not self.has_reference:
+            values[_REFERENCE_FIELDS] = torch.nan
+        return values
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,8 @@ def prepare(
     def checked() -> tuple[tuple[FusedInputs, Rows, int], list[Fact]]:
         facts = check_objective()
         options.check()
+        if not given.has_reference:
+            options.check_without_reference()
         given.check_replicated(shard)
         budget = resolved_budget(options.logits_budget, tensors.hidden.device)
         inputs = _checked_inputs(tensors, options, shard)
@@ -170,6 +190,7 @@ def _checked_inputs(tensors: CallTensors, options: FusedOptions, shard: VocabSha
         labels=tensors.labels.reshape(-1),
         options=options.row_options(0 if shard is None else shard.start, vocab),
         exchange=Exchange(shard),
+        has_reference=tensors.has_reference,
     )
 
 
@@ -185,7 +206,7 @@ def _facts(inputs: FusedInputs, rows: Rows, budget: int) -> list[Fact]:
         Fact("lengths", digest(rows.lengths_on_device), "labels (or cu_seqlens)"),
         Fact("bytes", inputs.weight_dtype.itemsize, "weight"),
         Fact("width", inputs.head.width, "hidden"),
-        Fact("ref_width", inputs.ref_head.width, "ref_hidden"),
+        Fact("ref_width", inputs.ref_width, "ref_hidden"),
         Fact("ref_bytes", inputs.ref_head.weight.dtype.itemsize, "ref_hidden"),
         Fact("ignore_index", options.ignore_index, "ignore_index"),
         Fact("temperature", options.temperature, "temperature (or logit_scale)"),
@@ -217,7 +238,7 @@ def _sizes(inputs: FusedInputs, vocab: int, weight_gradient: bool) -> Sizes:
     return Sizes(
         vocab=vocab,
         width=inputs.head.width,
-        ref_width=inputs.ref_head.width,
+        ref_width=inputs.ref_width,
         weight_bytes=inputs.weight_dtype.itemsize,
         logit_bytes=inputs.logit_dtype.itemsize,
         needs_grad=needs_grad,

@@ -39,6 +39,15 @@ class FusedOptions:
             check_budget(self.logits_budget)
         check_shard(self.shard)
 
+    def check_without_reference(self) -> None:
+        """Raises ValueError naming an option that has no meaning without a reference."""
+        for name, value, default in (
+            ("ref_logit_scale", self.ref_logit_scale, 1.0),
+            ("kl_direction", self.kl_direction, "forward"),
+        ):
+            if value != default:
+                raise ValueError(f"{name} is {value!r}, but there is no reference: ref_hidden and ref_weight are None")
+
     def row_options(self, vocab_start: int, vocab_size: int) -> RowOptions:
         """For logits before the policy's `logit_scale`, which joins the temperature and the cap.
 

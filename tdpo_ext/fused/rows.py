@@ -153,21 +153,28 @@ class Rows:
         moved = moved.repeat_interleave(lengths, output_size=len(self.index))
         index = self.index[torch.arange(len(self.index), device=self.index.device) + moved]
 
-        chunks, first_row, first_sequence = [], 0, 0
-        for of_chunk in spans:
+        sizes = [self.sides * len(pairs) for pairs in chunks_of_pairs]
+        chunks, first_row = [], 0
+        for of_chunk, on_device, from_first in zip(spans, lengths.split(sizes), _offsets_of_parts(offsets, sizes)):
             on_host = tuple(chain.from_iterable(self.lengths[span] for span in of_chunk))
             rows = slice(first_row, first_row + sum(on_host))
-            last_sequence = first_sequence + len(on_host)
-            on_device = lengths[first_sequence:last_sequence]
-            segments = Segments(on_host, on_device, offsets[first_sequence : last_sequence + 1] - first_row)
-            chunks.append(Chunk(rows, segments, self.sides))
-            first_row, first_sequence = rows.stop, last_sequence
+            chunks.append(Chunk(rows, Segments(on_host, on_device, from_first), self.sides))
+            first_row = rows.stop
         return ChunkedRows(index, False, chunks)
 
 
 def _offsets(lengths: Tensor) -> Tensor:
     """0, and the running sums of lengths on the device."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _offsets_of_parts(offsets: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """The offsets of consecutive parts of some sequences, each from the part's first row."""
+    places = torch.arange(len(offsets), device=offsets.device)
+    firsts = [0, *accumulate(sizes)]
+    own = torch.cat([places[first : first + size + 1] for first, size in zip(firsts, sizes)])
+    first = torch.cat([places[first : first + 1].expand(size + 1) for first, size in zip(firsts, sizes)])
+    return (offsets[own] - offsets[first]).split([size + 1 for size in sizes])
 
 
 def reading_is_free(device: torch.device) -> bool:
@@ -303,3 +310,10 @@ def _check_pairs(sequences: int, sides: int) -> None:
     if sequences == 0 or sequences % sides:
         needed = "an even, positive number is needed: chosen, then rejected" if sides == 2 else "at least one is needed"
         raise ValueError(f"labels hold {sequences} sequences; {needed}")
+
+
+def sequences_of(cu_seqlens: Tensor | None, row_lengths: Sequence[int] | None, *, sides: int) -> Sequences:
+    """How sequences lie, by which arguments are given."""
+    if row_lengths is not None:
+        return KnownLengths(row_lengths, cu_seqlens, sides)
+    return Padded(sides) if cu_seqlens is None else Packed(cu_seqlens, sides)

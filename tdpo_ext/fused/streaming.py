@@ -103,13 +103,14 @@ class _TokenValues(torch.autograd.Function):
         save(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)
         inputs.exchange.finish(inputs.device)
         ctx.options, ctx.ref_scale = inputs.options, inputs.ref_head.scale
-        ctx.shard, ctx.plan = inputs.exchange.shard, plan
+        ctx.shard, ctx.plan, ctx.has_reference = inputs.exchange.shard, plan, inputs.has_reference
         ctx.set_materialize_grads(False)
         of_all_rows = counted.new_zeros(len(counted), len(labels)).index_copy_(1, index, counted)
         values = TokenDivergence._make(of_all_rows.unbind(0))
         others = torch.stack([values.ref_logps, values.entropy, values.correct, values.tokens])
-        ctx.mark_non_differentiable(others)
-        return values.logps.clone(), values.kl.clone(), others
+        kl = values.kl.clone()
+        ctx.mark_non_differentiable(others, *([] if inputs.has_reference else [kl]))
+        return values.logps.clone(), kl, others
 
     @staticmethod
     def backward(ctx, logps_grad: Tensor | None, kl_grad: Tensor | None, _others_grad):
@@ -123,6 +124,7 @@ class _TokenValues(torch.autograd.Function):
             labels=labels,
             options=ctx.options,
             exchange=Exchange(ctx.shard),
+            has_reference=ctx.has_reference,
         )
         nothing = states.new_zeros(len(index))
         rows = _GradientRows.ordered(
@@ -246,14 +248,14 @@ class _Buffers:
             inputs.device,
             {
                 "z": logits,
-                "r": logits,
+                "r": logits if inputs.has_reference else None,
                 "dz": Buffer(shape, inputs.weight_dtype, pitch) if dz else None,
                 "weight_sum": Buffer((plan.columns, inputs.head.width), inputs.logit_dtype) if weight_sum else None,
             },
             plan.budget,
         )
         z = found["z"]
-        return cls(z=z, r=found["r"], dz=found.get("dz", z), weight_sum=found.get("weight_sum"))
+        return cls(z=z, r=found.get("r", z), dz=found.get("dz", z), weight_sum=found.get("weight_sum"))
 
     def z_of(self, rows: int, columns: slice) -> Tensor:
         return self.z[:rows, : columns.stop - columns.start]

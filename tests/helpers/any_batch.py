@@ -15,7 +15,7 @@ import torch
 from tdpo.loss.objectives import OBJECTIVES as NAMED
 from tdpo.loss.objectives import ObjectiveOptions
 
-import tdpo_ext.linear
+import tdpo_ext.fused.call
 from helpers.planning import plans_of_large_calls
 from tdpo_ext import TokenDivergence, TokenRows, VocabShard, eager, linear_preference_loss, per_token
 from tdpo_ext.fused import chunked, streaming
@@ -297,8 +297,8 @@ def counting(met: Counter[str]):
         return mock.patch.object(owner, name, wrapper)
 
     with (
-        counted(tdpo_ext.linear, "chunked_loss", lambda loss, plan, *_: _kinds_of_plan(plan)),
-        counted(tdpo_ext.linear, "streamed_loss", lambda *_: ["plan: streaming"]),
+        counted(tdpo_ext.fused.call, "chunked_loss", lambda loss, plan, *_: _kinds_of_plan(plan)),
+        counted(tdpo_ext.fused.call, "streamed_loss", lambda *_: ["plan: streaming"]),
         counted(chunked, "_whole_pairs", _kinds_of_whole_pairs),
         counted(chunked, "_long_pair", _kinds_of_long_pair),
         counted(chunked._Run, "flush", _kinds_of_flush),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import tdpo_ext.linear
+import tdpo_ext.fused.call
 from helpers.device import DEVICE
 from helpers.planning import plans_of_large_calls
 from tdpo_ext.fused.planning.choose import make_plan
@@ -29,7 +29,7 @@ def plans(monkeypatch):
         made.append(make_plan(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr(tdpo_ext.linear, "make_plan", recorded)
+    monkeypatch.setattr(tdpo_ext.fused.call, "make_plan", recorded)
     return made
 
 

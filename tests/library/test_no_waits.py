@@ -166,14 +166,14 @@ def identity(chosen, rejected):
 
 def test_a_chunk_costs_a_dozen_operations_beside_its_products(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "identity", identity)
-    chunks, original = [], tdpo_ext.linear.make_plan
+    chunks, original = [], tdpo_ext.fused.call.make_plan
 
     def make_plan(*arguments, **options):
         plan = original(*arguments, **options)
         chunks.append(len(plan.chunks))
         return plan
 
-    monkeypatch.setattr(tdpo_ext.linear, "make_plan", make_plan)
+    monkeypatch.setattr(tdpo_ext.fused.call, "make_plan", make_plan)
     few, many = count(400_000, "identity"), count(60_000, "identity")
     more_chunks = chunks[-1] - chunks[0]
     assert more_chunks >= 4

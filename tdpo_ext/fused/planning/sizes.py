@@ -27,7 +27,11 @@ def rows_beside(vocab: int, weight_bytes: int, logit_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths, vocabulary, bytes of an element of the weights and of a logit, and which gradients are wanted."""
+    """Widths, vocabulary, bytes of an element of the weights and of a logit, and which gradients are wanted.
+
+    Attributes:
+        ref_width: of the reference's hidden states; 0 where there is no reference.
+    """
 
     vocab: int
     width: int
@@ -44,8 +48,13 @@ class Sizes:
 
     @property
     def entry(self) -> int:
-        """Bytes of a vocabulary entry of a row: both logits, and dz where it can't overwrite them."""
-        return 2 * self.logit_bytes + (self.weight_bytes if self.needs_grad and self.low_precision else 0)
+        """Bytes of a vocabulary entry of a row: both models' logits, and dz where it can't overwrite them."""
+        return self.logits_entry + (self.weight_bytes if self.needs_grad and self.low_precision else 0)
+
+    @property
+    def logits_entry(self) -> int:
+        """Bytes of the logits of a vocabulary entry of a row, of both models where there is a reference."""
+        return (2 if self.ref_width else 1) * self.logit_bytes
 
     @property
     def row(self) -> int:
@@ -59,8 +68,8 @@ class Sizes:
 
     @property
     def row_without_dz(self) -> int:
-        """Bytes of a row with both logits over the whole vocabulary, where dz has memory elsewhere."""
-        return row_pitch(self.vocab) * 2 * self.logit_bytes + self.row
+        """Bytes of a row with its logits over the whole vocabulary, where dz has memory elsewhere."""
+        return row_pitch(self.vocab) * self.logits_entry + self.row
 
     @property
     def dz_row(self) -> int:
