@@ -1,6 +1,5 @@
 """Runs functions on several processes of one process group and brings back what became of them."""
 
-import contextlib
 import os
 import traceback
 from datetime import timedelta
@@ -14,6 +13,11 @@ import torch.multiprocessing as mp
 def backend_of(device):
     """NCCL between GPUs, gloo between processors and virtual GPUs."""
     return "nccl" if device == "cuda" and torch.cuda.get_device_name() != "virtual GPU" else "gloo"
+
+
+def on_time(device):
+    """Variables of processes that exchange: gloo's gathers read memory in which a virtual GPU's work may wait."""
+    return {"VIRTUAL_GPU_LATE": "0"} if device == "cuda" and backend_of(device) == "gloo" else {}
 
 
 def outcome_of(check, rank, world, device):
@@ -47,10 +51,7 @@ def _worker(rank, world, device, store, checks, outcomes):
 
 def run_on_ranks(checks, world, device, folder):
     """{(name, rank): "" or a traceback} of every check(rank, world, device) in `checks`, run one after the other."""
-    virtual = device == "cuda" and backend_of(device) == "gloo"
-    # gloo's gathers read memory whose work may wait.
-    on_time = mock.patch.dict(os.environ, {"VIRTUAL_GPU_LATE": "0"}) if virtual else contextlib.nullcontext()
-    with on_time, mp.Manager() as manager:
+    with mock.patch.dict(os.environ, on_time(device)), mp.Manager() as manager:
         outcomes = manager.dict()
         arguments = (world, device, str(folder / f"store-{world}"), checks, outcomes)
         mp.spawn(_worker, arguments, nprocs=world, join=True)

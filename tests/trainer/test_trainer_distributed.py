@@ -1,9 +1,11 @@
-"""Several processes (DDP and FSDP2, on gloo) train to the loss curve of one."""
+"""Several processes (DDP and FSDP2; on gloo, but for real GPUs) train to the loss curve of one."""
 
 import json
 
 import pytest
 
+from helpers.device import DEVICE
+from helpers.distributed import backend_of, on_time
 from helpers.trainer_cases import run_python
 
 RUN = """
@@ -94,11 +96,12 @@ FSDP = {
 def run(folder, processes, environment=None, **options):
     script = folder / "run.py"
     script.write_text(RUN)
-    command = [str(script), str(folder), json.dumps(options)]
+    command = [str(script), str(folder), json.dumps({"ddp_backend": backend_of(DEVICE), **options})]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--master_port", "0"]
         command = [*launcher, "--nproc_per_node", str(processes), *command]
-    done = run_python(*command, cwd=folder, environment={"OMP_NUM_THREADS": "1", **(environment or {})})
+    variables = {"OMP_NUM_THREADS": "1", **on_time(DEVICE), **(environment or {})}
+    done = run_python(*command, cwd=folder, environment=variables)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.split("RESULT")[1].splitlines()[0])
 
