@@ -1,15 +1,15 @@
 """The fused TDPO loss against its matrix products alone and against other implementations of it.
 
-    python benchmarks/bench_linear.py [--rounds 3] [--skip-sweep] [--device cuda] [--tiny] [--warm-up] [--output FOLDER]
+    python benchmarks/bench_linear.py [--rounds 3] [--skip-sweep] [--device cuda] [--tiny] [--output FOLDER]
 
-Step: 4 pairs, 1,024 response rows, D 768, V 50,257, float32 and bfloat16 (on a GPU: 1,024 to 8,192 rows, D 4,096,
-V 128,256 and 151,936, bfloat16); forward and backward of TDPO2 with gradients of hidden states and weight; the
+Step: 4 pairs, 1,024 response rows, D 768, V 50,257, float32 and bfloat16 (on a GPU: 4,096 and 8,192 rows, D 4,096,
+V 128,256, bfloat16, the default budget); forward and backward of TDPO2 with gradients of hidden states and weight; the
 candidates alternate in one run. Peers: the published arithmetic behind both heads, eager and compiled; TRL's streamed
 divergence and log-probabilities, composed to the same loss (Triton kernels on a GPU); Liger's chunked
 linear JSD (two heads, the same arithmetic with uniform upstream gradients; compiled on a GPU only) and, on a GPU, its
 fused linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked
 linear cross entropy. "products": the four matrix products that any exact method needs, by torch.mm in the inputs'
-dtype.
+dtype. "packed": rows without padding whose lengths are known, for which the host never waits.
 
 Sweep: peak memory over rows and vocabulary, with a plot. bench_precision.py measures errors.
 On a GPU, every shape is first measured without peers, whose compilation takes most of the time, and then with them.
@@ -20,16 +20,19 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table
+from common import RESULTS, cuda_peaks, medians, peak_extra_bytes, runnable, save, text_table
 from peers import published_linear, trl_linear
+from planned import step_plan, step_sizes
 
 from tdpo_ext import linear_preference_loss, linear_token_divergence, tdpo_loss
+from tdpo_ext.fused.planning.plan import resolved_budget
 
 
 class Shape(NamedTuple):
@@ -46,13 +49,13 @@ class Shape(NamedTuple):
 STEPS = {
     "cpu": [(Shape(4, 128, 768, 50257), dtype) for dtype in (torch.float32, torch.bfloat16)],
     "cuda": [
-        (Shape(rows // 512, 256, 4096, vocab), torch.bfloat16)
-        for rows, vocab in ((4096, 128256), (8192, 128256), (1024, 128256), (4096, 151936))
+        (Shape(pairs, 512, 4096, 128256), torch.bfloat16)
+        for pairs in (4, 8)  # gpu_facts.py has other shapes, without peers
     ],
 }
 TINY = [(Shape(1, 6, 16, 301), dtype) for dtype in (torch.float32, torch.bfloat16)]  # to rehearse the script
 OBJECTIVE = functools.partial(tdpo_loss, beta=0.1)
-BUDGET = {"cpu": 256 << 20, "cuda": 1536 << 20}
+BUDGET = {"cpu": 256 << 20, "cuda": None}  # None: the default
 
 
 class Step:
@@ -74,6 +77,13 @@ class Step:
             "ref_weight": self.ref_weight,
             "labels": self.labels,
         }
+        sequences = 2 * shape.pairs
+        self.packed_inputs = {
+            **self.inputs,
+            **{name: self.inputs[name].flatten(0, 1) for name in ("hidden", "ref_hidden", "labels")},
+            "row_lengths": [shape.tokens] * sequences,
+            "cu_seqlens": shape.tokens * torch.arange(sequences + 1, device=device),
+        }
 
     @property
     def gradient_bytes(self) -> int:
@@ -82,11 +92,15 @@ class Step:
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
-    def fused(self, budget: int) -> None:
+    def fused(self, budget: int | None) -> None:
         loss, _, _ = linear_preference_loss(OBJECTIVE, **self.inputs, logits_budget=budget)
         loss.backward()
 
-    def streamed(self, budget: int) -> None:
+    def packed(self, budget: int | None) -> None:
+        loss, _, _ = linear_preference_loss(OBJECTIVE, **self.packed_inputs, logits_budget=budget)
+        loss.backward()
+
+    def streamed(self, budget: int | None) -> None:
         divergence = linear_token_divergence(**self.inputs, logits_budget=budget)
         chosen, rejected = divergence.per_sequence().chunk(2)
         OBJECTIVE(chosen, rejected).mean().backward()
@@ -157,37 +171,43 @@ def peers(step: Step, device: str) -> dict:
     return candidates
 
 
+def extra_memory(step: Step, run: Callable[[], object], device: str) -> dict[str, float]:
+    """Peak MiB of a candidate beyond inputs and gradients; on a GPU those that the allocator reserves, too."""
+    step.clear()
+    if device == "cpu":
+        peaks = {"extra_mb": peak_extra_bytes(run)}
+    else:
+        allocated, reserved = cuda_peaks(run)
+        peaks = {"extra_mb": allocated, "reserved_mb": reserved}
+    return {name: (peak - step.gradient_bytes) / 2**20 for name, peak in peaks.items()}
+
+
 def compare(shape: Shape, dtype: torch.dtype, rounds: int, device: str, with_peers: bool = True) -> dict:
-    """One case; with no rounds, every candidate only runs once, which compiles it."""
+    """One case: the plan, and what each candidate takes."""
     step, budget = Step(shape, dtype, device=device), BUDGET[device]
+    sizes = step_sizes(shape.vocab, shape.width, dtype)
+    used = resolved_budget(budget, step.hidden.device)
+    plan = step_plan(shape.pairs, 2 * shape.tokens, sizes, used, device)
     candidates = {
         "tdpo_ext chunked": lambda: step.fused(budget),
+        "tdpo_ext packed": lambda: step.packed(budget),
         "tdpo_ext streaming": lambda: step.streamed(budget),
         "products": step.products(),
         **(peers(step, device) if with_peers else {}),
     }
     candidates = runnable(candidates)
-    if rounds == 0:
-        return {}
     seconds = medians(candidates, rounds, prepare=step.clear, device=device)
     rows = []
     for name, run in candidates.items():
-        step.clear()
-        extra = 0 if name == "products" else peak_extra_bytes(run, device) - step.gradient_bytes
-        rows.append(
-            {
-                "candidate": name,
-                "seconds": seconds[name],
-                "over_products": seconds[name] / seconds["products"],
-                "extra_mb": extra / 2**20,
-            }
-        )
+        row = {"candidate": name, "seconds": seconds[name], "over_products": seconds[name] / seconds["products"]}
+        rows.append(row if name == "products" else {**row, **extra_memory(step, run, device)})
     return {
         "rows": shape.rows,
         "width": shape.width,
         "vocab": shape.vocab,
         "dtype": str(dtype).removeprefix("torch."),
-        "budget": budget,
+        "budget": used,
+        "plan": str(plan),
         "candidates": rows,
     }
 
@@ -233,15 +253,10 @@ def main() -> None:
     parser.add_argument("--skip-sweep", action="store_true", help="skip the memory sweep")
     parser.add_argument("--device", choices=STEPS, default="cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: rehearses the script, measures nothing")
-    parser.add_argument("--warm-up", action="store_true", help="run every candidate once, to compile it; save nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     device, cases = arguments.device, TINY if arguments.tiny else STEPS[arguments.device]
     torch.manual_seed(0)
-    if arguments.warm_up:
-        for case in cases:
-            compare(*case, 0, device)
-        return
     name = "bench_linear" if device == "cpu" else "bench_linear_cuda"
     steps: dict[tuple, dict] = {}
     results: dict = {}
@@ -250,7 +265,7 @@ def main() -> None:
             steps[case] = result = compare(*case, arguments.rounds, device, with_peers)
             results["steps"] = list(steps.values())
             save(name, results, arguments.output)
-            print("\n{dtype}: {rows} rows, D {width}, V {vocab}, budget {budget:,} bytes".format(**result))
+            print("\n{dtype}: {rows} rows, D {width}, V {vocab}, budget {budget:,} bytes\n{plan}".format(**result))
             print(text_table(result["candidates"], list(result["candidates"][0])))
             if device == "cuda":
                 torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Logit-level forward and backward against eager torch, torch.compile and a copy of the same memory.
 
-    python benchmarks/bench_logits.py [--rounds 7] [--device cuda] [--tiny] [--warm-up] [--output FOLDER]
+    python benchmarks/bench_logits.py [--rounds 7] [--device cuda] [--tiny] [--output FOLDER]
 
 Every candidate computes the values and the gradient of the same loss on the same logits; the candidates alternate in
 one run. "published" is what the published TDPO code computes (no entropy, no masks, no edge values); "oracle" is
@@ -22,15 +22,17 @@ from pathlib import Path
 import torch
 from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table
 from peers import published
+from row_kernels import RowKernels
 
 from tdpo_ext import eager, token_divergence
 from tdpo_ext.ops import operators
 
-SHAPES = {
-    "cpu": [(512, 50257), (128, 151936)],
-    "cuda": [(4096, 128256), (4096, 151936), (32, 151936), (1 << 20, 32)],  # usual shapes, few rows, short rows
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = {
+    "cpu": [(rows, vocab, dtype) for rows, vocab in ((512, 50257), (128, 151936)) for dtype in DTYPES],
+    "cuda": [(4096, 128256, dtype) for dtype in reversed(DTYPES)],  # gpu_facts.py has others, without peers
 }
-TINY = [(6, 300), (3, 5000)]  # to rehearse the script
+TINY = [(rows, vocab, dtype) for rows, vocab in ((6, 300), (3, 5000)) for dtype in DTYPES]  # to rehearse the script
 
 
 def is_peer(name: str) -> bool:
@@ -50,21 +52,8 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
 
         return run
 
-    plain, target = logits.detach(), torch.empty_like(ref_logits)
-    options = operators.RowOptions(vocab_start=0, vocab_size=vocab, ignore_index=-100, temperature=1.0, softcap=0.0)
-    states = operators.row_states(plain, ref_logits, labels, options)
-    logps_grad, kl_grad = torch.ones(rows, device=device), torch.full((rows,), -0.3, device=device)
-
-    def backward() -> None:
-        operators.logit_gradient(
-            plain, ref_logits, labels, states, logps_grad=logps_grad, kl_grad=kl_grad, options=options
-        )
-
-    def backward_in_place() -> None:
-        operators.logit_gradient_out(
-            plain, ref_logits, labels, states, logps_grad=logps_grad, kl_grad=kl_grad, options=options, out=target
-        )
-
+    kernels = RowKernels(logits.detach(), ref_logits, labels, torch.empty_like(ref_logits))
+    gradients = kernels.gradients(-0.3)
     runs = {
         "tdpo_ext": step(token_divergence),
         "tdpo_ext, reverse KL": step(functools.partial(token_divergence, kl_direction="reverse")),
@@ -72,10 +61,10 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
         "published, compiled": step(torch.compile(published)),
         "oracle, eager": step(eager.token_divergence),
         "oracle, compiled": step(torch.compile(eager.token_divergence)),
-        "forward": lambda: operators.row_states(plain, ref_logits, labels, options),
-        "backward": backward,
-        "backward in place": backward_in_place,
-        "copy": lambda: target.copy_(ref_logits),
+        "forward": kernels.forward,
+        "backward": lambda: operators.logit_gradient(**gradients),
+        "backward in place": kernels.backward(-0.3),
+        "copy": lambda: kernels.target.copy_(ref_logits),
     }
     if device == "cuda":
         try:
@@ -115,17 +104,11 @@ def measure(rows: int, vocab: int, dtype: torch.dtype, rounds: int, device: str 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; medians are reported")
-    parser.add_argument("--device", choices=SHAPES, default="cpu")
+    parser.add_argument("--device", choices=CASES, default="cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: rehearses the script, measures nothing")
-    parser.add_argument("--warm-up", action="store_true", help="run every candidate once, to compile it; save nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    device, shapes = arguments.device, TINY if arguments.tiny else SHAPES[arguments.device]
-    cases = [(rows, vocab, dtype) for rows, vocab in shapes for dtype in (torch.float32, torch.bfloat16)]
-    if arguments.warm_up:
-        for case in cases:
-            runnable(candidates(*case, device)[0])
-        return
+    device, cases = arguments.device, TINY if arguments.tiny else CASES[arguments.device]
     name = "bench_logits" if device == "cpu" else "bench_logits_cuda"
     results: dict[tuple, dict] = {}
     for with_peers in (False, True) if device == "cuda" or arguments.tiny else (True,):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import re
 import statistics
@@ -12,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-import psutil
 import torch
 
 import tdpo_ext
 
 RESULTS = Path(__file__).parent / "results"
+SLEEP = 20_000_000  # cycles of a GPU, about 10 ms
 
 
 def machine() -> dict:
@@ -26,7 +28,7 @@ def machine() -> dict:
     return {
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(terse=True),
         **tdpo_ext.build_info(),
@@ -99,7 +101,9 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _cuda_seconds(run: Callable[[], object]) -> float:
+    """The GPU sleeps first, so that the host is ahead of it, as it is in a training step."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SLEEP)
     start.record()
     run()
     end.record()
@@ -125,21 +129,15 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     """Peak memory during `run` beyond what was in use before: allocated memory on a GPU, resident memory on the CPU
     (sampled every millisecond)."""
     if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    process = psutil.Process()
+        return cuda_peaks(run).allocated
     _return_free_memory()
-    before = process.memory_info().rss
+    before = _resident_bytes()
     peak, done = before, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, _resident_bytes())
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
@@ -150,6 +148,29 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         done.set()
         watcher.join()
     return peak - before
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class CudaPeaks(NamedTuple):
+    """Bytes of a GPU beyond what was there before: of tensors, and of what torch's allocator holds for them."""
+
+    allocated: int
+    reserved: int
+
+
+def cuda_peaks(run: Callable[[], object]) -> CudaPeaks:
+    """Peak memory of a GPU during `run`, which begins without blocks that earlier runs left."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = CudaPeaks(torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    after = CudaPeaks(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    return CudaPeaks(after.allocated - before.allocated, after.reserved - before.reserved)
 
 
 def _return_free_memory() -> None:
