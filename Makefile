@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py' -o -name '*.cpp' -o -name '*.h' \
 	-o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') setup.py pyproject.toml CMakeLists.txt
 CPP_FILES := $(shell find csrc tests/cpp tests/virtual_gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SANITIZER_CASE = $(PYTHON) tools/sanitizer_case.py
+EVERY_KERNEL = $(PYTHON) tools/every_kernel.py
 
 .PHONY: demo help test virtual-gpu virtual-gpu-nightly sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
@@ -154,8 +154,8 @@ cuda-test:  ## the tests that need a GPU
 	cd tests && $(PYTHON) -m pytest -m cuda .
 
 cuda-sanitize:  ## compute-sanitizer on the CUDA kernels; needs a GPU
-	compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool memcheck $(SANITIZER_CASE)
-	compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool racecheck $(SANITIZER_CASE)
+	compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool memcheck $(EVERY_KERNEL)
+	compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool racecheck $(EVERY_KERNEL)
 
 # torch first: the extension is built for the torch that is already installed.
 $(VENV)/torch:

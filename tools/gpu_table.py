@@ -1,50 +1,103 @@
-"""Prints the summary of `gpu_check.sh`: each GPU target beside the last run's measurement.
+"""Prints what `gpu_check.sh` measured, in lines, each prediction (`benchmarks/modelled_times.py`) beside its figure.
 
-python tools/gpu_table.py [--results FOLDER] [--device cpu]      (cpu: what a rehearsal wrote)
+python tools/gpu_table.py [--results FOLDER]
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def load(folder: Path, name: str) -> dict:
-    """The results of a benchmark; empty if it has not been run."""
-    path = folder / f"{name}.json"
+def load(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_facts(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Predictions:
+    """Those for one GPU; none for a GPU that has none."""
+
+    def __init__(self, results: dict, gpu: str) -> None:
+        self.machine = next((name for name in results["assumptions"]["machines"] if name in gpu), None)
+        self.kernels = {kernel["kernel"]: kernel for kernel in results["kernels"]}
+        self.steps = {(step["rows"], step["vocab"]): step for step in results["steps"]}
+
+    def of_kernel(self, way: str, case: str) -> str:
+        """Of a kernel by its way and its dtypes, of which a forward pass has one."""
+        kernel = self.kernels.get(f"{way}, {case.replace(' to bfloat16', '') if way == 'forward' else case}")
+        if self.machine is None or kernel is None:
+            return ""
+        return f" (predicted {kernel['of_copy'][self.machine]:.0%}, at least {kernel['disproved_below'][self.machine]:.0%})"
+
+    def of_step(self, rows: int, vocab: int) -> str:
+        step = self.steps.get((rows, vocab))
+        if self.machine is None or step is None:
+            return ""
+        found = step[self.machine]
+        return f"; predicted {found['ms']:.1f} ms, {found['of_products']:.2f}x, at most {found['disproved_above']:.2f}x"
+
+
+def kernel_line(fact: dict, predictions: Predictions) -> str:
+    shares = [f"{way} {share:.0%}{predictions.of_kernel(way, fact['case'])}" for way, share in fact["of_copy"].items()]
+    return f"row kernels, {fact['rows']} x {fact['vocab']} {fact['case']}, of a copy: {', '.join(shares)}"
+
+
+def step_lines(step: dict, predictions: Predictions) -> list[str]:
+    lines = ["fused, {rows} x {vocab}, D {width} {dtype}".format(**step) + predictions.of_step(step["rows"], step["vocab"])]
+    for row in step["candidates"]:
+        memory = "".join(f"  {row[key]:8.0f} MiB {key.split('_')[0]}" for key in ("extra_mb", "reserved_mb") if key in row)
+        lines.append(
+            f"  {row['candidate']:<40s} {1e3 * row['seconds']:8.2f} ms  {row['over_products']:6.2f}x products{memory}"
+        )
+    return lines
+
+
+def short(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {short(item)}" for name, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def fact_lines(fact: dict, predictions: Predictions) -> list[str]:
+    """Nothing of facts that are too long; all of those that have no form of their own."""
+    name = fact["fact"]
+    if name == "row kernels":
+        return [kernel_line(fact, predictions)]
+    if name == "fused loss":
+        return step_lines(fact, predictions)
+    if name in ("machine", "kernels of a step"):
+        return []
+    values = (f"{key}: {short(value)}" for key, value in fact.items() if key not in ("fact", "after_s"))
+    return [f"{name}; {'; '.join(values)}"]
+
+
+def logits_line(row: dict) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in row["of_copy_bandwidth"].items())
+    faster = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in row["faster_than"].items())
+    return f"logits, {row['rows']} x {row['vocab']} {row['dtype']}, of a copy: {shares}; as fast as: {faster}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    arguments = parser.parse_args()
-    suffix = "_cuda" if arguments.device == "cuda" else ""
-    logits, linear = (load(arguments.results, f"bench_{name}{suffix}") for name in ("logits", "linear"))
-    if not logits and not linear:
+    parser.add_argument("--results", type=Path, default=BENCHMARKS / "results", help="folder of the results")
+    folder = parser.parse_args().results
+    facts = load_facts(folder / "facts.jsonl")
+    logits, linear = (load(folder / f"bench_{name}_cuda.json") for name in ("logits", "linear"))
+    machines = [*(fact for fact in facts if fact["fact"] == "machine"), *(r["machine"] for r in (linear, logits) if r)]
+    if not machines:
         print("no GPU results yet: run tools/gpu_check.sh on a machine with a GPU")
         return
-    print(f"\n{(logits or linear)['machine']['gpu']}")
-    for row in logits.get("results", []):
-        share = row["of_copy_bandwidth"]
-        faster = "  ".join(f"{ratio:.1f}x {name}" for name, ratio in row["faster_than"].items())
-        print(
-            f"logits {row['rows']} x {row['vocab']} {row['dtype']}: forward {share['forward']:.0%}, backward "
-            f"{share['backward in place']:.0%} of the copy's {row['copy_gb_per_s']:.0f} GB/s; {faster}"
-        )
-    for step in linear.get("steps", []):
-        print(f"fused {step['rows']} rows, D {step['width']}, V {step['vocab']} {step['dtype']}:")
-        for row in step["candidates"]:
-            print(
-                f"  {row['candidate']:<40s} {1e3 * row['seconds']:8.2f} ms  {row['over_products']:6.2f}x products  "
-                f"{row['extra_mb']:8.0f} MiB extra"
-            )
-    print("targets, bfloat16, V 128,256: forward >= 85%, backward >= 88% of the copy (H200: 75%, 85%); fused <= 1.15x")
-    print(
-        "products at 4,096 rows, < 55 ms at 8,192 rows (H100); >= 2x faster than TRL, >= 3x than Liger; < 6 GiB extra"
-    )
+    predictions = Predictions(load(BENCHMARKS / "results" / "modelled_times.json"), machines[0]["gpu"])
+    print(f"\n{machines[0]['gpu']}, torch {machines[0]['torch']}")
+    lines = [line for fact in facts for line in fact_lines(fact, predictions)]
+    lines += [line for step in linear.get("steps", []) for line in step_lines(step, predictions)]
+    print(*lines, *map(logits_line, logits.get("results", [])), sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,15 @@ from pathlib import Path
 if not __package__:  # run as a folder, whose parent holds the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from report import builds, experiments, library, models, pages, reliability  # noqa: F401  (they register their tables)
+from report import (  # noqa: F401  (they register their tables)
+    builds,
+    experiments,
+    library,
+    modelled,
+    models,
+    pages,
+    reliability,
+)
 
 
 def main() -> int:
