@@ -79,8 +79,11 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
-def of_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def values_and_gradient(function, logits: torch.Tensor, ref_logits: torch.Tensor, labels: torch.Tensor) -> dict:
+    leaf = logits.detach().requires_grad_()
+    values = function(leaf, ref_logits, labels)
+    (values.logps.sum() - 0.3 * values.kl.sum()).backward()
+    return {"logps": values.logps.detach(), "kl": values.kl.detach(), "gradient": leaf.grad}
 
 
 def agreement(scale: Scale, rounds: int) -> Iterator[Fact]:
@@ -88,14 +91,10 @@ def agreement(scale: Scale, rounds: int) -> Iterator[Fact]:
     vocab = min(scale.rows[1], 50_257)
     for dtype in (F32, BF16):
         logits, ref_logits, labels = random_logits(min(scale.rows[0], 512), vocab, dtype)
-        results = {}
-        for name, function, convert in (("ours", token_divergence, dtype), ("true", eager.token_divergence, torch.double)):
-            leaf = logits.to(convert, copy=True).requires_grad_()
-            values = function(leaf, ref_logits.to(convert), labels)
-            (values.logps.sum() - 0.3 * values.kl.sum()).backward()
-            results[name] = {"logps": values.logps.detach(), "kl": values.kl.detach(), "gradient": leaf.grad}
-        errors = {name: relative_error(value, results["true"][name]) for name, value in results["ours"].items()}
-        yield {"fact": "logits against float64", "dtype": of_dtype(dtype), "errors": errors}
+        ours = values_and_gradient(token_divergence, logits, ref_logits, labels)
+        true = values_and_gradient(eager.token_divergence, logits.double(), ref_logits.double(), labels)
+        errors = {name: relative_error(value, true[name]) for name, value in ours.items()}
+        yield {"fact": "logits against float64", "dtype": str(dtype), "errors": errors}
 
     step = Step(Shape(4, 64, 256, 5003), BF16, device=DEVICE)
     exact = {name: tensor.detach().double() for name, tensor in step.inputs.items() if name != "labels"}

@@ -26,13 +26,11 @@ RESULTS = Path(__file__).parent / "results"
 # Operations of bfloat16 products and bytes of a copy, reads and writes together, a second.
 MACHINES = {"H200": {"products": 790e12, "copy": 4.3e12}, "H100": {"products": 700e12, "copy": 2.95e12}}
 INSTRUCTIONS, SPECIAL_FUNCTIONS = 33.4e12, 4.2e12  # a second, of 132 multiprocessors at 1.98 GHz
-ASSUMED = {
-    "part of the shorter limit that adds to the longer": 0.2,
-    "share, of the predicted one, below which a row kernel disproves the model": 0.9,
-    "ratio to the products, beyond the predicted one, above which a step disproves the model": 0.08,
-    "ms of small kernels a step": 0.25,
-    "ms of small kernels a further chunk": 0.1,
-}
+SHORTER_LIMIT = 0.2  # the part of it that adds to the longer one
+SMALL_KERNELS, OF_A_CHUNK = 0.25, 0.1  # milliseconds: of a step, and of each chunk after the first
+# A row kernel disproves the model below this part of its predicted share; a step, if it takes so many times its
+# products more than predicted.
+KERNEL_DISPROVES, STEP_DISPROVES = 0.9, 0.08
 
 
 class Kernel(NamedTuple):
@@ -47,7 +45,7 @@ class Kernel(NamedTuple):
     def seconds(self, copy: float) -> float:
         """Of an entry."""
         limits = sorted((self.bytes / copy, self.seconds_of_instructions))
-        return limits[1] + ASSUMED["part of the shorter limit that adds to the longer"] * limits[0]
+        return limits[1] + SHORTER_LIMIT * limits[0]
 
     @property
     def seconds_of_instructions(self) -> float:
@@ -74,8 +72,8 @@ SHAPES = [(4096, 128_256), (8192, 128_256), (8192, 151_936), (16_384, 128_256), 
 
 
 def modelled_kernel(kernel: Kernel) -> dict:
-    shares = {name: kernel.bytes / machine["copy"] / kernel.seconds(machine["copy"]) for name, machine in MACHINES.items()}
-    disproved = ASSUMED["share, of the predicted one, below which a row kernel disproves the model"]
+    copies = {name: machine["copy"] for name, machine in MACHINES.items()}
+    shares = {name: kernel.bytes / copy / kernel.seconds(copy) for name, copy in copies.items()}
     return {
         "kernel": kernel.name,
         "instructions": kernel.instructions,
@@ -83,9 +81,9 @@ def modelled_kernel(kernel: Kernel) -> dict:
         "registers": kernel.registers,
         "bytes": kernel.bytes,
         "entries_by_instructions": 1 / kernel.seconds_of_instructions,
-        "entries_by_memory": {name: machine["copy"] / kernel.bytes for name, machine in MACHINES.items()},
+        "entries_by_memory": {name: copy / kernel.bytes for name, copy in copies.items()},
         "of_copy": shares,
-        "disproved_below": {name: disproved * share for name, share in shares.items()},
+        "disproved_below": {name: KERNEL_DISPROVES * share for name, share in shares.items()},
     }
 
 
@@ -108,16 +106,14 @@ def modelled_step(rows: int, vocab: int) -> dict:
 
 def step_on(machine: dict, entries: int, multiply_adds: float, moved: float, plan: ChunkedPlan) -> dict:
     """Milliseconds by part on a machine, all parts together, and their ratio to the products."""
-    further = ASSUMED["ms of small kernels a further chunk"] * (plan.steps.blocks - 1)
     parts = {
         "products": 2e3 * multiply_adds / machine["products"],
         "row kernels": 1e3 * entries * sum(k.seconds(machine["copy"]) for k in (FUSED_FORWARD, MEAN_BACKWARD)),
         "dW": 1e3 * moved / machine["copy"],
-        "small kernels": ASSUMED["ms of small kernels a step"] + further,
+        "small kernels": SMALL_KERNELS + OF_A_CHUNK * (plan.steps.blocks - 1),
     }
     ratio = sum(parts.values()) / parts["products"]
-    disproved = ratio + ASSUMED["ratio to the products, beyond the predicted one, above which a step disproves the model"]
-    return {**parts, "ms": sum(parts.values()), "of_products": ratio, "disproved_above": disproved}
+    return {**parts, "ms": sum(parts.values()), "of_products": ratio, "disproved_above": ratio + STEP_DISPROVES}
 
 
 def results() -> dict:
@@ -131,7 +127,9 @@ def results() -> dict:
             "width": WIDTH,
             "rows of a pair": PAIR_ROWS,
             "bytes of the GPU": MEMORY,
-            **ASSUMED,
+            "part of the shorter limit that adds to the longer": SHORTER_LIMIT,
+            "milliseconds of small kernels": SMALL_KERNELS,
+            "milliseconds of small kernels of each chunk after the first": OF_A_CHUNK,
         },
         "kernels": [modelled_kernel(kernel) for kernel in KERNELS],
         "steps": [modelled_step(rows, vocab) for rows, vocab in SHAPES],

@@ -14,8 +14,6 @@ def step_sizes(vocab: int, width: int, dtype: torch.dtype) -> Sizes:
     return Sizes(vocab, width, width, weight_bytes=dtype.itemsize, logit_bytes=4, needs_weight_grad=True)
 
 
-def step_plan(
-    pairs: int, pair_rows: int, sizes: Sizes, budget: int, device_type: str
-) -> ChunkedPlan | StreamingPlan:
+def step_plan(pairs: int, pair_rows: int, sizes: Sizes, budget: int, device_type: str) -> ChunkedPlan | StreamingPlan:
     """For TDPO of pairs of equal length."""
     return make_plan([pair_rows] * pairs, sizes, budget, can_defer=True, device_type=device_type)

@@ -33,7 +33,8 @@ class Predictions:
         kernel = self.kernels.get(f"{way}, {case.replace(' to bfloat16', '') if way == 'forward' else case}")
         if self.machine is None or kernel is None:
             return ""
-        return f" (predicted {kernel['of_copy'][self.machine]:.0%}, at least {kernel['disproved_below'][self.machine]:.0%})"
+        share, least = (kernel[name][self.machine] for name in ("of_copy", "disproved_below"))
+        return f" (predicted {share:.0%}, at least {least:.0%})"
 
     def of_step(self, rows: int, vocab: int) -> str:
         step = self.steps.get((rows, vocab))
@@ -49,9 +50,11 @@ def kernel_line(fact: dict, predictions: Predictions) -> str:
 
 
 def step_lines(step: dict, predictions: Predictions) -> list[str]:
-    lines = ["fused, {rows} x {vocab}, D {width} {dtype}".format(**step) + predictions.of_step(step["rows"], step["vocab"])]
+    shape = "fused, {rows} x {vocab}, D {width} {dtype}".format(**step)
+    lines = [shape + predictions.of_step(step["rows"], step["vocab"])]
     for row in step["candidates"]:
-        memory = "".join(f"  {row[key]:8.0f} MiB {key.split('_')[0]}" for key in ("extra_mb", "reserved_mb") if key in row)
+        kinds = [kind for kind in ("extra", "reserved") if f"{kind}_mb" in row]
+        memory = "".join(f"  {row[f'{kind}_mb']:8.0f} MiB {kind}" for kind in kinds)
         lines.append(
             f"  {row['candidate']:<40s} {1e3 * row['seconds']:8.2f} ms  {row['over_products']:6.2f}x products{memory}"
         )
@@ -79,8 +82,8 @@ def fact_lines(fact: dict, predictions: Predictions) -> list[str]:
 
 def logits_line(row: dict) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in row["of_copy_bandwidth"].items())
-    faster = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in row["faster_than"].items())
-    return f"logits, {row['rows']} x {row['vocab']} {row['dtype']}, of a copy: {shares}; as fast as: {faster}"
+    faster = ", ".join(f"{ratio:.1f}x {name}'s" for name, ratio in row["faster_than"].items())
+    return f"logits, {row['rows']} x {row['vocab']} {row['dtype']}, of a copy: {shares}; speed: {faster}"
 
 
 def main() -> None:

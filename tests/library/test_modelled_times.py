@@ -1,7 +1,11 @@
 """The planner's choice by its cost model: the fastest plan, and never a slower one for more budget."""
 
+import json
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,7 @@ from tdpo_ext.fused.planning.plan import StreamingPlan, cuda_budget
 from tdpo_ext.fused.planning.sizes import Sizes
 
 GIB = 1 << 30
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_slower_deferred_plan_is_not_chosen():
@@ -97,3 +102,11 @@ def test_time_beside_the_products_on_80_gb(pair_rows, pairs, vocab, most):
     plan = make_plan([pair_rows] * pairs, sizes, cuda_budget(80 * GIB), can_defer=True, device_type="cuda")
     products = 4 * rows * vocab * 4096 / RATES["cuda", True].products
     assert modelled(plan, rows, sizes, "cuda") <= most * products
+
+
+def test_the_predictions_for_gpus_are_the_models(tmp_path):
+    """The committed results, and so docs/performance.md, are what the script computes."""
+    script = ROOT / "benchmarks" / "modelled_times.py"
+    subprocess.run([sys.executable, script, "--output", tmp_path], check=True, stdout=subprocess.DEVNULL)
+    computed = json.loads((tmp_path / "modelled_times.json").read_text())
+    assert computed == json.loads((ROOT / "benchmarks/results/modelled_times.json").read_text())
