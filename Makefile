@@ -134,6 +134,7 @@ bench: $(VENV)/dev  ## the benchmarks, and their report
 	$(BIN)/python benchmarks/bench_long_pairs.py
 	$(BIN)/python benchmarks/bench_vocab_parallel.py
 	$(BIN)/python benchmarks/bench_trainer.py
+	$(BIN)/python benchmarks/modelled_times.py
 	$(BIN)/python benchmarks/report
 
 # Registers, spills and shared memory of every CUDA kernel (needs nvcc, cmake and ninja; no GPU).

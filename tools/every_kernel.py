@@ -25,8 +25,8 @@ def fused_loss(budget: int) -> None:
     hidden, weight = (randn(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((4, 6, 16), (301, 16)))
     labels = torch.randint(301, (4, 6), device="cuda")
     objective = functools.partial(tdpo_loss, beta=0.1)
-    reference = {"ref_hidden": randn(4, 6, 16, dtype=torch.bfloat16), "ref_weight": weight.detach()}
-    loss, _, _ = linear_preference_loss(objective, hidden, weight, **reference, labels=labels, logits_budget=budget)
+    ref_hidden, ref_weight = randn(4, 6, 16, dtype=torch.bfloat16), weight.detach()
+    loss, _, _ = linear_preference_loss(objective, hidden, weight, ref_hidden, ref_weight, labels, logits_budget=budget)
     (0.5 * loss).backward()
 
 

@@ -49,6 +49,7 @@ stage() { # stage NAME SECONDS COMMAND...: its output goes to a log; prints and 
     shift 2
     if ((SECONDS + limit > slowness * seconds)); then
         say "skipped $name: less than its $limit s are left"
+        status=1
         return 1
     fi
     timeout -k 3 $limit "$@" >"$log" 2>&1 || failed=$?

@@ -51,7 +51,10 @@ def machine(tmp_path):
         (programs / name).write_text(f"#!/bin/sh\n{noted}\n{answer}\n")
         (programs / name).chmod(0o755)
 
-    def run(call, *wheels, python="", without=()):
+    def run(call, *wheels, python="", without=(), seconds=None):
+        if seconds is not None:
+            script = tmp_path / "tools" / SCRIPT.name
+            script.write_text(re.sub(r" seconds=\d+ ", f" seconds={seconds} ", script.read_text()))
         (tmp_path / "wheels").mkdir()
         for wheel in wheels:
             (tmp_path / "wheels" / wheel).touch()
@@ -107,6 +110,13 @@ def test_a_failure_is_the_calls_and_the_next_stage_runs(machine):
     assert done.returncode == 1
     assert stages == [("ok", "build"), ("ok", "facts"), ("FAILED", "tests"), ("ok", "memcheck"), ("ok", "racecheck")]
     assert "broken" in done.stdout
+
+
+def test_what_no_longer_fits_into_the_call_is_skipped(machine):
+    done, stages, _ = machine("facts", "tdpo_ext-0-cp312-cp312-linux_x86_64.whl", seconds=60)
+    assert done.returncode == 1
+    assert stages[:2] == [("ok", "wheels"), ("ok", "import")]
+    assert stages[2:] == [("skipped", "facts"), ("skipped", "tests"), ("ok", "memcheck"), ("ok", "racecheck")]
 
 
 def test_a_program_that_is_not_installed_is_said_to_be_skipped(machine):
