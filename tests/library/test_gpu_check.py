@@ -47,7 +47,7 @@ def machine(tmp_path):
     answers = {"python": "", "nvidia-smi": "echo 9.0", "nvcc": "", "compute-sanitizer": "", "ncu": ""}
     programs.mkdir()
     for name, answer in answers.items():
-        noted = f"{{ echo {name} \"$@\" | tr '\\n' ' '; echo; }} >>{calls}"
+        noted = f"{{ echo {name} \"$@\" $TDPO_CUDA_ARCHS | tr '\\n' ' '; echo; }} >>{calls}"
         (programs / name).write_text(f"#!/bin/sh\n{noted}\n{answer}\n")
         (programs / name).chmod(0o755)
 
@@ -86,9 +86,10 @@ def test_without_a_wheel_it_is_built_for_the_gpu_that_is_there(machine, tmp_path
     done, stages, calls = machine("facts", "trl-1-py3-none-any.whl")
     assert done.returncode == 0, done.stdout
     assert stages == [("ok", name) for name in ("wheels", "build", *CALLS["facts"])]
-    assert f"--no-build-isolation {tmp_path}" in calls
+    assert f"--no-build-isolation {tmp_path} 90 " in calls
     assert "compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool racecheck" in calls
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["facts_logs.tar.gz", "facts_stages.txt"]
+    assert "ok      racecheck (" in (tmp_path / "out" / "facts_stages.txt").read_text()
 
 
 def test_a_wheel_that_does_not_load_is_built_again(machine):
