@@ -32,7 +32,7 @@ from peers import published_linear, trl_linear
 from planned import step_plan, step_sizes
 
 from tdpo_ext import linear_preference_loss, linear_token_divergence, tdpo_loss
-from tdpo_ext.fused.planning.plan import resolved_budget
+from tdpo_ext.fused.planning.plan import ChunkedPlan, StreamingPlan, resolved_budget
 
 
 class Shape(NamedTuple):
@@ -62,6 +62,7 @@ class Step:
     """Inputs of one training step, and the candidates that compute it."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str = "cpu"):
+        self.shape = shape
         rows = (2 * shape.pairs, shape.tokens)
         self.hidden = torch.randn(*rows, shape.width, device=device).to(dtype).requires_grad_()
         self.weight = (torch.randn(shape.vocab, shape.width, device=device) / shape.width**0.5).to(dtype)
@@ -88,6 +89,12 @@ class Step:
     @property
     def gradient_bytes(self) -> int:
         return self.hidden.nbytes + self.weight.nbytes
+
+    def plan(self, budget: int | None) -> ChunkedPlan | StreamingPlan:
+        """What `fused` and `packed` take; with the default budget for None."""
+        sizes = step_sizes(self.shape.vocab, self.shape.width, self.weight.dtype)
+        used, device = resolved_budget(budget, self.weight.device), self.weight.device.type
+        return step_plan(self.shape.pairs, 2 * self.shape.tokens, sizes, used, device)
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -185,9 +192,7 @@ def extra_memory(step: Step, run: Callable[[], object], device: str) -> dict[str
 def compare(shape: Shape, dtype: torch.dtype, rounds: int, device: str, with_peers: bool = True) -> dict:
     """One case: the plan, and what each candidate takes."""
     step, budget = Step(shape, dtype, device=device), BUDGET[device]
-    sizes = step_sizes(shape.vocab, shape.width, dtype)
-    used = resolved_budget(budget, step.hidden.device)
-    plan = step_plan(shape.pairs, 2 * shape.tokens, sizes, used, device)
+    plan = step.plan(budget)
     candidates = {
         "tdpo_ext chunked": lambda: step.fused(budget),
         "tdpo_ext packed": lambda: step.packed(budget),
@@ -206,7 +211,7 @@ def compare(shape: Shape, dtype: torch.dtype, rounds: int, device: str, with_pee
         "width": shape.width,
         "vocab": shape.vocab,
         "dtype": str(dtype).removeprefix("torch."),
-        "budget": used,
+        "budget": plan.budget,
         "plan": str(plan),
         "candidates": rows,
     }

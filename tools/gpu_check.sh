@@ -110,7 +110,7 @@ facts() {
         racecheck=(compute-sanitizer --error-exitcode 1 --kernel-name kns=tdpo --tool racecheck)
     fi
     stage facts 75 "$python" "$root/benchmarks/gpu_facts.py" $tiny --output "$out"
-    stage tests 85 "$python" -m pytest -m cuda -p no:cacheprovider "${some[@]}" library
+    stage tests 85 "$python" -m pytest -vv -m cuda -p no:cacheprovider "${some[@]}" library
     if watched_by compute-sanitizer; then
         stage memcheck 50 "${memcheck[@]}" "$python" "$root/tools/every_kernel.py"
         stage racecheck 45 "${racecheck[@]}" "$python" "$root/tools/every_kernel.py"

@@ -34,7 +34,7 @@ class Stage:
 STAGES = [
     Stage("CUDA tests", ("-m", "cuda", "tests/library", "tests/trainer/loss")),
     Stage("memory of 80 GB", ("-m", "cuda", f"{LIBRARY}test_cuda_memory.py"), {"VIRTUAL_GPU_MEMORY": str(80 << 30)}),
-    Stage("logs, gpu_check's rehearsal", ("tests/virtual_gpu",)),
+    Stage("logs and rehearsal", ("tests/virtual_gpu",)),
     Stage(
         "any batch, any plan",
         (f"{LIBRARY}test_any_batch.py", "-k", "not sharded"),
