@@ -28,7 +28,7 @@ def test_evaluation_by_hand(batch, tmp_path):
     evaluated = trainer.evaluate()
     chosen, rejected = [], []
     for row in trainer.eval_dataset:  # one at a time, so that nothing is padded
-        output = trainer.loss(trainer.data_collator([row]))
+        output = trainer.loss(trainer._prepare_inputs(trainer.data_collator([row])))
         chosen.append(torch.stack(output.chosen)[:, 0])
         rejected.append(torch.stack(output.rejected)[:, 0])
     logps, ref_logps, kl, entropy, correct, tokens = torch.stack(chosen, 1).double()
@@ -118,7 +118,7 @@ def continuation(model, prompt, tokenizer):
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(5):
-            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+            ids.append(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].argmax().item())
             if ids[-1] == tokenizer.eos_token_id:
                 break
     return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
@@ -131,7 +131,7 @@ def test_samples(adapters, tmp_path, capsys):
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
         trainer = make_trainer(tmp_path, model=make_model("llama"), peft_config=config, **options)
         change_what_trains(trainer.model)
-        frozen = make_model("llama")
+        frozen = make_model("llama").to(trainer.args.device)
     else:
         trainer = make_trainer(tmp_path, model=make_model("llama"), ref_model=make_model("llama", 1), **options)
         frozen = trainer.ref_model

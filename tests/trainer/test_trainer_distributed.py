@@ -96,7 +96,9 @@ FSDP = {
 def run(folder, processes, environment=None, **options):
     script = folder / "run.py"
     script.write_text(RUN)
-    command = [str(script), str(folder), json.dumps({"ddp_backend": backend_of(DEVICE), **options})]
+    if processes > 1:
+        options["ddp_backend"] = backend_of(DEVICE)
+    command = [str(script), str(folder), json.dumps(options)]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--master_port", "0"]
         command = [*launcher, "--nproc_per_node", str(processes), *command]

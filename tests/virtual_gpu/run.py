@@ -42,7 +42,10 @@ STAGES = [
     ),
     Stage(
         "the library's tests",
-        tuple(f"{LIBRARY}test_{name}.py" for name in ("losses", "per_token", "reverse_kl", "references")),
+        tuple(
+            f"{LIBRARY}test_{name}.py"
+            for name in ("losses", "per_token", "reverse_kl", "references", "token_loss", "without_reference")
+        ),
         ON_CUDA,
     ),
     Stage(
@@ -51,11 +54,17 @@ STAGES = [
             f"{TRAINER}test_trainer.py",
             f"{TRAINER}reference/test_at_start.py",
             f"{TRAINER}reference/test_cache.py",
+            f"{TRAINER}reference/test_without_adapters.py",
             f"{TRAINER}models/test_adapters.py",
+            f"{TRAINER}models/test_causal_lm.py",
             f"{TRAINER}loss/test_preference_loss.py",
+            f"{TRAINER}loss/test_budgets.py",
+            f"{TRAINER}data/test_shared_prompts.py",
+            f"{TRAINER}test_evaluation.py",
         ),
         ON_CUDA,
     ),
+    Stage("two processes by gloo", ("-k", "ddp and not split", f"{TRAINER}test_trainer_distributed.py"), ON_CUDA),
 ]
 NIGHTLY = [
     Stage(
