@@ -8,7 +8,7 @@ from .fused.planning.sizes import Sizes
 from .info import build_info
 from .linear import linear_logps, linear_preference_loss, linear_token_divergence, linear_token_loss
 from .loss_module import LinearTDPOLoss
-from .losses import MarginLoss, dpo_loss, per_token, rewards, tdpo_loss
+from .losses import MarginLoss, dpo_loss, per_token, reference_free, rewards, tdpo_loss
 from .ops.memory import release_scratch
 from .vocab_parallel import VocabShard
 
@@ -31,6 +31,7 @@ __all__ = [
     "make_plan",
     "ops",
     "per_token",
+    "reference_free",
     "release_scratch",
     "rewards",
     "shift_labels",

@@ -73,13 +73,33 @@ def per_token(objective: Objective) -> Objective:
     return objective
 
 
+def reference_free(objective: Objective) -> Objective:
+    """Decorator of an objective (or a margin) that reads neither `ref_logps` nor `kl`: no reference is needed.
+
+    The fused losses take None in the place of the reference then, and `tdpo.TDPOTrainer` loads and runs none, unless
+    it is given one.
+    """
+    checks.function("objective", objective)
+    objective.reference_free = True  # type: ignore[attr-defined]
+    return objective
+
+
 def sees_tokens(objective: Objective) -> bool:
     """Whether an objective, or what it wraps (a partial, a margin), is decorated with `per_token`."""
+    return _is_marked(objective, "sees_tokens")
+
+
+def is_reference_free(objective: Objective) -> bool:
+    """Whether an objective, or what it wraps (a partial, a margin), is decorated with `reference_free`."""
+    return _is_marked(objective, "reference_free")
+
+
+def _is_marked(objective: Objective, mark: str) -> bool:
     if isinstance(objective, functools.partial):
-        return sees_tokens(objective.func)
+        return _is_marked(objective.func, mark)
     if isinstance(objective, MarginLoss):
-        return sees_tokens(objective.margin)
-    return getattr(objective, "sees_tokens", False)
+        return _is_marked(objective.margin, mark)
+    return getattr(objective, mark, False)
 
 
 def tdpo_loss(

@@ -158,7 +158,9 @@ class Audit:
             plain = self._plain(wrapper, sequences, accelerator)
             with without_wanted_noise(self.adapted, disabled_dropout=self.disabled_dropout):
                 ours = self._of_loss(wrapper, batch)
-            if self._reference_is_gone:
+            if self.loss.reference is None:
+                ours = ours._replace(ref_logps=plain.ref_logps, kl=plain.kl)  # not to be compared: there are none
+            elif self._reference_is_gone:
                 plain = plain._replace(ref_logps=ours.ref_logps, kl=ours.kl)
             moved = ours if self._reference_is_apart else self._of_loss_with_other_parameters(wrapper, batch)
         lengths = torch.tensor([len(sequence.learned) for sequence in sequences], device=plain.logps.device)
@@ -188,8 +190,8 @@ class Audit:
 
     def _dtypes(self, accelerator: Accelerator) -> set[torch.dtype]:
         """The precisions that the models and the plain arithmetic compute in, and that a cache stores."""
-        models = (self.loss.policy.model, self.loss.reference.model)
-        dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
+        models = [self.loss.policy, *([] if self.loss.reference is None else [self.loss.reference])]
+        dtypes = {parameter.dtype for causal_lm in models for parameter in causal_lm.model.parameters()}
         dtypes |= {torch.float32, MIXED_PRECISIONS.get(accelerator.mixed_precision, torch.float32)}
         if isinstance(self.loss.reference, CachedStates):
             dtypes |= {cache.dtype for _, cache in self.loss.reference.caches}
@@ -197,8 +199,8 @@ class Audit:
 
     @property
     def _reference_is_apart(self) -> bool:
-        """It shares no weights with the policy."""
-        return isinstance(self.loss.reference, (SecondModel, CachedStates))
+        """It shares no weights with the policy; or there is none."""
+        return self.loss.reference is None or isinstance(self.loss.reference, (SecondModel, CachedStates))
 
     @property
     def _reference_is_gone(self) -> bool:
@@ -206,6 +208,8 @@ class Audit:
         return isinstance(self.loss.reference, CachedStates) and not self.at_start
 
     def _about_reference(self) -> str:
+        if self.loss.reference is None:
+            return "there is no reference"
         if self.at_start:
             return "the reference is the policy"
         if self._reference_is_gone:
@@ -253,7 +257,7 @@ class Audit:
         policy = self.loss.policy.model
         with evaluation_mode(policy):
             logps = wrapper(preference=lambda: _log_softmax(policy, ids, rows))
-        if self.at_start or self._reference_is_gone:
+        if self.loss.reference is None or self.at_start or self._reference_is_gone:
             return logps, logps
         return logps, self.loss.reference.call(wrapper, lambda model: _log_softmax(model, ids, rows))
 

@@ -58,7 +58,8 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs, ScheduledRates):
 
     Args:
         model: the policy, an AutoModelForCausalLM or a peft model.
-        ref_model: the frozen reference. None takes the policy as it is now (docs/reliability.md says in what form).
+        ref_model: the frozen reference. None takes the policy as it is now (docs/reliability.md says in what form), or
+            none at all where the objective needs none (`simpo`; your own, decorated with `tdpo_ext.reference_free`).
         args: options; a copy is kept, so that they can serve another trainer.
         train_dataset, eval_dataset: preference rows (`tdpo.data.rows`) or streams of them; eval_dataset may be a dict.
         processing_class: the tokenizer.
@@ -173,7 +174,7 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs, ScheduledRates):
     ) -> Any:
         """The mean loss of a batch; its metrics are accumulated until the next log."""
         output = self.loss.run(model, inputs)
-        metrics = preference_metrics(output, self.args.beta)
+        metrics = preference_metrics(output, self.args.beta, has_reference=self.reference is not None)
         if self.model.training:
             self._training_means.add(metrics)
             self._new_tokens += inputs["num_tokens"]
@@ -245,7 +246,8 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs, ScheduledRates):
             self._count_tokens()
             if self.args.include_num_input_tokens_seen == "no":
                 logs["num_tokens"] = self.state.num_input_tokens_seen
-            self._kl_warning.check(logs["kl/chosen"], self.state.global_step)
+            if self.reference is not None:
+                self._kl_warning.check(logs["kl/chosen"], self.state.global_step)
         super().log(logs, start_time)
 
     # ---- resuming and saving ----

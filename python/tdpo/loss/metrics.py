@@ -28,24 +28,29 @@ class PairMetric(NamedTuple):
 
 
 @torch.no_grad()
-def preference_metrics(output: PreferenceOutput, beta: float) -> dict[str, PairMetric]:
+def preference_metrics(output: PreferenceOutput, beta: float, *, has_reference: bool = True) -> dict[str, PairMetric]:
     """Every metric of a batch, weighted by its pairs or by its response tokens.
 
     Args:
         output: of `PreferenceLoss`.
         beta: of the loss: `rewards/*` are those of DPO, beta logratio, and `rewards_with_kl/*` those that the authors
             of TDPO log, beta (logratio + KL).
+        has_reference: without one there is no KL, and `rewards/*` are those of SimPO, beta times the mean
+            log-probability of a token.
     """
     chosen, rejected = output.chosen, output.rejected
-    of_pairs = {
-        **_reward_metrics("rewards", beta * chosen.logratio, beta * rejected.logratio),
-        **_reward_metrics("rewards_with_kl", rewards(chosen, beta=beta), rewards(rejected, beta=beta)),
-        "kl/chosen": chosen.kl,
-        "kl/rejected": rejected.kl,
-        "kl/margin": rejected.kl - chosen.kl,
-        "logps/chosen": chosen.logps,
-        "logps/rejected": rejected.logps,
-    }
+    of_pairs = {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps}
+    if has_reference:
+        of_pairs |= {
+            **_reward_metrics("rewards", beta * chosen.logratio, beta * rejected.logratio),
+            **_reward_metrics("rewards_with_kl", rewards(chosen, beta=beta), rewards(rejected, beta=beta)),
+            "kl/chosen": chosen.kl,
+            "kl/rejected": rejected.kl,
+            "kl/margin": rejected.kl - chosen.kl,
+        }
+    else:
+        means = (beta * side.logps / side.tokens.clamp(min=1) for side in (chosen, rejected))
+        of_pairs |= _reward_metrics("rewards", *means)
     metrics = {name: PairMetric(values, torch.ones_like(values)) for name, values in of_pairs.items()}
     metrics["entropy"] = PairMetric(chosen.entropy + rejected.entropy, chosen.tokens + rejected.tokens)
     metrics["mean_token_accuracy"] = PairMetric(chosen.correct, chosen.tokens)  # on chosen tokens, as in TRL

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpo_ext import MarginLoss, TokenDivergence, TokenRows, per_token
+from tdpo_ext import MarginLoss, TokenDivergence, TokenRows, per_token, reference_free
 from tdpo_ext.losses import Objective, dpo_margin_loss, tdpo_margin_loss
 
 from ..options import ObjectiveOptions
@@ -52,6 +52,7 @@ def mean_logratio_margin(chosen: TokenDivergence, rejected: TokenDivergence) -> 
     return chosen.logratio / chosen.tokens.clamp(min=1) - rejected.logratio / rejected.tokens.clamp(min=1)
 
 
+@reference_free
 def mean_logp_margin(chosen: TokenDivergence, rejected: TokenDivergence) -> Tensor:
     """The difference of the log-probabilities' means over tokens, (pairs,)."""
     return chosen.logps / chosen.tokens.clamp(min=1) - rejected.logps / rejected.tokens.clamp(min=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,21 +43,23 @@ class PreferenceLoss(abc.ABC):
     """The loss of a batch from `PreferenceCollator`.
 
     Args:
-        policy, reference: the models.
+        policy, reference: the models; the reference is None where the objective needs none and none was given. Its
+            values are NaN then.
         objective: the pairwise loss.
         kl_direction: of the KL that it sees.
         router_coefficient: weight of the load-balancing loss that is added for a mixture of experts.
     """
 
     policy: CausalLM
-    reference: Reference
+    reference: Reference | None
     objective: Objective
     kl_direction: str = "forward"
     router_coefficient: float = 0.0
 
     def __call__(self, batch: dict[str, Any]) -> PreferenceOutput:
         options = {"output_router_logits": True} if self.router_coefficient > 0 else {}
-        ref_rows = self.reference.rows(batch, self._read)  # first: AtStart exchanges parameters in place
+        # First: AtStart exchanges parameters in place.
+        ref_rows = None if self.reference is None else self.reference.rows(batch, self._read)
         rows, router_logits = self._read(self.policy, batch, **options)
         output = self._compare(rows, ref_rows, batch)
         if not options:
@@ -68,7 +71,9 @@ class PreferenceLoss(abc.ABC):
         """The loss of a batch in the forward pass of the policy as an engine has wrapped it."""
         use_head_without_its_forward(self.policy.model)
         patch_forward(self.policy.model, self)  # which a later trainer may have given its own loss
-        return wrapper(preference=self.reference.read_ahead(wrapper, batch, self._read))
+        if self.reference is not None:
+            batch = self.reference.read_ahead(wrapper, batch, self._read)
+        return wrapper(preference=batch)
 
     def of_pairs(self, output: PreferenceOutput) -> Tensor:
         """The loss of each pair of a batch, (B,). A per-token objective has none: every pair gets the batch's mean."""
@@ -85,7 +90,7 @@ class PreferenceLoss(abc.ABC):
         """The hidden states or logits that the loss needs from a model."""
 
     @abc.abstractmethod
-    def _compare(self, rows: Tensor, ref_rows: Tensor, batch: dict[str, Any]) -> PreferenceOutput:
+    def _compare(self, rows: Tensor, ref_rows: Tensor | None, batch: dict[str, Any]) -> PreferenceOutput:
         """The output for the policy's and the reference's hidden states or logits at the response tokens."""
 
 
@@ -96,27 +101,32 @@ class FusedLoss(PreferenceLoss):
     logits_budget: int | None = None
     _read = staticmethod(CausalLM.hidden_rows)  # type: ignore[assignment]
 
-    def _compare(self, hidden: Tensor, ref_hidden: Tensor, batch: dict[str, Any]) -> PreferenceOutput:
+    def _compare(self, hidden: Tensor, ref_hidden: Tensor | None, batch: dict[str, Any]) -> PreferenceOutput:
         policy, device_type = self.policy, hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
         gather_without_forward(policy.model.get_output_embeddings())
-        with self.reference.whole_head() as (ref_weight, ref_bias):
+
+        def of_reference(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype)
+
+        reference = self.reference
+        with nullcontext((None, None)) if reference is None else reference.whole_head() as (ref_weight, ref_bias):
             loss, chosen, rejected = linear_preference_loss(
                 self.objective,
                 hidden=hidden.to(dtype),
                 weight=policy.weight.to(dtype),
-                ref_hidden=ref_hidden.to(dtype),
-                ref_weight=ref_weight.detach().to(dtype),
+                ref_hidden=of_reference(ref_hidden),
+                ref_weight=of_reference(ref_weight),
                 labels=batch["targets"],
                 cu_seqlens=batch["cu_seqlens"],
                 row_lengths=batch.get("row_lengths"),
                 bias=None if policy.bias is None else policy.bias.to(dtype),
-                ref_bias=None if ref_bias is None else ref_bias.detach().to(dtype),
+                ref_bias=of_reference(ref_bias),
                 token_columns=batch.get("token_columns"),
                 softcap=policy.softcap,
                 logit_scale=policy.logit_scale,
-                ref_logit_scale=self.reference.logit_scale,
+                ref_logit_scale=1.0 if reference is None else reference.logit_scale,
                 kl_direction=self.kl_direction,
                 logits_budget=self.logits_budget,
             )
@@ -129,8 +139,12 @@ class LogitsLoss(PreferenceLoss):
 
     _read = staticmethod(CausalLM.logit_rows)  # type: ignore[assignment]
 
-    def _compare(self, logits: Tensor, ref_logits: Tensor, batch: dict[str, Any]) -> PreferenceOutput:
-        tokens = token_divergence(logits, ref_logits.to(logits.dtype), batch["targets"], kl_direction=self.kl_direction)
+    def _compare(self, logits: Tensor, ref_logits: Tensor | None, batch: dict[str, Any]) -> PreferenceOutput:
+        beside = logits.detach() if ref_logits is None else ref_logits.to(logits.dtype)
+        tokens = token_divergence(logits, beside, batch["targets"], kl_direction=self.kl_direction)
+        if ref_logits is None:
+            nothing = torch.full_like(tokens.kl, torch.nan)
+            tokens = tokens._replace(ref_logps=nothing, kl=nothing)
         lengths = batch["cu_seqlens"].diff()
         sequences = TokenDivergence._make(
             torch.segment_reduce(values, "sum", lengths=lengths, initial=0) for values in tokens
@@ -139,8 +153,10 @@ class LogitsLoss(PreferenceLoss):
         return PreferenceOutput(self.objective(chosen, rejected).mean(), chosen.detach(), rejected.detach())
 
 
-def why_not_fused(policy: CausalLM, reference: Reference) -> str | None:
+def why_not_fused(policy: CausalLM, reference: Reference | None) -> str | None:
     """Why logits must be materialised; None if `FusedLoss` can be used."""
+    if reference is None:
+        return policy.fallback_reason
     reason = policy.fallback_reason or reference.fallback_reason
     if reason is None and policy.softcap != reference.softcap:
         reason = "policy and reference cap their logits differently"
@@ -149,7 +165,7 @@ def why_not_fused(policy: CausalLM, reference: Reference) -> str | None:
 
 def choose_loss(
     policy: CausalLM,
-    reference: Reference,
+    reference: Reference | None,
     trained: TrainedObjective,
     *,
     router_coefficient: float,

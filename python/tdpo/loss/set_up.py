@@ -7,6 +7,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from tdpo_ext.losses import is_reference_free
+
 from ..config import TDPOConfig
 from ..models.causal_lm import CausalLM
 from ..models.probes import choose_layout
@@ -33,22 +35,27 @@ def set_up_loss(
 
     Args:
         model: the policy with its adapters, as it starts.
-        ref_model: the model that the user gave, or None.
+        ref_model: the model that the user gave, or None. With None and an objective that reads nothing of a reference,
+            there is none.
         collator: a PreferenceCollator, or one of the user's own, which is left as it is.
         datasets, pad_token_id: as in `choose_reference`.
 
     Returns:
-        The loss, which holds the reference, and the collator, told the layout.
+        The loss, which holds the reference if there is one, and the collator, told the layout.
 
     Raises:
         ValueError: a model doesn't fit the others, the data or the options; the message names what.
     """
     policy = CausalLM.of(model)
-    reference = choose_reference(policy, model, ref_model, args, datasets, pad_token_id)
+    reference = None
+    if ref_model is not None or args.precompute_reference or not is_reference_free(trained.objective):
+        reference = choose_reference(policy, model, ref_model, args, datasets, pad_token_id)
     coefficient = router_coefficient(policy, args.router_aux_loss_coef)
     collator = choose_layout(
         collator,
-        {"model": policy, **({} if isinstance(reference, CachedStates) else {"ref_model": reference})},
+        {"model": policy}
+        if reference is None or isinstance(reference, CachedStates)
+        else {"model": policy, "ref_model": reference},
         shared_prompts=args.shared_prompts,
         padding_free=args.padding_free,
         routed=coefficient > 0,

@@ -35,7 +35,7 @@ def refuses_samples(*, sharded: bool) -> bool:
 @torch.no_grad()
 def show_samples(
     policy: Any,
-    reference: Reference,
+    reference: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset | PreferenceStream | IterableDatasetShard,
     args: TDPOConfig,
@@ -45,7 +45,7 @@ def show_samples(
 
     Args:
         policy: with its adapters.
-        reference: it is left out where no more than its head is in memory.
+        reference: it is left out where there is none, or no more than its head is in memory.
         dataset: tokenized data, or a process's share of a stream.
         args: `eval_samples` is the number of prompts, `eval_sample_tokens` the limit of a continuation.
     """
@@ -55,7 +55,7 @@ def show_samples(
     columns = {"prompt": tokenizer.batch_decode(prompts)}
     with autocast(args):
         columns["policy"] = [_continuation(policy, tokenizer, ids, args.eval_sample_tokens) for ids in prompts]
-        if not isinstance(reference, CachedStates):
+        if reference is not None and not isinstance(reference, CachedStates):
             with reference.running():
                 texts = [_continuation(reference.model, tokenizer, ids, args.eval_sample_tokens) for ids in prompts]
             columns["reference"] = texts
