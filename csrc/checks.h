@@ -1,9 +1,10 @@
-// The checks of shapes, dtypes and devices, once for both backends, and the conversion of tensors to kernel parameters.
+// The checks of shapes, dtypes and devices, once for all backends, and the conversion of tensors to kernel parameters.
 // Messages name the argument, what it was and what is allowed.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <utility>
 
@@ -91,19 +92,36 @@ struct CheckedInputs {
   }
 };
 
-inline CheckedInputs check_inputs(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels,
-                                  const RowOptions& options) {
-  const auto [vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl] = options;
-  const auto dtype = dtype_of(logits, "logits");
+inline void check_rows(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels,
+                       const RowOptions& options) {
+  const auto vocab_start = options.vocab_start, vocab_size = options.vocab_size;
+  dtype_of(logits, "logits");
   check_value(logits.dim() >= 1, "logits has no dimensions; (..., vocabulary) is needed");
   check_matches(ref_logits, "ref_logits", logits.sizes(), logits.scalar_type(), logits);
   check_matches(labels, "labels", logits.sizes().slice(0, logits.dim() - 1), ScalarType::Long, logits);
   const auto vocab = logits.size(-1);
   check_value(vocab_start >= 0 && vocab <= vocab_size && vocab_start <= vocab_size - vocab, "vocab_start is ",
               vocab_start, " and logits have ", vocab, " entries, but vocab_size is ", vocab_size);
-  check_value(temperature > 0 && std::isfinite(temperature), "temperature is ", temperature,
+  check_value(options.temperature > 0 && std::isfinite(options.temperature), "temperature is ", options.temperature,
               "; it must be positive and finite");
-  check_value(softcap >= 0 && std::isfinite(softcap), "softcap is ", softcap, "; it must be positive and finite");
+  check_value(options.softcap >= 0 && std::isfinite(options.softcap), "softcap is ", options.softcap,
+              "; it must be positive and finite");
+}
+
+// Raises IndexError for a label that is outside the vocabulary and not ignored. The labels are on the CPU.
+inline void check_label_range(const DivergenceParams& params) {
+  for (int64_t row = 0; row < params.rows; ++row) {
+    const int64_t label = params.labels[row];
+    check_index(label == params.ignore_index || (label >= 0 && label < params.vocab_size), "labels hold ", label,
+                " at row ", row, "; allowed are 0 to ", params.vocab_size - 1, " and ignore_index ",
+                params.ignore_index);
+  }
+}
+
+inline CheckedInputs check_inputs(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels,
+                                  const RowOptions& options) {
+  check_rows(logits, ref_logits, labels, options);
+  const auto [vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl] = options;
   CheckedInputs checked{logits, ref_logits, as_contiguous(labels), {}};
   auto z = row_view(checked.logits), r = row_view(checked.ref_logits);
   if (!z) z = row_view(checked.logits = as_contiguous(logits));
@@ -113,14 +131,14 @@ inline CheckedInputs check_inputs(const Tensor& logits, const Tensor& ref_logits
       .ref_logits = *r,
       .labels = checked.labels.const_data_ptr<int64_t>(),
       .rows = labels.numel(),
-      .vocab = vocab,
+      .vocab = logits.size(-1),
       .vocab_start = vocab_start,
       .vocab_size = vocab_size,
       .ignore_index = ignore_index,
       .temperature = temperature,
       .softcap = softcap,
       .reverse_kl = reverse_kl,
-      .dtype = dtype,
+      .dtype = dtype_of(logits, "logits"),
   };
   return checked;
 }
@@ -137,10 +155,14 @@ struct CheckedMerge {
   int64_t slices, rows;
 };
 
-inline CheckedMerge check_merge(const Tensor& states) {
+inline void check_slices(const Tensor& states) {
   check_state_dtype(states);
   check_value(states.dim() >= 2 && states.size(-1) == kRowStateSize, "states has shape ", states.sizes(),
               "; (slices, ..., ", kRowStateSize, ") is needed");
+}
+
+inline CheckedMerge check_merge(const Tensor& states) {
+  check_slices(states);
   const auto merged = torch::stable::new_empty(states, states.sizes().slice(1));
   return {as_contiguous(states), merged, states.size(0), merged.numel() / kRowStateSize};
 }
@@ -153,10 +175,29 @@ struct CheckedFinalize {
   int64_t rows;
 };
 
-inline CheckedFinalize check_finalize(const Tensor& states, const Tensor& labels) {
+inline void check_states(const Tensor& states, const Tensor& labels) {
   check_state_dtype(states);
   check_matches(labels, "labels", labels.sizes(), ScalarType::Long, states);
   check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), states.scalar_type(), labels);
+}
+
+// The state at an index of an array of them, which need not be aligned as one.
+template <bool kReverse, typename Real>
+RowState<Real, kReverse> load_state(const Real* states, int64_t index) {
+  RowState<Real, kReverse> state;
+  std::memcpy(&state, states + index * kRowStateSize, sizeof(state));
+  return state;
+}
+
+// Raises ValueError for a state whose maximum is too large.
+template <typename Real, bool kReverse>
+void check_state_range(const RowState<Real, kReverse>& state, int64_t row) {
+  check_value(!state.is_out_of_range(), "logits or ref_logits have a maximum beyond ", kLargestExponent<Real> * kLn2,
+              " (over the temperature) in size at row ", row);
+}
+
+inline CheckedFinalize check_finalize(const Tensor& states, const Tensor& labels) {
+  check_states(states, labels);
   const auto values = torch::stable::new_empty(states, with_first(kTokenValues, labels.sizes()));
   return {as_contiguous(states), as_contiguous(labels), values, labels.numel()};
 }
@@ -166,12 +207,18 @@ inline bool same_memory(const Tensor& a, const Tensor& b) {
   return a.data_ptr() == b.data_ptr() && a.scalar_type() == b.scalar_type() && a.strides().equals(b.strides());
 }
 inline bool may_overlap(const Tensor& a, const Tensor& b) {
+  const auto storage_of = [](const Tensor& t) {
+    return static_cast<const char*>(t.data_ptr()) - t.storage_offset() * static_cast<int64_t>(t.element_size());
+  };
   const auto end_of = [](const Tensor& t) {
     int64_t last = 0;
     for (int64_t dim = 0; dim < t.dim(); ++dim) last += (t.size(dim) - 1) * t.stride(dim);
     return static_cast<const char*>(t.data_ptr()) + (last + 1) * static_cast<int64_t>(t.element_size());
   };
   if (a.numel() == 0 || b.numel() == 0) return false;
+  // On some devices an address is a handle, so that those of two storages say nothing.
+  const bool has_addresses = a.device().is_cpu() || a.device().is_cuda();
+  if (!has_addresses && storage_of(a) != storage_of(b)) return false;
   return static_cast<const char*>(a.data_ptr()) < end_of(b) && static_cast<const char*>(b.data_ptr()) < end_of(a);
 }
 
@@ -202,9 +249,9 @@ struct CheckedGradient {
   GradientParams params;
 };
 
-inline CheckedGradient check_gradient(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels,
-                                      const Tensor& states, const Tensor& logps_grad, const Tensor& kl_grad,
-                                      const Tensor& out) {
+inline void check_gradient_tensors(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels,
+                                   const Tensor& states, const Tensor& logps_grad, const Tensor& kl_grad,
+                                   const Tensor& out) {
   const auto real = state_dtype(logits);
   check_matches(states, "states", with_last(labels.sizes(), kRowStateSize), real, logits);
   check_matches(logps_grad, "logps_grad", labels.sizes(), real, logits);
@@ -212,8 +259,7 @@ inline CheckedGradient check_gradient(const Tensor& logits, const Tensor& ref_lo
   const bool narrows = logits.scalar_type() == ScalarType::Float &&
                        (out.scalar_type() == ScalarType::BFloat16 || out.scalar_type() == ScalarType::Half);
   check_matches(out, "out", logits.sizes(), narrows ? out.scalar_type() : logits.scalar_type(), logits);
-  const auto rows = row_view(out);
-  check_value(rows.has_value(), "out has strides ", out.strides(),
+  check_value(row_view(out).has_value(), "out has strides ", out.strides(),
               "; its rows must be dense and its leading dimensions regular");
   check_value(!repeats_entries(out), "out has strides ", out.strides(), ": its entries overlap each other");
   check_value(same_memory(out, logits) || !may_overlap(out, logits),
@@ -225,12 +271,18 @@ inline CheckedGradient check_gradient(const Tensor& logits, const Tensor& ref_lo
                                     {"labels", labels}})
     check_value(!may_overlap(out, input) || (same_memory(input, logits) && same_memory(out, logits)), "out overlaps ",
                 name);
+}
+
+inline CheckedGradient check_gradient(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels,
+                                      const Tensor& states, const Tensor& logps_grad, const Tensor& kl_grad,
+                                      const Tensor& out) {
+  check_gradient_tensors(logits, ref_logits, labels, states, logps_grad, kl_grad, out);
   CheckedGradient checked{as_contiguous(states), as_contiguous(logps_grad), as_contiguous(kl_grad), {}};
   checked.params = {
       .states = checked.states.data_ptr(),
       .logps_grad = checked.logps_grad.data_ptr(),
       .kl_grad = checked.kl_grad.data_ptr(),
-      .out = *rows,
+      .out = *row_view(out),
       .out_dtype = dtype_of(out, "out"),
   };
   return checked;

@@ -277,7 +277,8 @@ def _row_states(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Row
     return operators.row_states(logits, ref_logits, labels, options)
 
 
-def _token_divergence(
+@torch.library.impl("tdpo_ext::token_divergence", "default")
+def _(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor,
@@ -317,10 +318,6 @@ def _token_divergence(
     exchange.finish(labels.device)
     values = operators.finalize_row_states(states, labels, options)
     return values, states
-
-
-for _device in ("cpu", "cuda"):
-    torch.library.impl("tdpo_ext::token_divergence", _device, _token_divergence)
 
 
 def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:

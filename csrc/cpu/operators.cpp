@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "../kernels_wanted.h"
 #include "capability.h"
 #include "row_kernels.h"
 
@@ -51,22 +52,6 @@ struct Tasks {
     });
   }
 };
-
-void check_label_range(const DivergenceParams& params) {
-  for (int64_t row = 0; row < params.rows; ++row) {
-    const int64_t label = params.labels[row];
-    check_index(label == params.ignore_index || (label >= 0 && label < params.vocab_size), "labels hold ", label,
-                " at row ", row, "; allowed are 0 to ", params.vocab_size - 1, " and ignore_index ",
-                params.ignore_index);
-  }
-}
-
-template <bool kReverse, typename Real>
-RowState<Real, kReverse> load_state(const Real* states, int64_t index) {
-  RowState<Real, kReverse> state;
-  std::memcpy(&state, states + index * kRowStateSize, sizeof(state));
-  return state;
-}
 
 // Calls f(states, reverse) with a pointer to the numbers of `states`, and the direction as a compile-time constant.
 template <typename F>
@@ -122,8 +107,7 @@ Tensor finalize_row_states(const Tensor& states, const Tensor& labels, int64_t i
       TokenValues<Real> values{};
       if (row_labels[row] != ignore_index) {
         const auto state = load_state<reverse()>(in, row);
-        check_value(!state.is_out_of_range(), "logits or ref_logits have a maximum beyond ",
-                    kLargestExponent<Real> * kLn2, " (over the temperature) in size at row ", row);
+        check_state_range(state, row);
         values = state.finalize(InvTemperature<Real>(temperature));
       }
       values.store(out, checked.rows, row);
@@ -150,6 +134,7 @@ void logit_gradient_out(const Tensor& logits, const Tensor& ref_logits, const Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tdpo_ext, CPU, m) {
+  if (!compiled_kernels_are_wanted()) return;
   m.impl("row_states", TORCH_BOX(&row_states));
   m.impl("merge_row_states", TORCH_BOX(&merge_row_states));
   m.impl("finalize_row_states", TORCH_BOX(&finalize_row_states));

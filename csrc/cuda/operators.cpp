@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../checks.h"
+#include "../kernels_wanted.h"
 #include "launch.h"
 
 namespace tdpo::cuda {
@@ -82,6 +83,7 @@ void scale_unless_one(const Tensor& tensor, const Tensor& factor) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tdpo_ext, CUDA, m) {
+  if (!compiled_kernels_are_wanted()) return;
   m.impl("row_states", TORCH_BOX(&row_states));
   m.impl("merge_row_states", TORCH_BOX(&merge_row_states));
   m.impl("finalize_row_states", TORCH_BOX(&finalize_row_states));

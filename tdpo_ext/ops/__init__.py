@@ -1,8 +1,8 @@
-"""The compiled operators, scratch memory and matrix products that the rest of the library is built on.
+"""The operators, scratch memory and matrix products that the rest of the library is built on.
 
 Internal: the public functions are in `tdpo_ext.divergence`, `tdpo_ext.linear` and `tdpo_ext.losses`.
 """
 
-from . import matmul, memory, operators
+from . import matmul, memory, operators, selection, torch_kernels
 
-__all__ = ["matmul", "memory", "operators"]
+__all__ = ["matmul", "memory", "operators", "selection", "torch_kernels"]

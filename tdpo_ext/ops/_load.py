@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 import torch
@@ -13,6 +14,18 @@ _BRGEMM = Path(__file__).parents[1] / "_brgemm.so"
 def _release(version: str) -> tuple[int, ...]:
     """(X, Y) of a version X.Y.Z+local."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+
+
+def wanted_kernels() -> str:
+    """"torch" or "compiled": the environment's TDPO_KERNELS.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    wanted = os.environ.get("TDPO_KERNELS", "compiled")
+    if wanted not in ("compiled", "torch"):
+        raise ValueError(f"TDPO_KERNELS is {wanted!r}; allowed are compiled (the default) and torch")
+    return wanted
 
 
 def _built_with():
@@ -30,7 +43,9 @@ def load():
 
     Raises:
         ImportError: it was never built, or the torch imported is older than it needs, or of another CUDA release.
+        ValueError: TDPO_KERNELS is neither "compiled" nor "torch".
     """
+    wanted_kernels()
     built = _built_with()
     if _release(torch.__version__) < _release(built.OLDEST_TORCH):
         raise ImportError(
@@ -51,6 +66,8 @@ def load_brgemm() -> str:
 
     It uses more of torch than the stable ABI, so another release of torch than that of the build leaves it out.
     """
+    if wanted_kernels() == "torch":
+        return "left out: TDPO_KERNELS=torch"
     if not _BRGEMM.exists():
         return "not built"
     built = _built_with()

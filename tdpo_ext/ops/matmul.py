@@ -55,12 +55,26 @@ def product(
                 operators.matmul_float32(a, b, accumulate=False, out=out)  # logits: `b` is a transposed weight
                 return out
         return torch.mm(a, b, out=out)
-    if a.device.type == "cpu":
+    if not _has_out_dtype(a.device.type, a.dtype):
         operators.matmul_float32(a, b, accumulate=accumulate, out=out)
         return out
     if accumulate:
         return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+@functools.cache
+def _has_out_dtype(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether torch's own products there give float32 from such operands: a device says so by computing one."""
+    if device_type == "cpu" or (device_type == "cuda" and torch.version.cuda):
+        return device_type == "cuda"
+    operand = torch.ones(16, 16, dtype=dtype, device=device_type)
+    try:
+        product = torch.mm(operand, operand, out_dtype=torch.float32)
+        torch.addmm(product, operand, operand, out_dtype=torch.float32, out=product)
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -101,7 +115,7 @@ def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-# ---- the CPU kernel of the operator tdpo_ext::matmul_float32 ----
+# ---- the kernel of the operator tdpo_ext::matmul_float32 ----
 
 
 def _check_product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -122,7 +136,9 @@ def _check_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _may_overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors may share memory."""
+    """Whether two tensors may share memory: addresses of two storages can be compared on a CPU, not on every device."""
+    if x.device.type != "cpu" and x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        return False
 
     def end_of(tensor: Tensor) -> int:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
@@ -131,12 +147,12 @@ def _may_overlap(x: Tensor, y: Tensor) -> bool:
     return x.numel() > 0 and y.numel() > 0 and x.data_ptr() < end_of(y) and y.data_ptr() < end_of(x)
 
 
-@torch.library.impl("tdpo_ext::matmul_float32", "cpu")
+@torch.library.impl("tdpo_ext::matmul_float32", "default")
 def _matmul_float32(a: Tensor, b: Tensor, *, accumulate: bool, out: Tensor) -> None:
     _check_product(a, b, out)
     if out.numel() == 0:
         return
-    if has_brgemm(a.dtype) and a.shape[1] > 0:
+    if a.device.type == "cpu" and has_brgemm(a.dtype) and a.shape[1] > 0:
         _ops.brgemm(a, b, accumulate=accumulate, out=out)
     elif a.dtype == torch.float32:
         out.addmm_(a, b, beta=1 if accumulate else 0)

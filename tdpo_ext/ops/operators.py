@@ -1,6 +1,6 @@
 """One typed wrapper for each operator of csrc/ops.cpp, and its fake kernel (shapes and dtypes without data).
 
-The differentiable operator `token_divergence` is in `tdpo_ext.divergence`, beside its autograd.
+Kernels in plain torch, for devices without compiled ones, are in `torch_kernels`. The differentiable operator `token_divergence` is in `tdpo_ext.divergence`, beside its autograd.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def logit_gradient_out(
 
 
 def scale_unless_one(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor; a no-op if factor is 1, which CUDA finds out without reading it on the host."""
+    """tensor *= factor; a no-op on the CPU and with the CUDA kernels if factor is 1, which the latter find out there."""
     _ops.scale_unless_one(tensor, factor)
 
 
@@ -129,7 +129,7 @@ def matmul_float32(
     accumulate: bool,
     out: Tensor,  # (M, N), float32
 ) -> None:
-    """out = a @ b, or out += a @ b, in float32 (CPU; the kernel is in `tdpo_ext.ops.matmul`)."""
+    """out = a @ b, or out += a @ b, in float32 (the kernel is in `tdpo_ext.ops.matmul`)."""
     _ops.matmul_float32(a, b, accumulate=accumulate, out=out)
 
 
@@ -168,20 +168,17 @@ def _(tensor, factor):
     return None
 
 
-@torch.library.impl("tdpo_ext::scale_unless_one", "cpu")
+@torch.library.impl("tdpo_ext::scale_unless_one", "default")
 def _(tensor, factor):
-    if factor.item() != 1:
+    if tensor.device.type != "cpu" or factor.item() != 1:
         tensor.mul_(factor)
 
 
-def _logit_gradient(logits: Tensor, *tensors: Tensor, **options) -> Tensor:
+@torch.library.impl("tdpo_ext::logit_gradient", "default")
+def _(logits, *tensors, **options):
     out = memory.empty(tuple(logits.shape), logits.dtype, logits.device)
     _ops.logit_gradient_out(logits, *tensors, **options, out=out)
     return out
-
-
-for _device in ("cpu", "cuda"):
-    torch.library.impl("tdpo_ext::logit_gradient", _device, _logit_gradient)
 
 
 def _no_double_backward(ctx, *_grads):

@@ -140,6 +140,7 @@ def test_pybind11_and_torch_never_meet(tmp_path):
     assert compiled == {
         "module.cpp": {pybind11.get_include()},
         "ops.cpp": operators,
+        "check_operators.cpp": operators,
         "cpu/operators.cpp": operators,
         "cpu/memory.cpp": operators,
         "cpu/row_kernels.cpp": set(),
