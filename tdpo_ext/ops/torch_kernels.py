@@ -22,7 +22,7 @@ from .torch_row_state import RowStates, Scale
 _ops = torch.ops.tdpo_ext
 # Entries of the logits in a block. About eight temporaries of a block are there at a time, each of its size in float32:
 # on a CPU they stay in its caches, and elsewhere they are large enough to keep a GPU busy, and 256 MiB in all.
-_CPU_BLOCK = 1 << 17
+_CPU_BLOCK = 1 << 18
 _BLOCK = 1 << 23
 
 
@@ -164,8 +164,8 @@ def logit_gradient_out(
         at_label = [rows.at_labels(x, some) for x in (z, r)]
         at_label = arithmetic.gradient_of(*at_label, *of_rows, label_extra[some], **keywords)
         at_all = arithmetic.gradient_of(rows.capped(z), rows.capped(r), *of_rows, None, **keywords)
-        dz.copy_(torch.where(is_active[some], at_all, 0.0))
-        dz.scatter_(1, rows.columns[some], torch.where(is_active[some], at_label, 0.0).to(dz.dtype))
+        dz.copy_(arithmetic.keep_rows(at_all, is_active[some]))
+        dz.scatter_(1, rows.columns[some], arithmetic.keep_rows(at_label, is_active[some]).to(dz.dtype))
 
 
 for _kernel in (row_states, merge_row_states, finalize_row_states, logit_gradient_out):

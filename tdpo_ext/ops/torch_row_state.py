@@ -15,6 +15,7 @@ from torch import Tensor
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 _SMALL_GAP = 0.18  # below it, 2^d - 1 - d log(2) is formed by its series
+_HUGE_GAP = 1e30  # instead of an infinite gap, where it counts for nothing
 _FAR = 16.0  # maxima this far apart are centered first
 
 
@@ -47,15 +48,24 @@ class Scale(NamedTuple):
 
 def _excess(d: Tensor) -> Tensor:
     """(2^d - 1 - d log(2)) / d for small d."""
-    # log(2)^n / n! for n = 2, 3, ...; float32 needs four terms for a relative error of 7e-7.
-    terms = 13 if d.dtype == torch.float64 else 4
-    factors = [LN_2**n / math.factorial(n) for n in range(2, 2 + terms)]
-    if d.dtype != torch.float64:
+    if d.dtype == torch.float64:
+        factors = [LN_2**n / math.factorial(n) for n in range(2, 15)]
+    else:  # a relative error of 7e-7 at most
         factors = [0.24022651, 0.055504109, 0.009618129, 0.0013333558]
     tail = d * factors[-1]
     for factor in factors[-2::-1]:
-        tail = (tail + factor) * d
+        tail.add_(factor).mul_(d)
     return tail
+
+
+def keep_rows(values: Tensor, kept: Tensor) -> Tensor:
+    """Sets rows of `values` (rows, n) to 0, whatever they hold, but for those that `kept` (rows, 1) names.
+
+    By bits: torch.where takes ten times as long on a CPU.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+    values.view(integers).bitwise_and_(-kept.to(integers))
+    return values
 
 
 class RowStates(NamedTuple):
@@ -156,13 +166,13 @@ class Shifts(NamedTuple):
 
     def gap(self, z: Tensor, r: Tensor, base2: float, reverse_kl: bool) -> Tensor:
         """The gap d of entries, in base 2."""
-        difference = (z - self.z_center) - (r - self.r_center) - self.gap_top
+        difference = (z - self.z_center).sub_(r - self.r_center).sub_(self.gap_top)
         d = torch.add(self.gap_rest, difference, alpha=base2)
-        return -d if reverse_kl else d
+        return d.neg_() if reverse_kl else d
 
 
 def _exponent(difference: Tensor, rest: Tensor, base2: float) -> Tensor:
-    return torch.add(rest, difference, alpha=base2).clamp_min(_lowest_finite_exponent(difference.dtype))
+    return torch.add(rest, difference, alpha=base2).clamp_min_(_lowest_finite_exponent(difference.dtype))
 
 
 def sums_of(z: Tensor, r: Tensor, base2: float, reverse_kl: bool) -> Tensor:
@@ -170,15 +180,18 @@ def sums_of(z: Tensor, r: Tensor, base2: float, reverse_kl: bool) -> Tensor:
     z_max, r_max = row_max(z, base2), row_max(r, base2)
     shifts = Shifts.of(z_max, r_max, base2)
     z_log = shifts.z_exponent(z, base2)
-    e_z, e_r = torch.exp2(z_log), torch.exp2(shifts.r_exponent(r, base2))
+    e_z, e_r = torch.exp2(z_log), shifts.r_exponent(r, base2).exp2_()
     weight, other = (e_z, e_r) if reverse_kl else (e_r, e_z)
     d = shifts.gap(z, r, base2, reverse_kl)
-    # An entry without weight has no gap, whatever its logits (-inf and underflow included).
-    has_mass = weight != 0
-    weighted_d = torch.where(has_mass, weight * d, 0.0)
-    near, far = weighted_d * _excess(d), torch.sub(other - weight, weighted_d, alpha=LN_2)
-    bregman = torch.where((d.abs() < _SMALL_GAP) & has_mass, near, far)
-    sums = [term.sum(dim=1, keepdim=True) for term in (e_z, e_r, weighted_d, bregman, e_z * z_log)]
+    # An entry without weight has no gap, whatever its logits: of -inf and underflow, 0 times inf is NaN, and so 0 here.
+    weighted_d = (weight * d).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    # d apart: where it is not small, and where it is; 0 elsewhere.
+    d.nan_to_num_(nan=0.0, posinf=_HUGE_GAP, neginf=-_HUGE_GAP)
+    far = torch.nn.functional.hardshrink(d, _SMALL_GAP)
+    near = d.sub_(far)
+    bregman = (other - weight).sub_(weighted_d, alpha=LN_2).mul_(far.sign_().square_())
+    bregman.add_(_excess(near).mul_(near).mul_(weight))
+    sums = [term.sum(dim=1, keepdim=True) for term in (e_z, e_r, weighted_d, bregman, z_log.mul_(e_z))]
     return torch.cat([z_max, r_max, *sums], dim=1)
 
 
@@ -205,15 +218,15 @@ def gradient_of(
     # The reference is not used where the KL has no gradient: it may be anything there.
     if reverse_kl:
         d = shifts.gap(z, r, scale.base2, reverse_kl)
-        factor = p_scale + torch.where(has_kl, (state.gap / weight_sum - d) * kl_scale, 0.0)
-        dz = torch.where(e_z != 0, e_z * factor, 0.0)
+        d.nan_to_num_(nan=0.0, posinf=_HUGE_GAP, neginf=-_HUGE_GAP)  # where e_z is 0, it counts for nothing
+        dz = keep_rows(d.sub_(state.gap / weight_sum).mul_(-kl_scale), has_kl).add_(p_scale).mul_(e_z)
     else:
-        e_r = torch.exp2(shifts.r_exponent(r, scale.base2))
-        dz = e_z * p_scale + torch.where(has_kl, e_r * kl_scale, 0.0)
+        e_r = shifts.r_exponent(r, scale.base2).exp2_()
+        dz = keep_rows(e_r.mul_(kl_scale), has_kl).add_(e_z.mul_(p_scale))
     if label_extra is not None:
-        dz = dz + label_extra
+        dz.add_(label_extra)
     if softcap > 0:
-        dz = dz * (1 - (z * (1 / softcap)).square())
+        dz.mul_((z * (1 / softcap)).square_().neg_().add_(1))
     return dz
 
 
