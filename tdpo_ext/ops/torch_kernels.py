@@ -70,8 +70,8 @@ class _Rows:
         _refuse_on_device(self.is_wrong, message)
 
     def capped(self, logits: Tensor) -> Tensor:
-        """Logits in the precision of the rows, after the softcap."""
-        logits = logits.to(self.dtype)
+        """Logits in the precision of the rows, after the softcap. Dense: torch sums rows of other strides otherwise."""
+        logits = logits.to(self.dtype).contiguous()
         return torch.tanh(logits * (1 / self.softcap)) * self.softcap if self.softcap > 0 else logits
 
     def at_labels(self, logits: Tensor, rows: slice) -> Tensor:

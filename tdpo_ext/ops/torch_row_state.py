@@ -7,6 +7,7 @@ matters, and from what the rounding of z_max left over.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
-_SMALL_GAP = 0.18  # below it, 2^d - 1 - d log(2) is formed by its series
+_SMALL_GAP = 0.18  # below it, 2^d - 1 - d log(2) and log1p(x) - x are formed by their series
+_MODERATE = 0.5  # x below which a KL is formed from `bregman`, which has kept its digits
 _HUGE_GAP = 1e30  # instead of an infinite gap, where it counts for nothing
 _FAR = 16.0  # maxima this far apart are centered first
 
@@ -42,16 +44,14 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, temperature: float, dtype: torch.dtype) -> Scale:
-        exact = torch.tensor([1 / temperature, LOG2_E / temperature], dtype=torch.float64, device="cpu")
-        return cls(*exact.to(dtype).tolist())
+        rounded = ctypes.c_double if dtype == torch.float64 else ctypes.c_float
+        return cls(rounded(1 / temperature).value, rounded(LOG2_E / temperature).value)
 
 
 def _excess(d: Tensor) -> Tensor:
     """(2^d - 1 - d log(2)) / d for small d."""
-    if d.dtype == torch.float64:
-        factors = [LN_2**n / math.factorial(n) for n in range(2, 15)]
-    else:  # a relative error of 7e-7 at most
-        factors = [0.24022651, 0.055504109, 0.009618129, 0.0013333558]
+    terms = 13 if d.dtype == torch.float64 else 4  # a relative error of 7e-7 at most in float32
+    factors = [LN_2**n / math.factorial(n) for n in range(2, 2 + terms)]
     tail = d * factors[-1]
     for factor in factors[-2::-1]:
         tail.add_(factor).mul_(d)
@@ -294,7 +294,7 @@ def finalized(state: RowStates, base2: float, reverse_kl: bool) -> Tensor:
     gap = (state.gap * LN_2).to(weight.dtype)
     x = (gap + wide.bregman) / weight
     near = (wide.bregman / weight + _log1p_minus(x)).clamp_min(0)
-    kl = torch.where(x.abs() < _SMALL_GAP, near, torch.log(other / weight) - gap / weight)
+    kl = torch.where(x.abs() < _MODERATE, near, torch.log(other / weight) - gap / weight)
     log_z, log_r = torch.log2(wide.z_sum), torch.log2(wide.r_sum)
     values = (
         (wide.z_label * base2 - finite_max(wide.z_max) - log_z) * LN_2,
@@ -308,10 +308,10 @@ def finalized(state: RowStates, base2: float, reverse_kl: bool) -> Tensor:
 
 
 def _log1p_minus(x: Tensor) -> Tensor:
-    """log1p(x) - x for |x| < 1/4: with s = x / (2 + x), log1p(x) = 2 s + 2 s^3 / 3 + ..., and 2 s - x = -x s."""
+    """log1p(x) - x, where x is small by its series: with s = x / (2 + x), log1p(x) = 2 s + 2 s^3 / 3 + ..., and 2 s - x = -x s."""
     s = x / (2 + x)
     s2 = s.square()
     odd = torch.zeros_like(x)
     for n in range(17, 2, -2):
         odd = odd * s2 + 2 / n
-    return odd * s2 * s - x * s
+    return torch.where(x.abs() < _SMALL_GAP, odd * s2 * s - x * s, torch.log1p(x) - x)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import tdpo_ext
 from helpers.logit_cases import DTYPES, VOCABULARIES, assert_as_good_as_eager, random_rows
 from tdpo_ext import TokenDivergence, eager, token_divergence
+from tdpo_ext.ops.selection import has_compiled_kernels
 
 INF = math.inf
 
@@ -157,9 +158,10 @@ def test_strides(form, dtype):
     ours, grad = values_and_gradient(
         token_divergence, strided_forms(logits)[form], strided_forms(ref_logits)[form], labels
     )
-    for value, other in zip(ours, expected):
-        assert torch.equal(value, other)
-    assert torch.equal(grad, expected_grad)
+    # torch's own operations round the last entries of a block, those that fill no vector, otherwise than the others.
+    tolerance = 0.0 if has_compiled_kernels("cpu") else 2e-6
+    for value, other in zip((*ours, grad), (*expected, expected_grad)):
+        torch.testing.assert_close(value, other, rtol=tolerance, atol=tolerance * 1e-2)
 
 
 def test_expanded_rows():
