@@ -20,7 +20,7 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py'
 CPP_FILES := $(shell find csrc tests/cpp tests/virtual_gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 EVERY_KERNEL = $(PYTHON) tools/every_kernel.py
 
-.PHONY: demo help test virtual-gpu virtual-gpu-nightly sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo help test torch-kernels-test virtual-gpu virtual-gpu-nightly sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo $(VENV)/data  ## the paper's experiment at small scale, in minutes (the default)
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -75,6 +75,10 @@ virtual-gpu: $(VIRTUAL)/tests  ## the CUDA tests, on a virtual GPU (tests/virtua
 
 virtual-gpu-nightly: $(VIRTUAL)/tests  ## the same with guard pages, random thread order and 2,000 random calls
 	$(VIRTUAL)/bin/python tests/virtual_gpu/run.py --nightly
+
+# Some of what they cover is in `make test` too (tests/library/test_torch_kernels.py).
+torch-kernels-test: $(VENV)/dev  ## the library's tests with its kernels in plain torch
+	TDPO_KERNELS=torch $(BIN)/pytest tests/library
 
 # Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
 test-nightly: $(VENV)/dev  ## ten times as many random cases, then the soak

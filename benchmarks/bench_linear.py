@@ -8,8 +8,9 @@ candidates alternate in one run. Peers: the published arithmetic behind both hea
 divergence and log-probabilities, composed to the same loss (Triton kernels on a GPU); Liger's chunked
 linear JSD (two heads, the same arithmetic with uniform upstream gradients; compiled on a GPU only) and, on a GPU, its
 fused linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked
-linear cross entropy. "products": the four matrix products that any exact method needs, by torch.mm in the inputs'
-dtype. "packed": rows without padding whose lengths are known, for which the host never waits.
+linear cross entropy. "torch kernels": tdpo_ext with its kernels in plain torch, as on a device without compiled ones.
+"products": the four matrix products that any exact method needs, by torch.mm in the inputs' dtype. "packed": rows without
+padding whose lengths are known, for which the host never waits.
 
 Sweep: peak memory over rows and vocabulary, with a plot. bench_precision.py measures errors.
 On a GPU, every shape is first measured without peers, whose compilation takes most of the time, and then with them.
@@ -27,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, cuda_peaks, medians, peak_extra_bytes, runnable, save, text_table
+from common import RESULTS, cuda_peaks, medians, peak_extra_bytes, runnable, save, text_table, with_torch_kernels
 from peers import published_linear, trl_linear
 from planned import step_plan, step_sizes
 
@@ -143,8 +144,11 @@ class Step:
 
 
 def peers(step: Step, device: str) -> dict:
-    """The installed peers that compute the step, or a part of it."""
+    """The installed peers that compute the step, or a part of it; and tdpo_ext without its compiled kernels."""
+    fused, streamed = (functools.partial(function, BUDGET[device]) for function in (step.fused, step.streamed))
     candidates = {
+        "torch kernels, chunked": with_torch_kernels(fused, device),
+        "torch kernels, streaming": with_torch_kernels(streamed, device),
         "published, eager": lambda: step.published(published_linear),
         "published, compiled": functools.partial(step.published, torch.compile(published_linear)),
     }

@@ -5,6 +5,7 @@
 Every candidate computes the values and the gradient of the same loss on the same logits; the candidates alternate in
 one run. "published" is what the published TDPO code computes (no entropy, no masks, no edge values); "oracle" is
 `tdpo_ext.eager`, which defines the values and edge cases of tdpo_ext. Each runs eagerly and through torch.compile.
+"torch kernels" is tdpo_ext with its kernels in plain torch, as on a device without compiled ones.
 
 Bandwidths count the bytes that must move: both logits in the forward pass, both logits and the gradient in the backward
 pass; for the copy, which is the upper bound, the bytes read and the bytes written. On a GPU, QuACK's cross entropy (one
@@ -20,7 +21,7 @@ import functools
 from pathlib import Path
 
 import torch
-from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table
+from common import RESULTS, medians, peak_extra_bytes, runnable, save, text_table, with_torch_kernels
 from peers import published
 from row_kernels import RowKernels
 
@@ -33,10 +34,11 @@ CASES = {
     "cuda": [(4096, 128256, dtype) for dtype in reversed(DTYPES)],  # gpu_facts.py has others, without peers
 }
 TINY = [(6, 300, torch.float32), (3, 5000, torch.bfloat16)]  # to rehearse the script
+TORCH_KERNELS = "torch kernels"
 
 
 def is_peer(name: str) -> bool:
-    return any(word in name for word in ("eager", "compiled", "quack"))
+    return any(word in name for word in ("eager", "compiled", "quack", TORCH_KERNELS))
 
 
 def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
@@ -56,6 +58,7 @@ def candidates(rows: int, vocab: int, dtype: torch.dtype, device: str):
     gradients = kernels.gradients(-0.3)
     runs = {
         "tdpo_ext": step(token_divergence),
+        TORCH_KERNELS: with_torch_kernels(step(token_divergence), device),
         "tdpo_ext, reverse KL": step(functools.partial(token_divergence, kl_direction="reverse")),
         "published, eager": step(published),
         "published, compiled": step(torch.compile(published)),
@@ -130,6 +133,7 @@ def print_table(results: list[dict]) -> None:
             "fwd": result["of_copy_bandwidth"]["forward"],
             "bwd": result["of_copy_bandwidth"]["backward"],
             "memory": result["peak_memory_in_gradients"]["tdpo_ext"],
+            "torch kernels' memory": result["peak_memory_in_gradients"].get(TORCH_KERNELS, float("nan")),
             "published memory": result["peak_memory_in_gradients"].get("published, eager", float("nan")),
         }
         for result in results

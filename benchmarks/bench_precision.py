@@ -12,9 +12,9 @@
 * steps: LoRA on SmolLM2 in bfloat16 with TDPO2 through the trainer; after every step, the mean KL of a fixed batch as
   each implementation computes it from the same hidden states.
 
-Ours: `linear_token_divergence`. Published: the published arithmetic on logits in the inputs' dtype. TRL: its streamed
-divergence (Triton kernels on a GPU, torch on a CPU). The models and their terms: benchmarks/real_models.py. Results go
-to benchmarks/results/bench_precision.json and .png after every model.
+Ours: `linear_token_divergence`, and with its kernels in plain torch. Published: the published arithmetic on logits in
+the inputs' dtype. TRL: its streamed divergence (Triton kernels on a GPU, torch on a CPU). The models and their terms:
+benchmarks/real_models.py. Results go to benchmarks/results/bench_precision.json and .png after every model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import real_models
 import torch
 import torch.nn.functional as F
 from bench_models import Step, loss_of_rows, pairs_of_reviews
-from common import RESULTS, save, text_table
+from common import RESULTS, save, text_table, with_torch_kernels
 from datasets import Dataset
 from peers import published, trl_linear
 from torch import Tensor
@@ -48,6 +48,7 @@ def published_linear_values(hidden, weight, ref_hidden, ref_weight, labels):
 
 CANDIDATES: dict[str, Callable] = {
     "tdpo_ext": linear_token_divergence,
+    "torch kernels": with_torch_kernels(linear_token_divergence, "cpu"),
     "published": published_linear_values,
     "trl": trl_linear,
 }
@@ -107,17 +108,17 @@ def row_errors(name: str, rows: int) -> list[dict]:
             ]
         case["inputs"] = "logits, float32"
         exact, *others = (torch.cat(kls) for kls in zip(*map(_kl_of_logits, exact_inputs.parts())))
-        for candidate, kl in zip(("tdpo_ext", "published"), others):
+        for candidate, kl in zip(("tdpo_ext", "torch kernels", "published"), others):
             results.append({**case, "candidate": candidate, **_errors(kl, exact)})
     return results
 
 
-def _kl_of_logits(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """The KL of rows from the same float32 logits: by the oracle in float64, ours and published."""
+def _kl_of_logits(rows: Rows) -> tuple[Tensor, ...]:
+    """The KL of rows from the same float32 logits: the oracle's in float64, ours with both kernels, the published."""
     logits, ref_logits = F.linear(rows.hidden, rows.weight), F.linear(rows.ref_hidden, rows.ref_weight)
     exact = eager.token_divergence(logits.double(), ref_logits.double(), rows.labels).kl
-    ours, theirs = (function(logits, ref_logits, rows.labels).kl.double() for function in (token_divergence, published))
-    return exact, ours, theirs
+    functions = token_divergence, with_torch_kernels(token_divergence, "cpu"), published
+    return exact, *(function(logits, ref_logits, rows.labels).kl.double() for function in functions)
 
 
 def _errors(kl: Tensor, exact: Tensor) -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -11,13 +13,16 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
 import tdpo_ext
+from tdpo_ext.ops import matmul, torch_kernels
 
 RESULTS = Path(__file__).parent / "results"
 SLEEP = 20_000_000  # cycles of a GPU, about 10 ms
@@ -57,6 +62,35 @@ def _readable(content: dict) -> str:
     """JSON with an entry a line, and series of numbers on one."""
     text = json.dumps(content, indent=1)
     return re.sub(r"\[\n([\d\s.,e+-]+)\]", lambda series: f"[{' '.join(series[1].split())}]", text) + "\n"
+
+
+@contextlib.contextmanager
+def plain_torch_kernels(device: str) -> Iterator[None]:
+    """Within, tdpo_ext computes as with TDPO_KERNELS=torch, so that both kinds of kernels alternate in one process."""
+    operators = (
+        torch_kernels.row_states,
+        torch_kernels.merge_row_states,
+        torch_kernels.finalize_row_states,
+        torch_kernels.logit_gradient_out,
+    )
+    without_brgemm = mock.patch.multiple(
+        matmul, has_brgemm=lambda dtype: False, _rounds_faster=functools.cache(matmul._rounds_faster.__wrapped__)
+    )
+    with torch.library._scoped_library("tdpo_ext", "IMPL") as library, without_brgemm, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are replaced, and by which
+        for operator in operators:
+            library.impl(operator.__name__, operator, device.upper())
+        yield
+
+
+def with_torch_kernels(function: Callable, device: str) -> Callable:
+    """`function` within `plain_torch_kernels`."""
+
+    def replaced(*arguments, **options):
+        with plain_torch_kernels(device):
+            return function(*arguments, **options)
+
+    return replaced
 
 
 def medians(

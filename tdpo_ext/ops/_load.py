@@ -17,7 +17,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def wanted_kernels() -> str:
-    """"torch" or "compiled": the environment's TDPO_KERNELS.
+    """ "torch" or "compiled": the environment's TDPO_KERNELS.
 
     Raises:
         ValueError: it is something else.

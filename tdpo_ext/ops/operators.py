@@ -1,6 +1,7 @@
 """One typed wrapper for each operator of csrc/ops.cpp, and its fake kernel (shapes and dtypes without data).
 
-Kernels in plain torch, for devices without compiled ones, are in `torch_kernels`. The differentiable operator `token_divergence` is in `tdpo_ext.divergence`, beside its autograd.
+Kernels in plain torch, for devices without compiled ones, are in `torch_kernels`. The differentiable operator
+`token_divergence` is in `tdpo_ext.divergence`, beside its autograd.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def logit_gradient_out(
 
 
 def scale_unless_one(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor; a no-op on the CPU and with the CUDA kernels if factor is 1, which the latter find out there."""
+    """tensor *= factor; a no-op if factor is 1 on the CPU, and with a CUDA kernel, which finds it out on the device."""
     _ops.scale_unless_one(tensor, factor)
 
 

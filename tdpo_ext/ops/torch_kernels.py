@@ -8,16 +8,16 @@ are the same code (csrc/checks.h). Rows are taken in blocks, so that temporaries
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from . import torch_row_state as arithmetic
 from .operators import STATE_SIZE, state_dtype
 from .selection import warn_once
-from .torch_row_state import RowStates, Scale
+from .torch_row_state import RowGradient, RowStates, Scale, finalized, keep_rows, merged, sums_of
 
 _ops = torch.ops.tdpo_ext
 # Entries of the logits in a block. About eight temporaries of a block are there at a time, each of its size in float32:
@@ -27,7 +27,7 @@ _BLOCK = 1 << 23
 
 
 def _views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (..., n) of the same shape as matrices (rows, n), which together are all rows in order. Nothing is copied."""
+    """Tensors (..., n) of one shape as matrices (rows, n), which together are all rows in order. Nothing is copied."""
     if tensors[0].dim() == 1:
         yield tuple(tensor[None] for tensor in tensors)
         return
@@ -102,7 +102,7 @@ def row_states(logits: Tensor, ref_logits: Tensor, labels: Tensor, **options) ->
     states = _empty_states(logits, (labels.numel(),), rows.dtype)
     if logits.numel() > 0:
         for some, (z, r) in _blocks(logits, ref_logits):
-            sums = arithmetic.sums_of(rows.capped(z), rows.capped(r), rows.scale.base2, rows.reverse_kl)
+            sums = sums_of(rows.capped(z), rows.capped(r), rows.scale.base2, rows.reverse_kl)
             at_labels = [torch.where(rows.has_label[some], rows.at_labels(x, some), 0.0) for x in (z, r)]
             states[some] = torch.where(rows.counted[some], torch.cat([sums, *at_labels], dim=1), states[some])
     if logits.device.type != "cpu":
@@ -115,10 +115,8 @@ def merge_row_states(states: Tensor, *, reverse_kl: bool) -> Tensor:
     _ops.check_slices(states)
     if len(states) == 0:
         return _empty_states(states, states.shape[1:-1], states.dtype)
-    merged, *others = map(RowStates.unstack, states)
-    for other in others:
-        merged = arithmetic.merged(merged, other, reverse_kl)
-    return merged.stacked()
+    slices = [RowStates.unstack(of_slice) for of_slice in states]
+    return functools.reduce(lambda a, b: merged(a, b, reverse_kl), slices).stacked()
 
 
 def finalize_row_states(
@@ -127,7 +125,7 @@ def finalize_row_states(
     """See `operators.finalize_row_states`. Where a device cannot stop at a maximum out of range, its row is NaN."""
     _ops.check_states(states, labels, ignore_index=ignore_index)
     state, counted = RowStates.unstack(states), labels != ignore_index
-    values = arithmetic.finalized(state, Scale.of(temperature, states.dtype).base2, reverse_kl)
+    values = finalized(state, Scale.of(temperature, states.dtype).base2, reverse_kl)
     if states.device.type != "cpu":
         wrong = state.is_out_of_range() & counted
         _refuse_on_device(wrong, "tdpo_ext: logits or ref_logits have a maximum that is too large")
@@ -156,16 +154,15 @@ def logit_gradient_out(
     states, logps_grad, kl_grad = (tensor.reshape(labels.numel(), -1) for tensor in (states, logps_grad, kl_grad))
     label_extra = torch.where(rows.has_label, logps_grad * rows.scale.natural, 0.0)
     is_active = rows.counted & ((logps_grad != 0) | (kl_grad != 0))
-    keywords = {"scale": rows.scale, "softcap": rows.softcap, "reverse_kl": rows.reverse_kl}
     for some, (z, r, dz) in _blocks(logits, ref_logits, out):
-        of_rows = (states[some], logps_grad[some], kl_grad[some])
+        gradient = RowGradient.of(
+            states[some], logps_grad[some], kl_grad[some], rows.scale, rows.softcap, rows.reverse_kl
+        )
         # The label's entry is computed apart, so that its extra joins before the one rounding: from logits that an
         # in-place gradient has yet to overwrite.
-        at_label = [rows.at_labels(x, some) for x in (z, r)]
-        at_label = arithmetic.gradient_of(*at_label, *of_rows, label_extra[some], **keywords)
-        at_all = arithmetic.gradient_of(rows.capped(z), rows.capped(r), *of_rows, None, **keywords)
-        dz.copy_(arithmetic.keep_rows(at_all, is_active[some]))
-        dz.scatter_(1, rows.columns[some], arithmetic.keep_rows(at_label, is_active[some]).to(dz.dtype))
+        at_label = gradient.at(rows.at_labels(z, some), rows.at_labels(r, some), label_extra[some])
+        dz.copy_(keep_rows(gradient.at(rows.capped(z), rows.capped(r)), is_active[some]))
+        dz.scatter_(1, rows.columns[some], keep_rows(at_label, is_active[some]).to(dz.dtype))
 
 
 for _kernel in (row_states, merge_row_states, finalize_row_states, logit_gradient_out):

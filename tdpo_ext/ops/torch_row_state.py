@@ -195,39 +195,60 @@ def sums_of(z: Tensor, r: Tensor, base2: float, reverse_kl: bool) -> Tensor:
     return torch.cat([z_max, r_max, *sums], dim=1)
 
 
-def gradient_of(
-    z: Tensor,  # (rows, columns)
-    r: Tensor,  # (rows, columns)
-    states: Tensor,  # (rows, STATE_SIZE)
-    logps_grad: Tensor,  # (rows, 1)
-    kl_grad: Tensor,  # (rows, 1)
-    label_extra: Tensor | None,  # (rows, 1): added to each column
-    *,
-    scale: Scale,
-    softcap: float,
-    reverse_kl: bool,
-) -> Tensor:  # (rows, columns)
-    """dL/dlogits of some columns of rows, from logits after a softcap; see struct RowGradient."""
-    state = RowStates.columns(states)
-    shifts = Shifts.of(state.z_max, state.r_max, scale.base2)
-    has_kl = kl_grad != 0
-    weight_sum = state.weight_sum(reverse_kl)
-    p_scale = ((0 if reverse_kl else kl_grad) - logps_grad) * scale.natural / state.z_sum
-    kl_scale = kl_grad * (LN_2 if reverse_kl else -1.0) * scale.natural / weight_sum
-    e_z = torch.exp2(shifts.z_exponent(z, scale.base2))
-    # The reference is not used where the KL has no gradient: it may be anything there.
-    if reverse_kl:
-        d = shifts.gap(z, r, scale.base2, reverse_kl)
-        d.nan_to_num_(nan=0.0, posinf=_HUGE_GAP, neginf=-_HUGE_GAP)  # where e_z is 0, it counts for nothing
-        dz = keep_rows(d.sub_(state.gap / weight_sum).mul_(-kl_scale), has_kl).add_(p_scale).mul_(e_z)
-    else:
-        e_r = shifts.r_exponent(r, scale.base2).exp2_()
-        dz = keep_rows(e_r.mul_(kl_scale), has_kl).add_(e_z.mul_(p_scale))
-    if label_extra is not None:
-        dz.add_(label_extra)
-    if softcap > 0:
-        dz.mul_((z * (1 / softcap)).square_().neg_().add_(1))
-    return dz
+class RowGradient(NamedTuple):
+    """What dL/dlogits of rows is formed from, each tensor (rows, 1); see struct RowGradient."""
+
+    shifts: Shifts
+    p_scale: Tensor
+    kl_scale: Tensor
+    mean_gap: Tensor
+    has_kl: Tensor
+    base2: float
+    softcap: float
+    reverse_kl: bool
+
+    @classmethod
+    def of(
+        cls,
+        states: Tensor,  # (rows, STATE_SIZE)
+        logps_grad: Tensor,  # (rows, 1)
+        kl_grad: Tensor,  # (rows, 1)
+        scale: Scale,
+        softcap: float,
+        reverse_kl: bool,
+    ) -> RowGradient:
+        state = RowStates.columns(states)
+        weight_sum = state.weight_sum(reverse_kl)
+        return cls(
+            Shifts.of(state.z_max, state.r_max, scale.base2),
+            p_scale=((0 if reverse_kl else kl_grad) - logps_grad) * scale.natural / state.z_sum,
+            kl_scale=kl_grad * (LN_2 if reverse_kl else -1.0) * scale.natural / weight_sum,
+            mean_gap=state.gap / weight_sum,
+            has_kl=kl_grad != 0,
+            base2=scale.base2,
+            softcap=softcap,
+            reverse_kl=reverse_kl,
+        )
+
+    def at(self, z: Tensor, r: Tensor, label_extra: Tensor | None = None) -> Tensor:
+        """Of some columns of the logits after a softcap, (rows, columns); `label_extra` (rows, 1) is added to each.
+
+        The reference is not used where the KL has no gradient: it may be anything there.
+        """
+        e_z = self.shifts.z_exponent(z, self.base2).exp2_()
+        if self.reverse_kl:
+            d = self.shifts.gap(z, r, self.base2, self.reverse_kl)
+            d.nan_to_num_(nan=0.0, posinf=_HUGE_GAP, neginf=-_HUGE_GAP)  # where e_z is 0, it counts for nothing
+            of_kl = keep_rows(d.sub_(self.mean_gap).mul_(-self.kl_scale), self.has_kl)
+            dz = of_kl.add_(self.p_scale).mul_(e_z)
+        else:
+            e_r = self.shifts.r_exponent(r, self.base2).exp2_()
+            dz = keep_rows(e_r.mul_(self.kl_scale), self.has_kl).add_(e_z.mul_(self.p_scale))
+        if label_extra is not None:
+            dz.add_(label_extra)
+        if self.softcap > 0:
+            dz.mul_((z * (1 / self.softcap)).square_().neg_().add_(1))
+        return dz
 
 
 class _Rescale(NamedTuple):
@@ -281,9 +302,10 @@ def _raised(state: RowStates, z_max: Tensor, r_max: Tensor, reverse_kl: bool) ->
 
 def merged(state: RowStates, other: RowStates, reverse_kl: bool) -> RowStates:
     """The states of two slices together."""
-    tops = [torch.where(b > a, b, a) for a, b in ((state.z_max, other.z_max), (state.r_max, other.r_max))]
-    a, b = (_raised(one, *tops, reverse_kl) for one in (state, other))
-    return RowStates(*tops, *(x + y for x, y in zip(a[2:], b[2:])))
+    z_max = torch.where(other.z_max > state.z_max, other.z_max, state.z_max)
+    r_max = torch.where(other.r_max > state.r_max, other.r_max, state.r_max)
+    a, b = (_raised(one, z_max, r_max, reverse_kl) for one in (state, other))
+    return RowStates(z_max, r_max, *(x + y for x, y in zip(a[2:], b[2:])))
 
 
 def finalized(state: RowStates, base2: float, reverse_kl: bool) -> Tensor:
@@ -308,7 +330,7 @@ def finalized(state: RowStates, base2: float, reverse_kl: bool) -> Tensor:
 
 
 def _log1p_minus(x: Tensor) -> Tensor:
-    """log1p(x) - x, where x is small by its series: with s = x / (2 + x), log1p(x) = 2 s + 2 s^3 / 3 + ..., and 2 s - x = -x s."""
+    """log1p(x) - x, of small x by a series: with s = x / (2 + x), log1p(x) = 2 s + 2 s^3 / 3 + ..., 2 s - x = -x s."""
     s = x / (2 + x)
     s2 = s.square()
     odd = torch.zeros_like(x)

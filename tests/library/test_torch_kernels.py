@@ -281,9 +281,7 @@ def test_rows_of_devices_without_float64(monkeypatch):
     logits, labels = 3 * torch.randn(8, 5000), torch.randint(5000, (8,))
     ref_logits, options = logits + 0.1 * torch.randn(8, 5000), RowOptions(0, 5000).as_keywords()
     states = torch_kernels.row_states(logits, ref_logits, labels, **options)
-    values = torch_kernels.finalize_row_states(
-        states, labels, ignore_index=-100, temperature=1.0, reverse_kl=False
-    )
+    values = torch_kernels.finalize_row_states(states, labels, ignore_index=-100, temperature=1.0, reverse_kl=False)
     truth = tdpo_ext.eager.token_divergence(logits.double(), ref_logits.double(), labels)
     torch.testing.assert_close(values[0].double(), truth.logps, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(values[2].double(), truth.kl, rtol=1e-4, atol=0)
@@ -310,7 +308,8 @@ print(json.dumps([tdpo_ext.build_info()["kernels"], said]))
 
 def run_with(kernels, folder):
     environment = {**os.environ, "TDPO_KERNELS": kernels}
-    return subprocess.run([sys.executable, "-c", TWO_CALLS], env=environment, capture_output=True, text=True, cwd=folder)
+    command = [sys.executable, "-c", TWO_CALLS]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
 
 
 def test_torch_kernels_are_named_and_warn_once(tmp_path):
