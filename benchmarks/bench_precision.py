@@ -1,6 +1,7 @@
 """Errors of the KL on real text and real models, and what the first steps of a training see of it.
 
-    python benchmarks/bench_precision.py [--rows 189] [--steps 20] [--models smollm2 gemma3]
+    python benchmarks/bench_precision.py [--rows 189] [--rows-only] [--steps 20] [--models smollm2 gemma3]
+                                         [--output FOLDER]
 
 * rows: hidden states of IMDb reviews from a model, as the reference, and from the same model with its weights perturbed
   by 1e-3, 1e-2 and 5e-2 of their standard deviation, as the policy; relative errors of each row's KL against float64 on
@@ -14,7 +15,7 @@
 
 Ours: `linear_token_divergence`, and with its kernels in plain torch. Published: the published arithmetic on logits in
 the inputs' dtype. TRL: its streamed divergence (Triton kernels on a GPU, torch on a CPU). The models and their terms:
-benchmarks/real_models.py. Results go to benchmarks/results/bench_precision.json and .png after every model.
+benchmarks/real_models.py. Results go to bench_precision.json and .png, in benchmarks/results, after every model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import real_models
@@ -250,7 +252,7 @@ def first_steps(steps: int, learning_rate: float) -> list[dict]:
     return watch.series
 
 
-def plot(series: list[dict]) -> None:
+def plot(series: list[dict], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -264,21 +266,27 @@ def plot(series: list[dict]) -> None:
     axes.set(xlabel="step", ylabel="mean KL of a token, nats", yscale="log", title="LoRA on SmolLM2, bfloat16")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(RESULTS / "bench_precision.png", dpi=130)
+    figure.savefig(folder / "bench_precision.png", dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=189, help="rows of text")
+    parser.add_argument("--rows-only", action="store_true", help="nothing but the errors of rows")
     parser.add_argument("--steps", type=int, default=20, help="steps of LoRA; 0 skips them")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of LoRA")
     parser.add_argument("--models", nargs="*", default=real_models.available(), help="whose rows are measured")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    results: dict = {"rows": [], "heads": []}
+    results: dict = {"rows": []}
     for name in arguments.models:
         results["rows"] += row_errors(name, arguments.rows)
-        results["heads"] += head_errors(name)
-        save("bench_precision", results)
+        if not arguments.rows_only:
+            results.setdefault("heads", []).extend(head_errors(name))
+        save("bench_precision", results, arguments.output)
+    if arguments.rows_only:
+        print(text_table(results["rows"], list(results["rows"][0])))
+        return
     if "smollm2" in arguments.models:  # the one whose float64 copies fit a small machine
         results["whole_step"] = whole_step_errors("smollm2")
     for part, found in results.items():
@@ -288,9 +296,9 @@ def main() -> None:
             "learning_rate": arguments.learning_rate,
             "steps": first_steps(arguments.steps, arguments.learning_rate),
         }
-        plot(results["steps"])
+        plot(results["steps"], arguments.output)
         print(text_table(results["steps"], list(results["steps"][0])))
-    print(f"saved {save('bench_precision', results)}")
+    print(f"saved {save('bench_precision', results, arguments.output)}")
 
 
 if __name__ == "__main__":

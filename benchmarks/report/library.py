@@ -34,6 +34,42 @@ def _steps() -> dict[str, dict[str, dict]]:
 
 
 @table
+def torch_kernels() -> str:
+    """Kernels in plain torch beside the compiled ones and torch."""
+    rows = []
+    names = ("tdpo_ext", "torch kernels", "published, eager", "published, compiled", "oracle, compiled")
+    for result in load("torch_kernels/bench_logits")["results"]:
+        case = f"logits, {result['rows']} x {result['vocab']:,}, {result['dtype']}"
+        for name in names:
+            memory = result["peak_memory_in_gradients"][name]
+            rows.append([case, name, f"{result['milliseconds'][name]:,.0f}", f"{memory:.2f} gradients"])
+    for step in load("torch_kernels/bench_linear")["steps"]:
+        case = f"hidden states, {step['rows']:,} x D {step['width']} x V {step['vocab']:,}, {step['dtype']}"
+        for row in step["candidates"]:
+            memory = "" if row["candidate"] == "products" else f"{row['extra_mb']:,.0f} MiB"
+            rows.append([case, row["candidate"], f"{1e3 * row['seconds']:,.0f}", memory])
+    return markdown(["", "", "ms", "extra memory"], rows)
+
+
+@table
+def torch_kernels_precision() -> str:
+    """Errors of the KL with both kinds of kernels."""
+    rows = [
+        [
+            row["inputs"],
+            f"{row['perturbation']:g}",
+            f"{row['median_kl']:.1e}",
+            row["candidate"],
+            f"{row['median']:.1e}",
+            f"{row['99th percentile']:.1e}",
+        ]
+        for row in load("torch_kernels/bench_precision")["rows"]
+        if row["candidate"] != "trl"
+    ]
+    return markdown(["SmolLM2", "perturbed by", "median KL", "", "median error", "99th percentile"], rows)
+
+
+@table
 def linear() -> str:
     """Hidden states to gradients."""
     steps = _steps()

@@ -34,15 +34,16 @@ def warn_once(device: torch.device) -> None:
 
 @functools.cache
 def _warn(device_type: str) -> None:
+    name = "ROCm" if device_type == "cuda" and torch.version.hip else device_type
     if wanted_kernels() == "torch":
-        reason, advice = "TDPO_KERNELS=torch", "Compiled kernels, where this build has them,"
-    elif device_type == "cuda" and torch.version.cuda:
+        reason, compiled = "TDPO_KERNELS=torch", "Compiled kernels, where this build has them,"
+    elif name == "cuda":
         reason = "this build has no CUDA kernels"
-        advice = "CUDA kernels, which `pip install .` builds where it finds nvcc (docs/building.md),"
+        compiled = "CUDA kernels, which `pip install .` builds where it finds nvcc (docs/building.md),"
     else:
-        reason, advice = f"there are no compiled kernels for {device_type}", "Compiled ones, as CPUs and CUDA have,"
+        reason, compiled = f"there are no compiled kernels for {name}", "Compiled kernels, as CPUs and CUDA have them,"
     warnings.warn(
-        f"tdpo_ext: kernels in plain torch compute on {device_type}: {reason}. {advice} give the same values in one "
-        "pass over the logits, without temporaries.",
+        f"tdpo_ext: kernels in plain torch compute on {name}: {reason}. {compiled} give the same values in one pass "
+        "over the logits, without temporaries.",
         stacklevel=3,
     )

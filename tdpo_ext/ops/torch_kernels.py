@@ -62,12 +62,11 @@ class _Rows:
         self.reverse_kl = reverse_kl
         labels = labels.reshape(-1, 1)
         self.counted = labels != ignore_index  # (rows, 1)
-        self.is_wrong = self.counted & ((labels < 0) | (labels >= vocab_size))
+        self.wrong = self.counted & ((labels < 0) | (labels >= vocab_size))
+        self.allowed = f"0 to {vocab_size - 1} and ignore_index {ignore_index}"
         columns = labels - vocab_start
         self.has_label = self.counted & (columns >= 0) & (columns < logits.shape[-1])
         self.columns = columns.clamp(0, max(0, logits.shape[-1] - 1))
-        message = f"tdpo_ext: labels hold one that is neither in 0 to {vocab_size - 1} nor ignore_index {ignore_index}"
-        _refuse_on_device(self.is_wrong, message)
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits in the precision of the rows, after the softcap. Dense: torch sums rows of other strides otherwise."""
@@ -79,12 +78,19 @@ class _Rows:
         return self.capped(logits.gather(1, self.columns[rows]))
 
 
-def _refuse_on_device(wrong: Tensor, message: str) -> None:
-    """Stops the device where any is True, if it can. The host does not wait for it; on a CPU it has looked already."""
-    device = wrong.device.type
-    key = torch._C._dispatch_key_for_device(device)
-    if device != "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key):
-        torch._assert_async(~wrong.any(), message)
+def _was_looked_at(tensor: Tensor) -> bool:
+    """Whether the checks have seen what a tensor holds: a CPU's, while the host does not wait for another device."""
+    return tensor.device.type == "cpu"
+
+
+def _refuse_on_device(results: Tensor, wrong: Tensor, message: str) -> Tensor:
+    """Stops the device where any is wrong, if it can; the results with NaN there, if it cannot."""
+    if _was_looked_at(wrong):
+        return results
+    key = torch._C._dispatch_key_for_device(wrong.device.type)
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key):
+        torch._assert_async(~wrong.any(), f"tdpo_ext: {message}")
+    return results.masked_fill(wrong, math.nan)
 
 
 def _empty_states(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -105,8 +111,7 @@ def row_states(logits: Tensor, ref_logits: Tensor, labels: Tensor, **options) ->
             sums = sums_of(rows.capped(z), rows.capped(r), rows.scale.base2, rows.reverse_kl)
             at_labels = [torch.where(rows.has_label[some], rows.at_labels(x, some), 0.0) for x in (z, r)]
             states[some] = torch.where(rows.counted[some], torch.cat([sums, *at_labels], dim=1), states[some])
-    if logits.device.type != "cpu":
-        states.masked_fill_(rows.is_wrong, math.nan)
+    states = _refuse_on_device(states, rows.wrong, f"labels hold one out of range; allowed are {rows.allowed}")
     return states.view(*labels.shape, STATE_SIZE)
 
 
@@ -126,10 +131,8 @@ def finalize_row_states(
     _ops.check_states(states, labels, ignore_index=ignore_index)
     state, counted = RowStates.unstack(states), labels != ignore_index
     values = finalized(state, Scale.of(temperature, states.dtype).base2, reverse_kl)
-    if states.device.type != "cpu":
-        wrong = state.is_out_of_range() & counted
-        _refuse_on_device(wrong, "tdpo_ext: logits or ref_logits have a maximum that is too large")
-        values = values.masked_fill(wrong, math.nan)
+    wrong = state.is_out_of_range() & counted
+    values = _refuse_on_device(values, wrong, "logits or ref_logits have a maximum that is too large")
     return torch.where(counted, values, 0.0)
 
 

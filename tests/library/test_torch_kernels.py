@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tdpo_ext
 from helpers.logit_cases import DTYPES, REFUSED
-from tdpo_ext.ops import operators, selection, torch_kernels, torch_row_state
+from tdpo_ext.ops import matmul, operators, selection, torch_kernels, torch_row_state
 from tdpo_ext.ops.operators import RowOptions
 
 against_compiled = pytest.mark.skipif(
@@ -273,6 +273,55 @@ def test_the_host_reads_nothing_from_a_device(reverse_kl, monkeypatch):
     out = torch.empty_like(logits)
     torch_kernels.logit_gradient_out(logits, logits, labels, states, *gradients, **options, out=out)
     assert (states.shape, merged.shape, values.shape) == ((4, 6, 9), (4, 6, 9), (6, 4, 6))
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Labels and states are taken for those of a device that the host does not look at."""
+    monkeypatch.setattr(torch_kernels, "_was_looked_at", lambda tensor: False)
+    for check in ("check_rows", "check_states"):
+        monkeypatch.setattr(torch.ops.tdpo_ext, check, lambda *tensors, **options: None)
+
+
+def out_of_range():
+    """A call for rows whose labels are wrong in the second, and one for states whose maximum is in the second."""
+    logits, labels = torch.randn(3, 9), torch.tensor([1, 9, -100])
+    states = torch_kernels.row_states(logits, logits, labels.clamp(max=8), **RowOptions(0, 9).as_keywords())
+    states[1, 0] = 2.0**31
+    finalize = {"ignore_index": -100, "temperature": 1.0, "reverse_kl": False}
+    return {
+        "labels hold one out of range; allowed are 0 to 8 and ignore_index -100": lambda: torch_kernels.row_states(
+            logits, logits, labels, **RowOptions(0, 9).as_keywords()
+        ),
+        "have a maximum that is too large": lambda: torch_kernels.finalize_row_states(states, labels, **finalize).t(),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:tdpo_ext")
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_out_of_range_stops_a_device_or_is_nan(number, monkeypatch):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    can_stop = {"aten::_assert_async.msg": False}
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: can_stop.get(name, has_kernel(name, key))
+    )
+    message, call = list(out_of_range().items())[number]
+    assert call().isnan().all(dim=1).tolist() == [False, True, False]
+    can_stop.clear()
+    with pytest.raises(RuntimeError, match=message):
+        list(out_of_range().values())[number]()
+
+
+def test_a_device_is_asked_for_float32_products(monkeypatch):
+    """Where it has none of low-precision operands, they are made of copies."""
+    assert matmul._has_out_dtype.__wrapped__("meta", torch.bfloat16)
+
+    def refuses(*operands, **options):
+        raise NotImplementedError("aten::mm.dtype")
+
+    monkeypatch.setattr(torch, "mm", refuses)
+    assert not matmul._has_out_dtype.__wrapped__("meta", torch.bfloat16)
 
 
 def test_rows_of_devices_without_float64(monkeypatch):
