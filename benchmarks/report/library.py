@@ -52,24 +52,6 @@ def torch_kernels() -> str:
 
 
 @table
-def torch_kernels_precision() -> str:
-    """Errors of the KL with both kinds of kernels."""
-    rows = [
-        [
-            row["inputs"],
-            f"{row['perturbation']:g}",
-            f"{row['median_kl']:.1e}",
-            row["candidate"],
-            f"{row['median']:.1e}",
-            f"{row['99th percentile']:.1e}",
-        ]
-        for row in load("torch_kernels/bench_precision")["rows"]
-        if row["candidate"] != "trl"
-    ]
-    return markdown(["SmolLM2", "perturbed by", "median KL", "", "median error", "99th percentile"], rows)
-
-
-@table
 def linear() -> str:
     """Hidden states to gradients."""
     steps = _steps()

@@ -11,17 +11,28 @@ _CANDIDATES = {"tdpo_ext": "tdpo_ext", "published": "published", "trl": "TRL"}
 @table
 def precision() -> str:
     """Errors of the KL on real text."""
+    return _errors_of_rows("bench_precision", _CANDIDATES)
+
+
+@table
+def torch_kernels_precision() -> str:
+    """The same with both kinds of kernels."""
+    names = {"tdpo_ext": "compiled kernels", "torch kernels": "torch kernels", "published": "published"}
+    return _errors_of_rows("torch_kernels/bench_precision", names)
+
+
+def _errors_of_rows(results: str, candidates: dict[str, str]) -> str:
     cases: dict[tuple, dict[str, dict]] = {}
-    for row in load("bench_precision")["rows"]:
+    for row in load(results)["rows"]:
         cases.setdefault((row["model"], row["perturbation"], row["inputs"]), {})[row["candidate"]] = row
     rows = []
     for (model, size, inputs), errors in cases.items():
         cells = [
             f"{errors[name]['median']:.1e}; {errors[name]['99th percentile']:.1e}" if name in errors else ""
-            for name in _CANDIDATES
+            for name in candidates
         ]
         rows.append([_MODELS[model], f"{size:g}", inputs, f"{errors['published']['median_kl']:.1e}", *cells])
-    return markdown(["model", "noise", "inputs", "median KL", *_CANDIDATES.values()], rows)
+    return markdown(["model", "noise", "inputs", "median KL", *candidates.values()], rows)
 
 
 @table
