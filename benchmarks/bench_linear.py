@@ -9,8 +9,8 @@ divergence and log-probabilities, composed to the same loss (Triton kernels on a
 linear JSD (two heads, the same arithmetic with uniform upstream gradients; compiled on a GPU only) and, on a GPU, its
 fused linear JSD (KL alone); for scale, with one head and no KL, `F.linear_cross_entropy` and, on a GPU, QuACK's chunked
 linear cross entropy. "torch kernels": tdpo_ext with its kernels in plain torch, as on a device without compiled ones.
-"products": the four matrix products that any exact method needs, by torch.mm in the inputs' dtype. "packed": rows without
-padding whose lengths are known, for which the host never waits.
+"products": the four matrix products that any exact method needs, by torch.mm in the inputs' dtype. "packed": rows
+without padding whose lengths are known, for which the host never waits.
 
 Sweep: peak memory over rows and vocabulary, with a plot. bench_precision.py measures errors.
 On a GPU, every shape is first measured without peers, whose compilation takes most of the time, and then with them.
