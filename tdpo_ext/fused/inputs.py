@@ -106,11 +106,11 @@ class FusedInputs(CallTensors):
     def finalize(self, states: Tensor, labels: Tensor) -> Tensor:
         """Values of rows from their states, (fields, rows), in the order of TokenDivergence.
 
-        Those of a reference are NaN where there is none.
+        Those of a reference are NaN at the rows that count where there is none.
         """
         values = operators.finalize_row_states(states, labels, self.options)
         if not self.has_reference:
-            values[_REFERENCE_FIELDS] = torch.nan
+            values[_REFERENCE_FIELDS].masked_fill_(labels != self.options.ignore_index, torch.nan)
         return values
 
 

@@ -179,17 +179,15 @@ def test_an_objective_of_pairs_and_of_sequences_is_tried_as_both():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("flat", "options", "message"),
     [
-        ({"labels": torch.zeros(750, dtype=torch.int64)}, r"\(B, T\) is needed, or cu_seqlens"),
-        ({"row_lengths": [1, 2]}, "row_lengths has the sum 3"),
+        (("hidden", "ref_hidden", "labels"), {}, r"\(B, T\) is needed, or cu_seqlens"),
+        ((), {"row_lengths": [1, 2]}, "row_lengths has the sum 3"),
     ],
 )
-def test_layouts_are_checked(change, message):
-    case = make_sequences()
-    given = {**vars(case), **change}
-    if "labels" in change:
-        given |= {"hidden": given["hidden"].flatten(0, 1), "ref_hidden": given["ref_hidden"].flatten(0, 1)}
+def test_layouts_are_checked(flat, options, message):
+    given = {**vars(make_sequences()), **options}
+    given |= {name: given[name].flatten(0, 1) for name in flat}
     with pytest.raises(ValueError, match=message):
         linear_token_loss(OBJECTIVES["kl"], **given)
 
