@@ -15,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py -name '*.py' -o -name '*.cpp' -o -name '*.h' \
+SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py tools/build_cuda.py -name '*.py' -o -name '*.cpp' -o -name '*.h' \
 	-o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.in') setup.py pyproject.toml CMakeLists.txt
 CPP_FILES := $(shell find csrc tests/cpp tests/virtual_gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 EVERY_KERNEL = $(PYTHON) tools/every_kernel.py

@@ -2,19 +2,22 @@
 
 Environment:
     TDPO_BRGEMM      1 (default) or 0: the optional module _brgemm, which loads only in the installed torch release
-    TDPO_CUDA        auto (default: CUDA kernels if torch is a CUDA build and nvcc is found), 0, or 1 (nvcc is enough)
-    TDPO_CUDA_ARCHS  CUDA architectures, such as "90" or "80;90" (default: csrc/cuda/cuda.cmake)
-    CUDA_HOME        the CUDA toolkit (default: the one whose nvcc is on the PATH)
+    TDPO_CUDA        auto (default: CUDA kernels if torch is a CUDA build and a GPU is visible, for its architecture), 0, or
+                     1 (needs neither; for the architectures of csrc/cuda/cuda.cmake)
+    TDPO_CUDA_ARCHS  CUDA architectures, such as "90" or "80;90"; with auto, a CUDA build of torch is then enough
+    CUDA_HOME        the CUDA toolkit (default: the nvcc on the PATH, or NVIDIA's packages, which an isolated build installs)
     TDPO_LOCAL_VERSION  local part of the package's version, such as cu13 for a wheel with kernels for CUDA 13
     CMAKE_ARGS       additional arguments for CMake
 """
 
+import atexit
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +25,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT / "tools"))
+
+import build_cuda
+
+# Processor time of a first build, measured: the C++ files, one CUDA architecture, and each further one.
+CPP_SECONDS, CUDA_SECONDS, NEXT_CUDA_SECONDS = 42, 46, 39
 
 
 def program(name: str) -> str:
@@ -59,44 +68,56 @@ def oldest_torch(requirements: list[str]) -> str:
     return next(entry.removeprefix("torch>=") for entry in requirements if entry.startswith("torch>="))
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        nvcc = Path(home, "bin", "nvcc")
-        return str(nvcc) if nvcc.exists() else None
-    return shutil.which("nvcc")
+def check_compiler() -> None:
+    """Raises SystemExit where there is no C++ compiler; which one is used is CMake's choice."""
+    named = os.environ.get("CXX") or "CMAKE_CXX_COMPILER" in os.environ.get("CMAKE_ARGS", "")
+    if not named and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SystemExit(
+            "tdpo_ext: there is no C++ compiler; run `apt-get install g++` (Debian, Ubuntu) or `dnf install gcc-c++` "
+            "(Fedora), or name one in CXX"
+        )
 
 
-def cuda_release(nvcc: str) -> str:
-    """The CUDA release X.Y of an nvcc."""
-    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+\.\d+)", said)
-    if found is None:
-        raise SystemExit(f"tdpo_ext: {nvcc} --version names no release")
-    return found.group(1)
+def expected_time(cuda: build_cuda.Choice) -> str:
+    """About how long a first build takes: one process compiles all CUDA architectures, others the C++ files."""
+    cores, architectures = len(os.sched_getaffinity(0)), cuda.archs.count(";") + 1 if cuda.archs else 3
+    cuda_seconds = CUDA_SECONDS + NEXT_CUDA_SECONDS * (architectures - 1) if cuda.compiler else 0
+    seconds = max((CPP_SECONDS + cuda_seconds) / cores, cuda_seconds)
+    return f"about {max(1, round(seconds / 30)) / 2:g} min on {cores} cores the first time"
 
 
-def cuda_arguments(torch_cuda: str | None) -> tuple[list[str], str]:
-    """CMake arguments for the CUDA kernels, and a description of what is built."""
-    requested, nvcc = os.environ.get("TDPO_CUDA", "auto"), find_nvcc()
-    if requested not in ("auto", "0", "1"):
-        raise SystemExit(f"tdpo_ext: TDPO_CUDA is {requested!r}; allowed are auto, 0 and 1")
-    if requested == "1" and nvcc is None:
-        raise SystemExit("tdpo_ext: TDPO_CUDA=1, but nvcc was not found")
-    if requested == "0":
-        reasons = ["TDPO_CUDA=0"]
-    else:
-        reasons = ["torch is a CPU build"] if torch_cuda is None and requested == "auto" else []
-        reasons += ["nvcc was not found"] if nvcc is None else []
-    if reasons or nvcc is None:
-        return ["-DTDPO_CUDA=OFF", "-DTDPO_CUDA_VERSION="], "CPU only: " + " and ".join(reasons)
-    archs, release = os.environ.get("TDPO_CUDA_ARCHS"), cuda_release(nvcc)
-    # Without a request, an earlier one that CMake has cached must not remain.
-    archs_argument = f"-DTDPO_CUDA_ARCHS={archs}" if archs else "-UTDPO_CUDA_ARCHS"
-    return (
-        ["-DTDPO_CUDA=ON", f"-DTDPO_CUDA_VERSION={release}", archs_argument, f"-DCMAKE_CUDA_COMPILER={nvcc}"],
-        f"CPU and CUDA {release} ({archs or 'default architectures'}) with {nvcc}",
-    )
+def what_failed(output: str) -> str:
+    """The first error in the output of CMake or of a compiler."""
+    if configuring := re.search(r"^CMake Error[^\n]*\n+(.+?)\n\n", output, re.MULTILINE | re.DOTALL):
+        return " ".join(configuring.group(1).split())
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"\berror\b|\bfatal\b", line)), lines[-1] if lines else "no output")
+
+
+def run(command: list[str], log: Path) -> None:
+    """Runs a command, with its output in a file.
+
+    Raises:
+        SystemExit: it failed; the message has its first error and names the file.
+    """
+    with log.open("a") as file:
+        print(f"$ {shlex.join(command)}", file=file, flush=True)
+        begin = file.tell()
+        failed = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode != 0
+    if failed:
+        atexit.unregister(shutil.rmtree)  # the log may lie in a temporary folder
+        error = what_failed(log.read_bytes()[begin:].decode(errors="replace"))
+        hint = "; with little memory, set CMAKE_BUILD_PARALLEL_LEVEL=1" if "Killed" in error else ""
+        raise SystemExit(f"tdpo_ext: the build failed: {error}{hint} (all output: {log})")
+
+
+def build_base() -> Path:
+    """Where the build's files go: `build`, or a temporary folder where the source tree is read-only."""
+    if os.access(ROOT, os.W_OK):
+        return ROOT / "build"
+    temporary = tempfile.mkdtemp(prefix="tdpo_ext-build-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)
 
 
 class CMakeBuild(build_ext):
@@ -104,12 +125,24 @@ class CMakeBuild(build_ext):
         import pybind11
         import torch
 
+        check_compiler()
         torch_root = Path(torch.__file__).parent
         include = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
-        cuda, description = cuda_arguments(torch.version.cuda)
-        print(f"tdpo_ext: building with torch {torch.__version__}, {description}", file=sys.stderr, flush=True)
+        cuda = build_cuda.choose(torch.version.cuda)
+        if self.editable_mode and BUILD != ROOT / "build":
+            raise SystemExit(f"tdpo_ext: an editable build writes into {ROOT}, which is read-only; run `pip install .`")
+        if cuda.requirement:
+            raise SystemExit(
+                f"tdpo_ext: CUDA kernels need nvcc: run `pip install '{cuda.requirement}'`, or set TDPO_CUDA=0 for a build "
+                "without them"
+            )
+        print(
+            f"tdpo_ext: building for torch {torch.__version__}, {cuda}; {expected_time(cuda)}",
+            file=sys.stderr,
+            flush=True,
+        )
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        build = BUILD / f"{sys.implementation.cache_tag}-torch-{torch.__version__}{cuda.folder}"
         build.mkdir(parents=True, exist_ok=True)
         cmake = program("cmake")
         configure = [
@@ -132,12 +165,14 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={destination}",
             f"-DTDPO_OLDEST_TORCH={oldest_torch(self.distribution.install_requires)}",
             brgemm_argument(),
-            *cuda,
+            *build_cuda.cmake_arguments(cuda, build / "cuda"),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         (destination / "_brgemm.so").unlink(missing_ok=True)  # left by an earlier build
+        log = build / "log.txt"
+        log.unlink(missing_ok=True)
         for command in (configure, [cmake, "--build", str(build)], [cmake, "--install", str(build)]):
-            subprocess.run(command, check=True)
+            run(command, log)
         if self.editable_mode:  # setuptools copies only the module itself into the source tree
             for built in ("_built_with.py", "_brgemm.so"):
                 if (destination / built).exists():
@@ -145,8 +180,10 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
+    BUILD = build_base()
+    elsewhere = {} if BUILD == ROOT / "build" else {"egg_base": str(BUILD)}
     setup(
         ext_modules=[Extension("tdpo_ext._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
-        options={"egg_info": {"tag_build": local_version()}},
+        options={"egg_info": {"tag_build": local_version(), **elsewhere}, "build": {"build_base": str(BUILD)}},
     )

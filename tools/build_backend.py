@@ -3,16 +3,26 @@
 An isolated build hides the installed torch. It would download another one, gigabytes of it and perhaps another
 release, and build the extension for that one. This backend asks the target environment's interpreter, outside the
 isolation, whether torch is installed. If so, it appends that interpreter's paths after the isolated ones; if not, it
-requests torch from the build front end like any other build requirement.
+requests torch from the build front end like any other build requirement. Where CUDA kernels are to be built and there is
+no nvcc, it requests NVIDIA's (build_cuda.py).
+
+What stops a build is said in one sentence, without a traceback.
 """
 
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import build_cuda
+
+TORCH = "torch>=2.11"
 
 _QUERY = """
 import importlib.util, json, sys
@@ -60,13 +70,40 @@ def _runs(program: str) -> bool:
     return path is not None and subprocess.run([path, "--version"], capture_output=True).returncode == 0
 
 
+def _numbers(version: str) -> list[int]:
+    """The first two numbers of a version."""
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
+
+
+def _torch_releases() -> tuple[str, str | None]:
+    """The version of torch and its CUDA release, without importing it, which takes seconds.
+
+    Raises:
+        SystemExit: torch is too old.
+    """
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    version, oldest = str(values["__version__"]), TORCH.removeprefix("torch>=")
+    if _numbers(version) < _numbers(oldest):
+        raise SystemExit(
+            f"tdpo_ext: torch {version} is installed here, and {oldest} or newer is needed: run `pip install '{TORCH}'` "
+            "first."
+        )
+    return version, values.get("cuda")
+
+
 def _requirements() -> list[str]:
     requirements = ["setuptools>=77", "pybind11>=2.12", "ninja"]
     if not _runs("cmake"):
         requirements.append("cmake>=3.18")
-    if not _find_torch():
-        requirements.append(os.environ.get("TDPO_BUILD_TORCH", "torch>=2.11"))
-    return requirements
+    if _find_torch():
+        cuda = build_cuda.choose(_torch_releases()[1])
+    else:
+        requirements.append(os.environ.get("TDPO_BUILD_TORCH", TORCH))
+        cuda = build_cuda.choose(None, torch_known=False)
+    return requirements + ([cuda.requirement] if cuda.requirement else [])
 
 
 def _missing() -> list[str]:
@@ -81,25 +118,35 @@ def _has(name: str, least: str = "0") -> bool:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return False
-    numbers = [int(part) for part in version.split(".")[:2] if part.isdigit()]
-    return numbers >= [int(part) for part in least.split(".")]
+    return _numbers(version) >= _numbers(least)
 
 
-def _setuptools():
+def _check_environment() -> None:
+    """Raises SystemExit unless all that a build needs is there; in isolation, the front end has installed it."""
     if not _find_torch():
-        raise RuntimeError(
+        raise SystemExit(
             "tdpo_ext: this build cannot find an installed torch. Install torch first and, with uv, activate "
             "the environment or pass --no-build-isolation."
         )
-    if missing := _missing():  # without isolation: otherwise the front end has installed what it was asked for
+    if missing := _missing():
         packages = " ".join(f"'{requirement}'" for requirement in missing)
-        raise RuntimeError(
+        without_cuda = ", or set TDPO_CUDA=0 for a build without CUDA kernels" if "cuda" in packages else ""
+        raise SystemExit(
             f"tdpo_ext: a build without isolation needs what is missing here: run `pip install {packages}` first, or "
-            "leave out --no-build-isolation."
+            f"leave out --no-build-isolation{without_cuda}."
         )
-    from setuptools import build_meta
 
-    return build_meta
+
+def _run(hook: str, folder: str, settings, *arguments):
+    """A hook of setuptools, quiet about the files that it copies."""
+    _check_environment()
+    from setuptools import build_meta
+    from setuptools.errors import BaseError
+
+    try:
+        return getattr(build_meta, hook)(folder, {"quiet": "1", **(settings or {})}, *arguments)
+    except (OSError, BaseError) as error:
+        raise SystemExit(f"tdpo_ext: the build cannot write its files: {error}") from None
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -115,19 +162,19 @@ def get_requires_for_build_sdist(config_settings=None):
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    return _setuptools().prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+    return _run("prepare_metadata_for_build_wheel", metadata_directory, config_settings)
 
 
 def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
-    return _setuptools().prepare_metadata_for_build_editable(metadata_directory, config_settings)
+    return _run("prepare_metadata_for_build_editable", metadata_directory, config_settings)
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    return _setuptools().build_wheel(wheel_directory, config_settings, metadata_directory)
+    return _run("build_wheel", wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    return _setuptools().build_editable(wheel_directory, config_settings, metadata_directory)
+    return _run("build_editable", wheel_directory, config_settings, metadata_directory)
 
 
 def build_sdist(sdist_directory, config_settings=None):

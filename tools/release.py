@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 from xml.etree import ElementTree
+
+import build_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
@@ -50,10 +51,9 @@ def package_version() -> str:
 
 
 def cuda_major() -> str | None:
-    """The major CUDA release of the nvcc that setup.py finds; None where it finds none."""
-    build = runpy.run_path(str(ROOT / "setup.py"))
-    nvcc = build["find_nvcc"]()
-    return build["cuda_release"](nvcc).split(".")[0] if nvcc else None
+    """The major CUDA release of the nvcc that a build finds; None where it finds none."""
+    compiler = build_cuda.find_compiler()
+    return compiler.major if compiler else None
 
 
 def build_wheel(cuda: str | None) -> Path:
