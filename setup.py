@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -88,10 +89,12 @@ def expected_time(cuda: build_cuda.Choice) -> str:
 
 def what_failed(output: str) -> str:
     """The first error in the output of CMake or of a compiler."""
-    if configuring := re.search(r"^CMake Error[^\n]*\n+(.+?)\n\n", output, re.MULTILINE | re.DOTALL):
-        return " ".join(configuring.group(1).split())
+    if configuring := re.search(r"^CMake Error[^\n]*\n((?:\n|  .*\n)+)", output, re.MULTILINE):
+        return textwrap.shorten(configuring.group(1), 120, placeholder=" ...")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if re.search(r"\berror\b|\bfatal\b", line)), lines[-1] if lines else "no output")
+    return next(
+        (line for line in lines if re.search(r"\berror\b|\bfatal\b", line)), lines[-1] if lines else "no output"
+    )
 
 
 def run(command: list[str], log: Path) -> None:

@@ -141,12 +141,8 @@ def _run(hook: str, folder: str, settings, *arguments):
     """A hook of setuptools, quiet about the files that it copies."""
     _check_environment()
     from setuptools import build_meta
-    from setuptools.errors import BaseError
 
-    try:
-        return getattr(build_meta, hook)(folder, {"quiet": "1", **(settings or {})}, *arguments)
-    except (OSError, BaseError) as error:
-        raise SystemExit(f"tdpo_ext: the build cannot write its files: {error}") from None
+    return getattr(build_meta, hook)(folder, {"quiet": "1", **(settings or {})}, *arguments)
 
 
 def get_requires_for_build_wheel(config_settings=None):

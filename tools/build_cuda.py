@@ -111,7 +111,11 @@ def find_compiler(torch_cuda: str | None = None) -> Compiler | None:
     found = [Compiler(Path(on_path))] if on_path else []
     for folder in sys.path:
         for root in Path(folder).glob("nvidia/cu[0-9]*"):
-            if (root / "bin/nvcc").exists() and (root / "include/cccl").exists() and any(root.glob("lib/libcudart.so*")):
+            if (
+                (root / "bin/nvcc").exists()
+                and (root / "include/cccl").exists()
+                and any(root.glob("lib/libcudart.so*"))
+            ):
                 found.append(Compiler(root / "bin/nvcc", packaged=True))
     return next((one for one in found if torch_cuda is None or one.major == torch_cuda.split(".")[0]), None)
 
@@ -169,8 +173,17 @@ def cmake_arguments(choice: Choice, link: Path) -> list[str]:
         link.symlink_to(nvcc.parents[1])
         nvcc, libraries = link / "bin/nvcc", link / "lib"
         # nvcc and CMake look for the libraries in lib64, under names without a version.
-        layout = [f"-DCMAKE_CUDA_FLAGS=-L{libraries}", f"-DCUDA_cudart_LIBRARY={libraries}/libcudart.so.{compiler.major}"]
+        layout = [
+            f"-DCMAKE_CUDA_FLAGS=-L{libraries}",
+            f"-DCUDA_cudart_LIBRARY={libraries}/libcudart.so.{compiler.major}",
+        ]
         layout.append(f"-DCUDA_CUDART={libraries}/libcudart.so.{compiler.major}")
     # Without a request, an earlier one that CMake has cached must not remain.
     archs = f"-DTDPO_CUDA_ARCHS={choice.archs}" if choice.archs else "-UTDPO_CUDA_ARCHS"
-    return ["-DTDPO_CUDA=ON", f"-DTDPO_CUDA_VERSION={compiler.release}", archs, f"-DCMAKE_CUDA_COMPILER={nvcc}", *layout]
+    return [
+        "-DTDPO_CUDA=ON",
+        f"-DTDPO_CUDA_VERSION={compiler.release}",
+        archs,
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        *layout,
+    ]

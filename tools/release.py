@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 EXCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so.*")
 # What tests the source tree and its tools instead of the installed binary.
-OF_THE_SOURCE = [f"test_{name}.py" for name in ("build", "release", "cuda_build", "docs", "gpu_check", "mutations")]
+OF_THE_SOURCE = [
+    f"test_{name}.py"
+    for name in ("build", "build_cuda", "build_messages", "release", "cuda_build", "docs", "gpu_check", "mutations")
+]
 
 
 def build_sdist() -> Path:

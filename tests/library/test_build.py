@@ -165,10 +165,10 @@ def test_a_build_without_isolation_names_what_is_missing(missing, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version_of)
     requirements = {"setuptools": "'setuptools>=77'", "pybind11": "'pybind11>=2.12'", "ninja": "'ninja'"}
     if not missing:
-        build_backend._setuptools()
+        build_backend._check_environment()
         return
-    with pytest.raises(RuntimeError, match="a build without isolation needs what is missing here") as refused:
-        build_backend._setuptools()
+    with pytest.raises(SystemExit, match="a build without isolation needs what is missing here") as refused:
+        build_backend._check_environment()
     assert f"pip install {' '.join(requirements[name] for name in missing)}` first" in str(refused.value)
 
 
