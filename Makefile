@@ -20,7 +20,7 @@ SOURCES := $(shell find csrc tdpo_ext python tools/build_backend.py tools/build_
 CPP_FILES := $(shell find csrc tests/cpp tests/virtual_gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 EVERY_KERNEL = $(PYTHON) tools/every_kernel.py
 
-.PHONY: demo help test torch-kernels-test virtual-gpu virtual-gpu-nightly sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
+.PHONY: demo help test torch-kernels-test virtual-gpu virtual-gpu-nightly sdist wheel test-torches test-oldest-torch check-tag attach engines test-nightly families mutations coverage sanitize aarch64-test clang-test cross-tools docs lint typecheck format bench cuda-report machine-code kernel-mutations cuda-test cuda-sanitize clean
 
 demo: $(VENV)/demo $(VENV)/data  ## the paper's experiment at small scale, in minutes (the default)
 	$(BIN)/tdpo demo $(DEMO_ARGS)
@@ -103,6 +103,27 @@ sanitize: $(VENV)/dev  ## the C++ tests under the sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTDPO_TESTS=ON -DTDPO_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+# The same tests for 64-bit Arm, under qemu. `make cross-tools` installs what this and clang-test need.
+NEEDS = @for tool in $(1); do command -v $$tool > /dev/null || \
+	{ echo "make $@: there is no $$tool; run \`apt-get install $(2)\`, or \`make cross-tools\`" >&2; exit 1; }; done
+aarch64-test:  ## the C++ tests, compiled for aarch64 and run under qemu
+	$(call NEEDS,cmake aarch64-linux-gnu-g++ qemu-aarch64,cmake g++-aarch64-linux-gnu qemu-user)
+	cmake -S . -B build/aarch64 -DTDPO_TESTS=ON -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake
+	cmake --build build/aarch64
+	ctest --test-dir build/aarch64 --output-on-failure --no-tests=error
+
+# The C++ tests, the operators and both modules with clang, warnings being errors.
+clang-test: $(VENV)/dev  ## everything compiled by clang without a warning, and the C++ tests
+	$(call NEEDS,clang++,clang libomp-dev)
+	rm -rf build/clang
+	TDPO_CUDA=0 CMAKE_ARGS="-DTDPO_TESTS=ON -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-Werror" \
+		$(BIN)/python setup.py --quiet build --build-base build/clang
+	$(BIN)/ctest --test-dir build/clang/*-torch-* --output-on-failure --no-tests=error
+
+cross-tools:  ## installs compilers for aarch64-test and clang-test (Debian, Ubuntu)
+	$(if $(shell id -u | grep -x 0),,sudo) apt-get update
+	$(if $(shell id -u | grep -x 0),,sudo) apt-get install --yes g++-aarch64-linux-gnu qemu-user clang libomp-dev
 
 # Which lines and branches of the library its tests take, the processes that they start included.
 coverage: $(VENV)/dev  ## which lines of the library its tests take

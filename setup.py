@@ -132,7 +132,7 @@ class CMakeBuild(build_ext):
         torch_root = Path(torch.__file__).parent
         include = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
         cuda = build_cuda.choose(torch.version.cuda)
-        if self.editable_mode and BUILD != ROOT / "build":
+        if self.editable_mode and not os.access(ROOT, os.W_OK):
             raise SystemExit(f"tdpo_ext: an editable build writes into {ROOT}, which is read-only; run `pip install .`")
         if cuda.requirement:
             raise SystemExit(
@@ -145,7 +145,10 @@ class CMakeBuild(build_ext):
             flush=True,
         )
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = BUILD / f"{sys.implementation.cache_tag}-torch-{torch.__version__}{cuda.folder}"
+        build = (
+            Path(self.get_finalized_command("build").build_base).resolve()
+            / f"{sys.implementation.cache_tag}-torch-{torch.__version__}{cuda.folder}"
+        )
         build.mkdir(parents=True, exist_ok=True)
         cmake = program("cmake")
         configure = [
@@ -183,10 +186,10 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    BUILD = build_base()
-    elsewhere = {} if BUILD == ROOT / "build" else {"egg_base": str(BUILD)}
+    base = build_base()
+    elsewhere = {} if base == ROOT / "build" else {"egg_base": str(base)}
     setup(
         ext_modules=[Extension("tdpo_ext._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
-        options={"egg_info": {"tag_build": local_version(), **elsewhere}, "build": {"build_base": str(BUILD)}},
+        options={"egg_info": {"tag_build": local_version(), **elsewhere}, "build": {"build_base": str(base)}},
     )

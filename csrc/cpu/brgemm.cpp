@@ -72,20 +72,29 @@ struct Square {
   typedef std::conditional_t<sizeof(T) == 2, int16_t, int32_t> Index;
   typedef Index Indices __attribute__((vector_size(kBytes)));
 
-  // `in_stride` in bytes, `out_stride` in entries. Inlined, so that it is compiled for the caller's instruction set.
+  // mixed = {a[first], b[first], a[first + 1], b[first + 1], ...}. Inlined, so that it is compiled for the caller's
+  // instruction set.
+  __attribute__((always_inline)) static void interleave(const Register& a, const Register& b, int first,
+                                                        Register& mixed) {
+#if defined(__clang__)
+    // clang has no __builtin_shuffle, and makes one of this.
+    for (int i = 0; i < lanes; ++i) mixed[i] = (i % 2 == 0 ? a : b)[first + i / 2];
+#else
+    Indices order;
+    for (int i = 0; i < lanes; ++i) order[i] = first + i / 2 + i % 2 * lanes;
+    mixed = __builtin_shuffle(a, b, order);
+#endif
+  }
+
+  // `in_stride` in bytes, `out_stride` in entries. Inlined for the same reason.
   __attribute__((always_inline)) static void transpose(const void* in, int64_t in_stride, void* out,
                                                        int64_t out_stride) {
-    Indices low, high;
-    for (int i = 0; i < lanes; ++i) {
-      low[i] = i / 2 + i % 2 * lanes;
-      high[i] = low[i] + lanes / 2;
-    }
     Register rows[lanes], mixed[lanes];
     for (int r = 0; r < lanes; ++r) std::memcpy(&rows[r], static_cast<const char*>(in) + r * in_stride, kBytes);
     for (int round = lanes; round > 1; round /= 2) {
       for (int r = 0; r < lanes / 2; ++r) {
-        mixed[2 * r] = __builtin_shuffle(rows[r], rows[r + lanes / 2], low);
-        mixed[2 * r + 1] = __builtin_shuffle(rows[r], rows[r + lanes / 2], high);
+        interleave(rows[r], rows[r + lanes / 2], 0, mixed[2 * r]);
+        interleave(rows[r], rows[r + lanes / 2], lanes / 2, mixed[2 * r + 1]);
       }
       for (int r = 0; r < lanes; ++r) rows[r] = mixed[r];
     }

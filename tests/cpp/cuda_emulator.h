@@ -23,11 +23,28 @@
 #include <deque>
 #include <functional>
 #include <random>
-#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#if defined(__clang__)
+// std::source_location needs clang 16.
+struct EmulatedLocation {
+  unsigned line, column;
+  static constexpr EmulatedLocation current(unsigned line = __builtin_LINE(), unsigned column = __builtin_COLUMN()) {
+    return {line, column};
+  }
+};
+#else
+#include <source_location>
+struct EmulatedLocation {
+  unsigned line, column;
+  static constexpr EmulatedLocation current(std::source_location at = std::source_location::current()) {
+    return {at.line(), at.column()};
+  }
+};
+#endif
 
 #define __global__
 #define __device__
@@ -257,12 +274,12 @@ inline void launch_on(cudaStream_t stream, const char* name, unsigned grid, unsi
 #define TDPO_LAUNCH(kernel_name, grid, block, stream, ...) \
   emulator::launch_on(stream, #kernel_name, grid, block, [=] { kernel_name(__VA_ARGS__); })
 
-inline void __syncthreads(std::source_location at = std::source_location::current()) {
-  emulator::park(emulator::Parked::at_block_barrier, {.line = at.line(), .column = at.column()});
+inline void __syncthreads(EmulatedLocation at = EmulatedLocation::current()) {
+  emulator::park(emulator::Parked::at_block_barrier, {.line = at.line, .column = at.column});
 }
 
 template <typename T>
-T __shfl_down_sync(uint32_t mask, T value, int distance, std::source_location at = std::source_location::current()) {
+T __shfl_down_sync(uint32_t mask, T value, int distance, EmulatedLocation at = EmulatedLocation::current()) {
   static_assert(sizeof(T) <= 8);
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (!(mask >> lane & 1)) {
@@ -270,7 +287,7 @@ T __shfl_down_sync(uint32_t mask, T value, int distance, std::source_location at
     emulator::park(emulator::Parked::finished);
   }
   const auto wait = [&](unsigned phase) {
-    emulator::park(emulator::Parked::at_warp_barrier, {at.line(), at.column(), phase, mask});
+    emulator::park(emulator::Parked::at_warp_barrier, {at.line, at.column, phase, mask});
   };
   auto& values = emulator::warp_values[warp];
   std::memcpy(&values[lane], &value, sizeof(T));

@@ -147,7 +147,7 @@ void check_direction(const Shape& shape, const Backend& backend) {
 
   const double value_tolerance = sizeof(Real) == 8 ? 1e-12 : 3e-6;
   for (int64_t row = 0; row < rows; ++row) {
-    const auto capped = [&](T x) {
+    const auto capped = [softcap = softcap](T x) {
       return softcap > 0 ? softcap * std::tanh(to_real(x) / softcap) : double(to_real(x));
     };
     auto state = RowState<double, kReverse>::empty();

@@ -1,0 +1,5 @@
+# Cross-compiles for 64-bit Arm with Debian's compiler, and runs tests under qemu (`make aarch64-test`).
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
