@@ -2,10 +2,10 @@
 
 Environment:
     TDPO_BRGEMM      1 (default) or 0: the optional module _brgemm, which loads only in the installed torch release
-    TDPO_CUDA        auto (default: CUDA kernels if torch is a CUDA build and a GPU is visible, for its architecture), 0, or
-                     1 (needs neither; for the architectures of csrc/cuda/cuda.cmake)
+    TDPO_CUDA        auto (default: CUDA kernels if torch is a CUDA build and a GPU is visible, for its architecture),
+                     0, or 1 (needs neither; for the architectures of csrc/cuda/cuda.cmake)
     TDPO_CUDA_ARCHS  CUDA architectures, such as "90" or "80;90"; with auto, a CUDA build of torch is then enough
-    CUDA_HOME        the CUDA toolkit (default: the nvcc on the PATH, or NVIDIA's packages, which an isolated build installs)
+    CUDA_HOME        the CUDA toolkit (default: the nvcc on the PATH, or NVIDIA's packages, which an isolated build has)
     TDPO_LOCAL_VERSION  local part of the package's version, such as cu13 for a wheel with kernels for CUDA 13
     CMAKE_ARGS       additional arguments for CMake
 """
@@ -28,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "tools"))
 
+import build_backend
 import build_cuda
 
 # Processor time of a first build, measured: the C++ files, one CUDA architecture, and each further one.
@@ -126,28 +127,27 @@ def build_base() -> Path:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
-        import torch
 
         check_compiler()
-        torch_root = Path(torch.__file__).parent
+        torch_root, torch_version, torch_cuda = build_backend.installed_torch()
         include = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
-        cuda = build_cuda.choose(torch.version.cuda)
+        cuda = build_cuda.choose(torch_cuda)
         if self.editable_mode and not os.access(ROOT, os.W_OK):
             raise SystemExit(f"tdpo_ext: an editable build writes into {ROOT}, which is read-only; run `pip install .`")
         if cuda.requirement:
             raise SystemExit(
-                f"tdpo_ext: CUDA kernels need nvcc: run `pip install '{cuda.requirement}'`, or set TDPO_CUDA=0 for a build "
-                "without them"
+                f"tdpo_ext: CUDA kernels need nvcc: run `pip install '{cuda.requirement}'`, or set TDPO_CUDA=0 for a "
+                "build without them"
             )
         print(
-            f"tdpo_ext: building for torch {torch.__version__}, {cuda}; {expected_time(cuda)}",
+            f"tdpo_ext: building for torch {torch_version}, {cuda}; {expected_time(cuda)}",
             file=sys.stderr,
             flush=True,
         )
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = (
             Path(self.get_finalized_command("build").build_base).resolve()
-            / f"{sys.implementation.cache_tag}-torch-{torch.__version__}{cuda.folder}"
+            / f"{sys.implementation.cache_tag}-torch-{torch_version}{cuda.folder}"
         )
         build.mkdir(parents=True, exist_ok=True)
         cmake = program("cmake")
@@ -164,10 +164,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DPYBIND11_FINDPYTHON=ON",
             f"-DTDPO_VERSION={self.distribution.get_version().split('+')[0]}{local_version()}",
-            f"-DTDPO_TORCH_VERSION={torch.__version__}",
+            f"-DTDPO_TORCH_VERSION={torch_version}",
             f"-DTDPO_TORCH_INCLUDE={';'.join(map(str, include))}",
             f"-DTDPO_TORCH_LIB={torch_root / 'lib'}",
-            f"-DTDPO_TORCH_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
             f"-DCMAKE_INSTALL_PREFIX={destination}",
             f"-DTDPO_OLDEST_TORCH={oldest_torch(self.distribution.install_requires)}",
             brgemm_argument(),

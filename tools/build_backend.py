@@ -3,8 +3,8 @@
 An isolated build hides the installed torch. It would download another one, gigabytes of it and perhaps another
 release, and build the extension for that one. This backend asks the target environment's interpreter, outside the
 isolation, whether torch is installed. If so, it appends that interpreter's paths after the isolated ones; if not, it
-requests torch from the build front end like any other build requirement. Where CUDA kernels are to be built and there is
-no nvcc, it requests NVIDIA's (build_cuda.py).
+requests torch from the build front end like any other build requirement. Where CUDA kernels are to be built and there
+is no nvcc, it requests NVIDIA's (build_cuda.py).
 
 What stops a build is said in one sentence, without a traceback.
 """
@@ -75,8 +75,9 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 
-def _torch_releases() -> tuple[str, str | None]:
-    """The version of torch and its CUDA release, without importing it, which takes seconds.
+def installed_torch() -> tuple[Path, str, str | None]:
+    """Torch's folder, its version and its CUDA release, without importing it: that takes seconds, and a torch for
+    another processor cannot be imported.
 
     Raises:
         SystemExit: torch is too old.
@@ -84,14 +85,15 @@ def _torch_releases() -> tuple[str, str | None]:
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
-    values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    folder = Path(spec.origin).parent
+    values = runpy.run_path(str(folder / "version.py"))
     version, oldest = str(values["__version__"]), TORCH.removeprefix("torch>=")
     if _numbers(version) < _numbers(oldest):
         raise SystemExit(
-            f"tdpo_ext: torch {version} is installed here, and {oldest} or newer is needed: run `pip install '{TORCH}'` "
-            "first."
+            f"tdpo_ext: torch {version} is installed here, and {oldest} or newer is needed: "
+            f"run `pip install '{TORCH}'` first."
         )
-    return version, values.get("cuda")
+    return folder, version, values.get("cuda")
 
 
 def _requirements() -> list[str]:
@@ -99,7 +101,7 @@ def _requirements() -> list[str]:
     if not _runs("cmake"):
         requirements.append("cmake>=3.18")
     if _find_torch():
-        cuda = build_cuda.choose(_torch_releases()[1])
+        cuda = build_cuda.choose(installed_torch()[2])
     else:
         requirements.append(os.environ.get("TDPO_BUILD_TORCH", TORCH))
         cuda = build_cuda.choose(None, torch_known=False)

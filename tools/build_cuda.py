@@ -1,7 +1,7 @@
 """Whether a build has CUDA kernels, for which architectures, and with which nvcc.
 
-The build backend requests what setup.py then uses, so both ask here. `choose` follows the environment variables TDPO_CUDA
-and TDPO_CUDA_ARCHS, which setup.py describes.
+The build backend requests what setup.py then uses, so both ask here. `choose` follows the environment variables
+TDPO_CUDA and TDPO_CUDA_ARCHS, which setup.py describes.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def cmake_arguments(choice: Choice, link: Path) -> list[str]:
     """CMake's arguments for a choice.
 
     Args:
-        link: where a link to the packages of the compiler is made, which an isolated build has in a new folder each time.
+        link: where to make a link to the compiler's packages, which an isolated build has in a new folder each time.
     """
     compiler = choice.compiler
     if compiler is None:

@@ -23,7 +23,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(build_backend, "_find_torch", lambda: True)
 
     def describe(torch_cuda, gpus=(), **settings):
-        monkeypatch.setattr(build_backend, "_torch_releases", lambda: ("2.14.1", torch_cuda))
+        monkeypatch.setattr(build_backend, "installed_torch", lambda: (tmp_path, "2.14.1", torch_cuda))
         monkeypatch.setattr(build_cuda, "visible_architectures", lambda: list(gpus))
         for name, value in settings.items():
             monkeypatch.setenv(name, value)

@@ -66,7 +66,8 @@ def test_an_old_torch(tree, tmp_path):
     (package / "version.py").write_text("__version__ = '2.9.1+cu128'\ncuda = '12.8'\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import build_backend; "
     assert hook(tree, code + "build_backend.get_requires_for_build_wheel()") == [
-        "tdpo_ext: torch 2.9.1+cu128 is installed here, and 2.11 or newer is needed: run `pip install 'torch>=2.11'` first."
+        "tdpo_ext: torch 2.9.1+cu128 is installed here, and 2.11 or newer is needed: "
+        "run `pip install 'torch>=2.11'` first."
     ]
 
 
