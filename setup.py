@@ -28,8 +28,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "tools"))
 
-import build_backend
-import build_cuda
+import build_backend  # noqa: E402
+import build_cuda  # noqa: E402
 
 # Processor time of a first build, measured: the C++ files, one CUDA architecture, and each further one.
 CPP_SECONDS, CUDA_SECONDS, NEXT_CUDA_SECONDS = 42, 46, 39
