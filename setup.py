@@ -21,6 +21,7 @@ import tempfile
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_platform
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -145,10 +146,8 @@ class CMakeBuild(build_ext):
             flush=True,
         )
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = (
-            Path(self.get_finalized_command("build").build_base).resolve()
-            / f"{sys.implementation.cache_tag}-torch-{torch_version}{cuda.folder}"
-        )
+        target = f"{sys.implementation.cache_tag}-{get_platform()}-torch-{torch_version}{cuda.folder}"
+        build = Path(self.get_finalized_command("build").build_base).resolve() / target
         build.mkdir(parents=True, exist_ok=True)
         cmake = program("cmake")
         configure = [
