@@ -115,6 +115,8 @@ def test_kinds_of_wheels(monkeypatch):
     monkeypatch.setattr(release, "cuda_major", lambda: "13")
     release.build_wheels(["cpu", "cuda"], required=False)
     assert built == [None, "13"]
+    monkeypatch.setattr(release, "build_aarch64_wheel", lambda: Path("aarch64.whl"))
+    assert release.build_wheels(["aarch64"], required=True) == [Path("aarch64.whl")]
     monkeypatch.setattr(release, "cuda_major", lambda: None)
     assert release.build_wheels(["cuda"], required=False) == []
     for kinds, message in ((["cuda"], "nvcc was not found"), (["rocm"], "unknown kind of wheel: rocm")):
