@@ -39,7 +39,7 @@ def _warn(device_type: str) -> None:
         reason, compiled = "TDPO_KERNELS=torch", "Compiled kernels, where this build has them,"
     elif name == "cuda":
         reason = "this build has no CUDA kernels"
-        compiled = "CUDA kernels, which `pip install .` builds where it finds nvcc (docs/building.md),"
+        compiled = "CUDA kernels, which `TDPO_CUDA=1 pip install .` builds (docs/building.md),"
     else:
         reason, compiled = f"there are no compiled kernels for {name}", "Compiled kernels, as CPUs and CUDA have them,"
     warnings.warn(
