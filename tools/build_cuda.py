@@ -18,6 +18,7 @@ from pathlib import Path
 # NVIDIA's compiler, the headers that it needs and the runtime to link with. Below CUDA 13 the packages hold no nvcc.
 PACKAGES = "cuda-toolkit[nvcc,cudart,cccl]"
 OLDEST_PACKAGED = 13
+OLDEST_ARCHITECTURE = 80  # the kernels use instructions that came with it
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Choice:
         return f"-cuda-{self.compiler.release}{'-packages' if self.compiler.packaged else ''}"
 
 
-def visible_architectures() -> list[str]:
-    """Compute capabilities of the GPUs that CUDA's driver shows, such as ["80", "90"]; [] without GPU or driver."""
+def visible_architectures() -> list[int]:
+    """Compute capabilities of the GPUs that CUDA's driver shows, such as [80, 90]; [] without GPU or driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -95,7 +96,7 @@ def visible_architectures() -> list[str]:
         driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # COMPUTE_CAPABILITY_MAJOR
         driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
         found.add(10 * major.value + minor.value)
-    return [str(architecture) for architecture in sorted(found)]
+    return sorted(found)
 
 
 def find_compiler(torch_cuda: str | None = None) -> Compiler | None:
@@ -138,9 +139,14 @@ def choose(torch_cuda: str | None, torch_known: bool = True) -> Choice:
     if requested == "auto" and torch_known and torch_cuda is None:
         return Choice("torch is not a CUDA build")
     if requested == "auto" and not archs:
-        archs = ";".join(visible_architectures())
-        if not archs:
+        visible = visible_architectures()
+        archs = ";".join(str(architecture) for architecture in visible if architecture >= OLDEST_ARCHITECTURE)
+        if not visible:
             return Choice("no GPU is visible; `TDPO_CUDA=1 pip install .` builds CUDA kernels all the same")
+        if not archs:
+            return Choice(
+                f"the CUDA kernels are for GPUs from sm_{OLDEST_ARCHITECTURE} on; this one is sm_{visible[-1]}"
+            )
     compiler = find_compiler(torch_cuda) if torch_known else None
     if compiler is not None:
         return Choice(archs=archs, compiler=compiler)

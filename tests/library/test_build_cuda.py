@@ -41,15 +41,16 @@ COMPILER = "cuda-toolkit[nvcc,cudart,cccl]"
 @pytest.mark.parametrize(
     ("torch_cuda", "gpus", "settings", "expected"),
     [
-        ("13.0", ["90"], {}, [f"{COMPILER}==13.0.*"]),
-        ("13.2", ["80", "90"], {}, [f"{COMPILER}==13.2.*"]),
+        ("13.0", [90], {}, [f"{COMPILER}==13.0.*"]),
+        ("13.2", [80, 90], {}, [f"{COMPILER}==13.2.*"]),
         ("13.0", [], {}, []),
         ("13.0", [], {"TDPO_CUDA": "1"}, [f"{COMPILER}==13.0.*"]),
         ("13.0", [], {"TDPO_CUDA_ARCHS": "90"}, [f"{COMPILER}==13.0.*"]),
-        ("13.0", ["90"], {"TDPO_CUDA": "0"}, []),
-        ("12.8", ["90"], {}, []),
-        (None, ["90"], {}, []),
-        (None, ["90"], {"TDPO_CUDA_ARCHS": "90"}, []),
+        ("13.0", [90], {"TDPO_CUDA": "0"}, []),
+        ("12.8", [90], {}, []),
+        ("13.0", [75], {}, []),
+        (None, [90], {}, []),
+        (None, [90], {"TDPO_CUDA_ARCHS": "90"}, []),
         (None, [], {"TDPO_CUDA": "1"}, [f"{COMPILER}>=13"]),
     ],
 )
@@ -58,7 +59,7 @@ def test_what_is_requested(machine, torch_cuda, gpus, settings, expected):
     assert requested() == expected
 
 
-@pytest.mark.parametrize(("gpus", "expected"), [(["90"], [f"{COMPILER}>=13"]), ([], [])])
+@pytest.mark.parametrize(("gpus", "expected"), [([90], [f"{COMPILER}>=13"]), ([], [])])
 def test_what_is_requested_together_with_torch(machine, monkeypatch, gpus, expected):
     machine(None, gpus)
     monkeypatch.setattr(build_backend, "_find_torch", lambda: False)
@@ -69,10 +70,11 @@ def test_what_is_requested_together_with_torch(machine, monkeypatch, gpus, expec
 @pytest.mark.parametrize(
     ("torch_cuda", "gpus", "settings", "said"),
     [
-        (None, ["90"], {}, "CPU only (torch is not a CUDA build)"),
+        (None, [90], {}, "CPU only (torch is not a CUDA build)"),
         ("13.0", [], {}, "CPU only (no GPU is visible; `TDPO_CUDA=1 pip install .` builds CUDA kernels all the same)"),
-        ("13.0", ["90"], {"TDPO_CUDA": "0"}, "CPU only (TDPO_CUDA=0)"),
-        ("12.8", ["90"], {}, "install the CUDA toolkit 12.8 and set CUDA_HOME"),
+        ("13.0", [90], {"TDPO_CUDA": "0"}, "CPU only (TDPO_CUDA=0)"),
+        ("12.8", [90], {}, "install the CUDA toolkit 12.8 and set CUDA_HOME"),
+        ("13.0", [70, 75], {}, "CPU only (the CUDA kernels are for GPUs from sm_80 on; this one is sm_75)"),
     ],
 )
 def test_why_there_are_no_kernels(machine, torch_cuda, gpus, settings, said):
@@ -87,13 +89,13 @@ def test_why_there_are_no_kernels(machine, torch_cuda, gpus, settings, said):
     [({"TDPO_CUDA": "1"}, "install the CUDA toolkit 12.8"), ({"TDPO_CUDA": "yes"}, "allowed are auto, 0 and 1")],
 )
 def test_kernels_that_cannot_be_built(machine, settings, said):
-    machine("12.8", ["90"], **settings)
+    machine("12.8", [90], **settings)
     with pytest.raises(SystemExit, match=said):
         build_backend.get_requires_for_build_wheel()
 
 
 def test_without_isolation_the_packages_are_named(machine):
-    machine("13.0", ["90"])
+    machine("13.0", [90])
     with pytest.raises(SystemExit) as refused:
         build_backend.build_wheel("")
     assert f"'{COMPILER}==13.0.*'" in str(refused.value)
@@ -140,7 +142,7 @@ def test_packages_without_the_runtime_are_not_taken(machine, packaged):
 
 def test_arguments_for_the_packages(machine, packaged, tmp_path):
     """Their path, which is new in every isolated build, is not in CMake's cache; nor are earlier architectures."""
-    machine("13.0", ["80", "90"])
+    machine("13.0", [75, 80, 90])
     choice, link = build_cuda.choose("13.0"), tmp_path / "cuda"
     assert str(choice) == f"CPU and CUDA 13.0 (architectures: 80, 90) with {packaged}"
     for _ in range(2):
@@ -150,7 +152,7 @@ def test_arguments_for_the_packages(machine, packaged, tmp_path):
     assert f"-DCUDA_cudart_LIBRARY={link}/lib/libcudart.so.13" in arguments
     assert {"-DTDPO_CUDA=ON", "-DTDPO_CUDA_VERSION=13.0", "-DTDPO_CUDA_ARCHS=80;90"} <= set(arguments)
     assert not [argument for argument in arguments if "site-packages" in argument]
-    machine("13.0", ["80"], TDPO_CUDA="1")  # a wheel for others, not for this machine's GPU
+    machine("13.0", [80], TDPO_CUDA="1")  # a wheel for others, not for this machine's GPU
     assert "-UTDPO_CUDA_ARCHS" in build_cuda.cmake_arguments(build_cuda.choose("13.0"), link)
 
 
@@ -164,7 +166,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 """
 
 
-@pytest.mark.parametrize(("status", "expected"), [(0, ["90", "120"]), (100, []), (None, [])])
+@pytest.mark.parametrize(("status", "expected"), [(0, [90, 120]), (100, []), (None, [])])
 def test_visible_architectures(tmp_path, status, expected):
     """As CUDA's driver says: one of three devices is another; 100 is its error where there is none."""
     compiler = shutil.which("cc") or pytest.skip("no C compiler")
