@@ -52,7 +52,7 @@ test-torches: $(VENV)/torch  ## the library's tests in the oldest torch and in t
 	$(BIN)/python tools/release.py test $(TORCHES) --json build/torches.json $(if $(WHEEL),--wheel $(WHEEL))
 
 # A build from source with the headers of the oldest torch, and the tests of its operators there; what takes minutes
-# longer is in test-torches. Where nvcc is found and torch is a CUDA build, the CUDA operators are compiled too.
+# longer is in test-torches. Where torch is a CUDA build, the CUDA operators are compiled too.
 OPERATOR_TESTS = $(addprefix library/,test_ops.py test_divergence.py test_linear.py test_bad_arguments.py \
 	test_cuda_build.py::test_operators_compile)
 test-oldest-torch: $(VENV)/torch  ## a build with the oldest torch, and its operators' tests
