@@ -77,8 +77,10 @@ virtual-gpu-nightly: $(VIRTUAL)/tests  ## the same with guard pages, random thre
 	$(VIRTUAL)/bin/python tests/virtual_gpu/run.py --nightly
 
 # Some of what they cover is in `make test` too (tests/library/test_torch_kernels.py).
+# Without the tests of builds, which know nothing of it.
+BUILD_TESTS = $(wildcard tests/library/test_*build*.py) tests/library/test_release.py
 torch-kernels-test: $(VENV)/dev  ## the library's tests with its kernels in plain torch
-	TDPO_KERNELS=torch $(BIN)/pytest tests/library
+	TDPO_KERNELS=torch $(BIN)/pytest -n 2 --dist loadfile tests/library $(addprefix --ignore=,$(BUILD_TESTS))
 
 # Ten times as many random cases as `make test`, then the soak: fuzz, kills, damaged files and sharded faults.
 test-nightly: $(VENV)/dev  ## ten times as many random cases, then the soak
