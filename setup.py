@@ -83,7 +83,8 @@ def check_compiler() -> None:
 
 def expected_time(cuda: build_cuda.Choice) -> str:
     """About how long a first build takes: one process compiles all CUDA architectures, others the C++ files."""
-    cores, architectures = len(os.sched_getaffinity(0)), cuda.archs.count(";") + 1 if cuda.archs else 3
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    architectures = cuda.archs.count(";") + 1 if cuda.archs else 3
     cuda_seconds = CUDA_SECONDS + NEXT_CUDA_SECONDS * (architectures - 1) if cuda.compiler else 0
     seconds = max((CPP_SECONDS + cuda_seconds) / cores, cuda_seconds)
     return f"about {max(1, round(seconds / 30)) / 2:g} min on {cores} cores the first time"

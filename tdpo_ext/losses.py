@@ -68,9 +68,7 @@ def per_token(objective: Objective) -> Objective:
         w, l = chosen.columns["weight"], rejected.columns["weight"]  # token_columns={"weight": (2B, T)}
         return -logsigmoid(0.1 * (chosen.sum(w * chosen.logratio) - rejected.sum(l * rejected.logratio)))
     """
-    checks.function("objective", objective)
-    objective.sees_tokens = True  # type: ignore[attr-defined]
-    return objective
+    return _marked(objective, "sees_tokens")
 
 
 def reference_free(objective: Objective) -> Objective:
@@ -79,9 +77,7 @@ def reference_free(objective: Objective) -> Objective:
     The fused losses take None in the place of the reference then, and `tdpo.TDPOTrainer` loads and runs none, unless
     it is given one.
     """
-    checks.function("objective", objective)
-    objective.reference_free = True  # type: ignore[attr-defined]
-    return objective
+    return _marked(objective, "reference_free")
 
 
 def sees_tokens(objective: Objective) -> bool:
@@ -94,12 +90,27 @@ def is_reference_free(objective: Objective) -> bool:
     return _is_marked(objective, "reference_free")
 
 
+def _marked(objective: Objective, mark: str) -> Objective:
+    """Raises TypeError where the objective can't be decorated."""
+    checks.function("objective", objective)
+    try:
+        setattr(objective, mark, True)
+    except AttributeError:
+        inside = "its margin" if isinstance(objective, MarginLoss) else "a function that calls it"
+        raise TypeError(
+            f"objective is {checks.describe(objective)}, which can't be decorated; decorate {inside}"
+        ) from None
+    return objective
+
+
 def _is_marked(objective: Objective, mark: str) -> bool:
+    if getattr(objective, mark, False):
+        return True
     if isinstance(objective, functools.partial):
         return _is_marked(objective.func, mark)
     if isinstance(objective, MarginLoss):
         return _is_marked(objective.margin, mark)
-    return getattr(objective, mark, False)
+    return False
 
 
 def tdpo_loss(

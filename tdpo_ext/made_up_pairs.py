@@ -22,13 +22,13 @@ class MadeUpPairs:
 
     Attributes:
         count: sides of a pair: 2, or 1 for sequences alone.
-        has_reference: whether there are ref_logps and kl, which are NaN otherwise.
+        without_reference: what ref_logps and kl are where there is no reference; None: there is one.
         tokens: whether as TokenRows, instead of TokenDivergence of sums.
         columns: names of token columns.
     """
 
     count: int
-    has_reference: bool
+    without_reference: float | None
     tokens: bool
     device: torch.device
     columns: Sequence[str]
@@ -41,8 +41,8 @@ class MadeUpPairs:
         lengths = torch.tensor([_CHOSEN_TOKENS[pair] + side for pair in pairs], device="cpu")
         drawn = [_draw(pair, side, shift, len(self.columns)) for pair in pairs]
         values = torch.cat([of_pair for of_pair, _ in drawn], dim=1)
-        if not self.has_reference:
-            values[1:3] = torch.nan
+        if self.without_reference is not None:
+            values[1:3] = self.without_reference
         columns = torch.cat([of_pair for _, of_pair in drawn], dim=1).to(self.device)
         if not self.tokens:
             made_up = TokenDivergence.unstack(segment_sums(values.t(), lengths).t().contiguous().to(self.device))

@@ -13,7 +13,8 @@ import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import nan
 from types import FunctionType, MethodType
 from typing import NoReturn
 
@@ -25,6 +26,8 @@ from .losses import MarginLoss, Objective, sees_tokens
 from .made_up_pairs import FEW, MANY, MadeUpPairs, entries
 from .vocab_parallel import digest
 
+# What else ref_logps and kl are made, one after the other, where there is no reference.
+_NO_REFERENCE = (-40.0, 60.0, nan)
 # Errors that an objective's torch code may raise, which one message suffices to make again.
 _RETOLD = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
@@ -62,7 +65,7 @@ def check_objective(
         return _accepted[key].digest
 
     def losses_on(device: torch.device) -> Tensor:
-        made_up = MadeUpPairs(sides, has_reference, sees_tokens(objective), device, columns)
+        made_up = MadeUpPairs(sides, None if has_reference else 0.3, sees_tokens(objective), device, columns)
         return _Trial(objective, made_up, torch.is_grad_enabled()).losses()
 
     try:
@@ -108,6 +111,7 @@ class _Trial:
         """
         with torch.inference_mode(False), torch.enable_grad():
             losses = self._losses(FEW)
+            self._check_reference_free(losses)
             if not losses.isfinite().all():
                 raise ValueError(f"objective returned {losses.tolist()} for {self.made_up.describe(FEW)}")
             for pair in FEW:
@@ -128,10 +132,6 @@ class _Trial:
                 f"objective returned {got} for {self.made_up.describe(pairs)}; a loss per {self.made_up.what} is "
                 f"needed, ({len(pairs)},)"
             )
-        if not self.made_up.has_reference and losses.isnan().any():
-            raise ValueError(
-                "objective reads ref_logps or kl, but there is no reference: ref_hidden and ref_weight are None"
-            )
         leaves = [leaf for side in sides for leaf in (side.logps, side.kl)]
         if self.grad_enabled:
             if not losses.requires_grad:
@@ -147,6 +147,15 @@ class _Trial:
             ):
                 self._refuse_coupling()
         return losses
+
+    def _check_reference_free(self, losses: Tensor) -> None:
+        """Without a reference, what stands in the place of its values must not matter."""
+        for value in _NO_REFERENCE if self.made_up.without_reference is not None else ():
+            others = self.objective(*replace(self.made_up, without_reference=value).sides(FEW))
+            if not torch.equal(losses, others):
+                raise ValueError(
+                    "objective reads ref_logps or kl, but there is no reference: ref_hidden and ref_weight are None"
+                )
 
     def _check_equal(self, losses: Tensor, others: Tensor) -> None:
         if not torch.allclose(losses, others, rtol=1e-4, atol=1e-6):

@@ -104,11 +104,20 @@ def find_compiler(torch_cuda: str | None = None) -> Compiler | None:
 
     Args:
         torch_cuda: torch's CUDA release, X.Y; None: any will do.
+
+    Raises:
+        SystemExit: CUDA_HOME is of another major release.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home and Path(home, "bin", "nvcc").exists():
-        return Compiler(Path(home, "bin", "nvcc"))  # asked for by name: not compared with torch
-    on_path = None if home else shutil.which("nvcc")
+        named = Compiler(Path(home, "bin", "nvcc"))
+        if torch_cuda is not None and named.major != torch_cuda.split(".")[0]:
+            raise SystemExit(
+                f"tdpo_ext: CUDA_HOME, {home}, is of CUDA {named.release}, and torch of CUDA {torch_cuda}: name a "
+                "toolkit of that CUDA, or unset CUDA_HOME"
+            )
+        return named
+    on_path = shutil.which("nvcc")
     found = [Compiler(Path(on_path))] if on_path else []
     for folder in sys.path:
         for root in Path(folder).glob("nvidia/cu[0-9]*"):
@@ -121,6 +130,12 @@ def find_compiler(torch_cuda: str | None = None) -> Compiler | None:
     return next((one for one in found if torch_cuda is None or one.major == torch_cuda.split(".")[0]), None)
 
 
+def _is_supported(architecture: str) -> bool:
+    """Whether kernels are compiled for an architecture, such as 90 or 90a."""
+    number = re.fullmatch(r"(\d+)[af]?(-real|-virtual)?", architecture)
+    return number is not None and int(number[1]) >= OLDEST_ARCHITECTURE
+
+
 def choose(torch_cuda: str | None, torch_known: bool = True) -> Choice:
     """What a build with this torch does about CUDA.
 
@@ -129,13 +144,18 @@ def choose(torch_cuda: str | None, torch_known: bool = True) -> Choice:
         torch_known: False: torch is not installed yet, and the package index decides which build it is.
 
     Raises:
-        SystemExit: TDPO_CUDA has no such value, or CUDA kernels were asked for and nothing can compile them.
+        SystemExit: TDPO_CUDA or TDPO_CUDA_ARCHS has no such value, or CUDA kernels were asked for and nothing can compile them.
     """
     requested, archs = os.environ.get("TDPO_CUDA", "auto"), os.environ.get("TDPO_CUDA_ARCHS", "")
     if requested not in ("auto", "0", "1"):
         raise SystemExit(f"tdpo_ext: TDPO_CUDA is {requested!r}; allowed are auto, 0 and 1")
     if requested == "0":
         return Choice("TDPO_CUDA=0")
+    if archs and not all(map(_is_supported, archs.split(";"))):
+        raise SystemExit(
+            f"tdpo_ext: TDPO_CUDA_ARCHS is {archs!r}; architectures from {OLDEST_ARCHITECTURE} on are needed, such as "
+            "'80;90'"
+        )
     if requested == "auto" and torch_known and torch_cuda is None:
         return Choice("torch is not a CUDA build")
     if requested == "auto" and not archs:

@@ -56,21 +56,22 @@ class AuditReport(NamedTuple):
     Attributes:
         pairs: how many were compared.
         logps, kl: the largest difference of log-probabilities and of KLs from plain arithmetic, of a sequence's mean
-            over tokens in nats, divided by one more than the mean itself.
+            over tokens in nats, divided by one more than the mean itself. Without a reference, `kl` is None.
         reference: what was found of the reference.
         seconds: that it took.
     """
 
     pairs: int
     logps: float
-    kl: float
+    kl: float | None
     reference: str
     seconds: float
 
     def __str__(self) -> str:
+        kl = "" if self.kl is None else f", KL {self.kl:.0e}"
         return (
-            f"audit: {self.pairs} pairs against plain arithmetic: log-probabilities {self.logps:.0e}, "
-            f"KL {self.kl:.0e}; {self.reference}; {self.seconds:.1f} s"
+            f"audit: {self.pairs} pairs against plain arithmetic: log-probabilities {self.logps:.0e}{kl}; "
+            f"{self.reference}; {self.seconds:.1f} s"
         )
 
 
@@ -168,7 +169,8 @@ class Audit:
         table = accelerator.gather(torch.tensor([*differences, time.perf_counter() - began], device=lengths.device))
         *found, seconds = table.view(-1, len(differences) + 1).max(0).values.tolist()
         self._judge(found, accelerator)
-        return AuditReport(len(sequences) // 2, max(found[:2]), found[2], self._about_reference(), seconds)
+        kl = None if self.loss.reference is None else found[2]
+        return AuditReport(len(sequences) // 2, max(found[:2]), kl, self._about_reference(), seconds)
 
     def _judge(self, found: list[float], accelerator: Accelerator) -> None:
         allowed = max(_TOLERANCES[dtype] for dtype in self._dtypes(accelerator))

@@ -164,6 +164,29 @@ def check_best_metric(name: str | None) -> None:
         raise ValueError(f"metric_for_best_model is {name}; an evaluation has {', '.join(EVALUATED)}")
 
 
+def check_without_reference(options: Any) -> None:
+    """Refuses options that say something of a reference where the objective needs none and none is given.
+
+    Args:
+        options: as `check_options` takes them.
+
+    Raises:
+        ValueError: one is set; the message names it.
+    """
+    default = next(item.default for item in fields(TDPOOptions) if item.name == "kl_warning")
+    metric = (options.metric_for_best_model or "").removeprefix("eval_")
+    for name, is_set in {
+        "kl_direction": options.kl_direction is not None,
+        "kl_warning": options.kl_warning not in (0, default),
+        "metric_for_best_model": metric.startswith(("kl/", "rewards_with_kl/")),
+    }.items():
+        if is_set:
+            raise ValueError(
+                f"{name} is {getattr(options, name)}, but the objective needs no reference, so there is none and no KL: "
+                f"give ref_model, or leave {name} out"
+            )
+
+
 def check_stream_options(options: Any, *, trains: bool) -> None:
     """Refuses options that can't work with streams, by name.
 

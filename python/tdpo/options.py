@@ -54,6 +54,8 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "simpo": ("beta", "simpo_gamma"),
     "tis_dpo": ("beta", "alpha"),
 }
+# Those that read nothing of a reference.
+REFERENCE_FREE = ("simpo",)
 
 
 @dataclass

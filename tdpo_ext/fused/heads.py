@@ -151,6 +151,9 @@ class CallTensors:
         return replace(self, hidden=self.hidden.to(dtype), head=self.head.cast(dtype)).cast_reference(dtype)
 
     def cast_reference(self, dtype: torch.dtype) -> CallTensors:
+        """The reference in another precision; what stands in its place is the policy, as it is cast already."""
+        if not self.has_reference:
+            return replace(self, ref_hidden=self.hidden, ref_head=self.head)
         return replace(self, ref_hidden=self.ref_hidden.to(dtype), ref_head=self.ref_head.cast(dtype))
 
     def check_shapes(self) -> None:

@@ -17,7 +17,7 @@ from .heads import CallTensors
 from .options import FusedOptions
 from .planning.plan import resolved_budget
 from .planning.sizes import Sizes
-from .rows import Rows, Sequences
+from .rows import Rows, Sequences, reading_is_free
 
 # ref_logps and kl, among the fields of TokenDivergence.
 _REFERENCE_FIELDS = slice(1, 3)
@@ -74,8 +74,15 @@ class FusedInputs(CallTensors):
         return self.exchange.shard is not None and self.exchange.shard.sum_hidden_grad
 
     def rows_at(self, index: Tensor, labels: Tensor) -> GatheredRows:
-        """The rows at `index`, whose labels are `labels`."""
-        return GatheredRows(self.hidden[index], self.ref_hidden[index], labels)
+        """The rows at `index`, whose labels are `labels`.
+
+        Of rows that are ignored and not dropped, the hidden states are 0: what they hold (NaN, perhaps) reaches no sum.
+        """
+        hidden, ref_hidden = self.hidden[index], self.ref_hidden[index]
+        if not reading_is_free(index.device):
+            ignored = (labels == self.options.ignore_index)[:, None]
+            hidden, ref_hidden = hidden.masked_fill_(ignored, 0), ref_hidden.masked_fill_(ignored, 0)
+        return GatheredRows(hidden, ref_hidden, labels)
 
     def row_states(self, rows: GatheredRows, columns: slice, *, z: Tensor, r: Tensor) -> Tensor:
         """States of some rows over some columns; leaves the logits in `z` and `r`, (rows, columns).

@@ -123,7 +123,8 @@ class PairObjective:
 
     def _mean_share(self, losses: Tensor, chunk: Chunk) -> Tensor:
         if losses.shape != (chunk.pairs,):
-            raise ValueError(f"objective returned {tuple(losses.shape)} for {chunk.pairs} pairs")
+            what = "pairs" if chunk.sides == 2 else "sequences"
+            raise ValueError(f"objective returned {tuple(losses.shape)} for {chunk.pairs} {what}")
         return losses.sum() / self.total_pairs
 
 

@@ -180,3 +180,30 @@ def test_visible_architectures(tmp_path, status, expected):
     code = "import build_cuda; print(build_cuda.visible_architectures())"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(expected), done.stderr
+
+
+@pytest.mark.parametrize("archs", ["70", "8.0,9.0", "90;75", "ninety"])
+def test_architectures_that_are_none(machine, archs):
+    machine("13.0", [90], TDPO_CUDA_ARCHS=archs)
+    with pytest.raises(SystemExit, match="TDPO_CUDA_ARCHS is"):
+        build_cuda.choose("13.0")
+
+
+def fake_nvcc(folder, release):
+    folder.mkdir(parents=True)
+    (folder / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
+    (folder / "nvcc").chmod(0o755)
+
+
+def test_a_toolkit_of_another_cuda_is_refused(machine, tmp_path):
+    fake_nvcc(tmp_path / "cuda" / "bin", "12.4")
+    machine("13.0", [90], CUDA_HOME=str(tmp_path / "cuda"))
+    with pytest.raises(SystemExit, match=r"CUDA_HOME, .*, is of CUDA 12.4, and torch of CUDA 13.0"):
+        build_cuda.choose("13.0")
+
+
+def test_an_empty_cuda_home_hides_no_nvcc_on_the_path(machine, tmp_path):
+    fake_nvcc(tmp_path / "bin", "13.0")
+    machine("13.0", [90], CUDA_HOME=str(tmp_path))
+    os.environ["PATH"] += ":/bin"  # of sh and echo; the fixture's monkeypatch restores it
+    assert build_cuda.choose("13.0").compiler.nvcc == tmp_path / "bin" / "nvcc"

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 
 import tdpo_ext.fused.heads
+import tdpo_ext.fused.inputs
+import tdpo_ext.fused.rows
 from helpers.distributed import run_on_ranks
 from helpers.linear_cases import Case, kind_of, loss_and_gradients, make_case
 from tdpo_ext import (
@@ -18,8 +20,10 @@ from tdpo_ext import (
     linear_token_divergence,
     linear_token_loss,
     per_token,
+    reference_free,
     tdpo_loss,
 )
+from tdpo_ext.losses import is_reference_free, sees_tokens
 
 pytestmark = pytest.mark.usefixtures("large_calls")
 
@@ -143,10 +147,27 @@ def reads_the_kl(rows):
     return rows.sum(rows.kl)
 
 
+def compares_the_kl(chosen, rejected):
+    return -(chosen.kl < 3.0).float() * (chosen.logps - rejected.logps) + 0 * chosen.logps
+
+
+def replaces_what_is_no_number(chosen, rejected):
+    return chosen.logps - torch.nan_to_num(rejected.kl) - rejected.logps
+
+
+@per_token
+def selects_by_the_reference(chosen, rejected):
+    sides = [side.sum(torch.where(side.ref_logps > -4, side.logps, 0.0)) for side in (chosen, rejected)]
+    return sides[1] - sides[0] + 1e-3 * chosen.sum(chosen.logps)
+
+
 @pytest.mark.parametrize(
     ("function", "objective"),
     [
         (linear_preference_loss, functools.partial(tdpo_loss, beta=0.1)),
+        (linear_preference_loss, compares_the_kl),
+        (linear_preference_loss, replaces_what_is_no_number),
+        (linear_preference_loss, selects_by_the_reference),
         (linear_preference_loss, lambda chosen, rejected: chosen.logps - 0 * rejected.ref_logps),
         (linear_token_loss, reads_the_kl),
     ],
@@ -183,3 +204,44 @@ def test_an_objective_is_tried_again_without_a_reference():
 def test_half_a_reference_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         linear_preference_loss(SIMPO, **{**vars(make_case(bias=True)), **change})
+
+
+def test_autocast_casts_once(monkeypatch):
+    case, copies = without_reference(make_case(vocab=1001)), []
+    original = torch.Tensor.to
+
+    def to(tensor, *arguments, **options):
+        result = original(tensor, *arguments, **options)
+        if result is not tensor and result.shape == case.weight.shape and result.dtype == torch.bfloat16:
+            copies.append(result)
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with torch.autocast(case.hidden.device.type, torch.bfloat16):
+        linear_preference_loss(SIMPO, **case.tensors())
+    assert len(copies) == 1
+
+
+def test_what_can_be_decorated():
+    partial = reference_free(functools.partial(simpo))
+    assert is_reference_free(partial)
+    assert is_reference_free(MarginLoss(reference_free(lambda *sides: mean_margin(*sides)), link))
+    assert not is_reference_free(simpo)
+    assert sees_tokens(per_token(functools.partial(simpo)))
+    with pytest.raises(TypeError, match="decorate its margin"):
+        reference_free(SIMPO)
+
+
+def test_rows_that_are_ignored_may_hold_anything(monkeypatch):
+    """Where the host would wait to know them, as on a GPU, they are not dropped."""
+    monkeypatch.setattr(tdpo_ext.fused.rows, "reading_is_free", lambda device: False)
+    monkeypatch.setattr(tdpo_ext.fused.inputs, "reading_is_free", lambda device: False)
+    case = make_case()
+    tensors = case.tensors()
+    linear_logps(tensors["hidden"], tensors["weight"], case.labels).sum().backward()
+    expected = tensors["weight"].grad.clone()
+    broken = case.hidden.clone()
+    broken[case.labels == -100] = torch.nan
+    weight = case.weight.clone().requires_grad_()
+    linear_logps(broken, weight, case.labels).sum().backward()
+    torch.testing.assert_close(weight.grad, expected)

@@ -20,7 +20,7 @@ from ..option_checks import (
     check_precision_of_merged,
     check_stream_options,
 )
-from ..options import DataOptions, require
+from ..options import REFERENCE_FREE, DataOptions, require
 from .parse import Given
 from .values import FILES
 
@@ -42,7 +42,8 @@ def check_command(command: str, given: Given) -> None:
     """
     models, data = given.models, given.data
     for name in REQUIRED[command]:
-        require(models if hasattr(models, name) else data, name)
+        if name != "ref_model" or given.value("variant") not in REFERENCE_FREE:
+            require(models if hasattr(models, name) else data, name)
     if command == "train":
         output_dir = os.path.expanduser(given.value("output_dir"))
         check_output_dir(output_dir, {"model": models.model, "ref_model": models.ref_model})

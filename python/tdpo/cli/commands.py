@@ -31,7 +31,7 @@ from ..models.loading import (
 from ..models.merging import merge_adapters
 from ..models.sizes import embedded_ids
 from ..option_checks import check_merging
-from ..options import DataOptions, ModelOptions, ShowOptions, require
+from ..options import REFERENCE_FREE, DataOptions, ModelOptions, ShowOptions, require
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
@@ -225,7 +225,8 @@ def evaluate(options: Options) -> None:
     """Prints the metrics of a policy against a reference on preference pairs, as JSON."""
     models, _, args = options
     require(models, "model")
-    require(models, "ref_model")
+    if args.variant not in REFERENCE_FREE:
+        require(models, "ref_model")
     args.push_to_hub = False  # nothing is published
     trainer = _trainer(options, train_dataset=None, eval_dataset=_evaluation_data(options))
     metrics = trainer.evaluate()

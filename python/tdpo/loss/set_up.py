@@ -13,6 +13,7 @@ from ..config import TDPOConfig
 from ..models.causal_lm import CausalLM
 from ..models.probes import choose_layout
 from ..models.routers import router_coefficient
+from ..option_checks import check_without_reference
 from ..reference.cached_states import CachedStates
 from ..reference.choose import Datasets, choose_reference
 from ..reference.second_model import SecondModel
@@ -48,7 +49,9 @@ def set_up_loss(
     """
     policy = CausalLM.of(model)
     reference = None
-    if ref_model is not None or args.precompute_reference or not is_reference_free(trained.objective):
+    if ref_model is None and not args.precompute_reference and is_reference_free(trained.objective):
+        check_without_reference(args)
+    else:
         reference = choose_reference(policy, model, ref_model, args, datasets, pad_token_id)
     coefficient = router_coefficient(policy, args.router_aux_loss_coef)
     collator = choose_layout(

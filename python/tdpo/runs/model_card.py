@@ -93,7 +93,8 @@ def _results(history: list[dict[str, float]]) -> Iterator[str]:
         yield _table([_row(training[-1], "")])
     evaluations = [entry for entry in history if "eval_loss" in entry]
     if evaluations:
-        yield "Evaluations (the accuracy of implicit rewards over the KL from the reference):"
+        over_kl = " over the KL from the reference" if "eval_kl/chosen" in evaluations[-1] else ""
+        yield f"Evaluations (the accuracy of implicit rewards{over_kl}):"
         yield _table([_row(entry, "eval_") for entry in evaluations])
 
 

@@ -6,10 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig
+from tdpo.cli.main import main
 from tdpo.loss.preference_loss import FusedLoss, LogitsLoss
 
 from helpers.model_families import make_model
-from helpers.trainer_cases import losses, make_preferences, make_trainer
+from helpers.trainer_cases import losses, make_preferences, make_trainer, write_home
 from tdpo_ext import reference_free
 
 OF_REFERENCES = ("kl/", "rewards_with_kl/")
@@ -94,3 +95,32 @@ def test_a_cached_reference_is_used(tmp_path):
     trainer = make_trainer(tmp_path, model=make_model("llama"), variant="simpo", **options)
     trainer.train()
     assert "kl/chosen" in logged(trainer)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_direction": "reverse"}, "kl_direction is reverse, but the objective needs no reference"),
+        ({"kl_warning": 0.1}, "kl_warning is 0.1, but the objective needs no reference"),
+        ({"metric_for_best_model": "eval_kl/chosen"}, "metric_for_best_model is eval_kl/chosen, but"),
+    ],
+)
+def test_options_that_need_a_reference_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "alone", model=make_model("llama"), variant="simpo", **options)
+    make_trainer(
+        tmp_path / "beside", model=make_model("llama"), ref_model=make_model("llama"), variant="simpo", **options
+    )
+
+
+def test_from_the_shell(tmp_path, capsys, monkeypatch):
+    """Trained and evaluated without a reference; card and audit speak of none."""
+    write_home(tmp_path, variant="simpo", output_dir=str(tmp_path / "out"), max_steps=1, eval_strategy="no")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "config.yaml"]) == 0
+    assert "KL" not in capsys.readouterr().err
+    assert "KL" not in (tmp_path / "out" / "README.md").read_text()
+    assert main(["evaluate", "config.yaml", "--eval_dataset", "data.jsonl"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "eval_rewards/margins" in metrics
+    assert "eval_kl/chosen" not in metrics
