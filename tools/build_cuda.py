@@ -144,7 +144,8 @@ def choose(torch_cuda: str | None, torch_known: bool = True) -> Choice:
         torch_known: False: torch is not installed yet, and the package index decides which build it is.
 
     Raises:
-        SystemExit: TDPO_CUDA or TDPO_CUDA_ARCHS has no such value, or CUDA kernels were asked for and nothing can compile them.
+        SystemExit: TDPO_CUDA or TDPO_CUDA_ARCHS has no such value, or CUDA kernels were asked for and nothing can
+            compile them.
     """
     requested, archs = os.environ.get("TDPO_CUDA", "auto"), os.environ.get("TDPO_CUDA_ARCHS", "")
     if requested not in ("auto", "0", "1"):

@@ -182,8 +182,8 @@ def check_without_reference(options: Any) -> None:
     }.items():
         if is_set:
             raise ValueError(
-                f"{name} is {getattr(options, name)}, but the objective needs no reference, so there is none and no KL: "
-                f"give ref_model, or leave {name} out"
+                f"{name} is {getattr(options, name)}, but the objective needs no reference, so that there is no KL: give "
+                f"ref_model, or leave {name} out"
             )
 
 
