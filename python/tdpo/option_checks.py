@@ -182,7 +182,7 @@ def check_without_reference(options: Any) -> None:
     }.items():
         if is_set:
             raise ValueError(
-                f"{name} is {getattr(options, name)}, but the objective needs no reference, so that there is no KL: give "
+                f"{name} is {getattr(options, name)}, but the objective needs no reference, so there is no KL: give "
                 f"ref_model, or leave {name} out"
             )
 
