@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .data.load import load_preferences as load_preferences
     from .data.tokenize import tokenize_preferences as tokenize_preferences
     from .models.causal_lm import CausalLM as CausalLM
+    from .models.hidden_and_head import LMHead as LMHead
+    from .models.hidden_and_head import hidden_and_head as hidden_and_head
     from .models.loading import load_gguf_model as load_gguf_model
     from .models.loading import load_gguf_tokenizer as load_gguf_tokenizer
     from .reference.cache import ReferenceCache as ReferenceCache
@@ -23,11 +25,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
 
 _DEFINED_IN = {
     "CausalLM": "models.causal_lm",
+    "LMHead": "models.hidden_and_head",
     "PreferenceCollator": "data.collator",
     "ReferenceCache": "reference.cache",
     "TDPOConfig": "config",
     "TDPOTrainer": "trainer",
     "cache_reference": "reference.cache",
+    "hidden_and_head": "models.hidden_and_head",
     "load_gguf_model": "models.loading",
     "load_gguf_tokenizer": "models.loading",
     "load_preferences": "data.load",
