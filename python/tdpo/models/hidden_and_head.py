@@ -1,4 +1,4 @@
-"""What a training loop of your own reads of a causal language model."""
+"""What a training loop of one's own reads of a causal language model."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ class LMHead:
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+
+    def options(self, reference: LMHead) -> dict[str, Any]:
+        """What the fused losses must know of both heads besides their weights, as keywords of `linear_preference_loss`.
+
+        Raises:
+            ValueError: policy and reference cap their logits differently.
+        """
+        if self.softcap != reference.softcap:
+            raise ValueError(f"the policy's softcap is {self.softcap}, the reference's {reference.softcap}: they differ")
+        return {
+            "bias": self.bias,
+            "ref_bias": reference.bias,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "ref_logit_scale": reference.logit_scale,
+        }
 
 
 def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, LMHead]:

@@ -1,5 +1,7 @@
 """Hidden states and heads for a loop of one's own: the model's logits, and the trainer's loss."""
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,7 +10,7 @@ from torch import nn
 
 from helpers.model_families import make_model, make_tokenizer
 from helpers.trainer_cases import make_preferences, make_trainer
-from tdpo_ext import LinearTDPOLoss
+from tdpo_ext import linear_preference_loss, tdpo_loss
 
 
 def make_batch(padding_free=False):
@@ -32,18 +34,29 @@ def test_they_form_the_logits_of_the_model(family):
     torch.testing.assert_close(formed_logits(*hidden_and_head(model, batch)), rows, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_a_loop_of_six_lines_has_the_loss_of_the_trainer(padding_free, tmp_path):
-    policy, reference, batch = make_model("llama"), make_model("llama", seed=1), make_batch(padding_free)
+@pytest.mark.parametrize(
+    ("family", "padding_free"),
+    [("llama", False), ("llama", True), ("phi", False), ("gemma2", False), ("cohere", False)],
+)
+def test_a_loop_of_six_lines_has_the_loss_of_the_trainer(family, padding_free, tmp_path):
+    policy, reference, batch = make_model(family), make_model(family, seed=1), make_batch(padding_free)
+    policy.eval()  # the trainer disables dropout
     hidden, head = hidden_and_head(policy, batch)
     with torch.no_grad():
-        ref_hidden, ref_head = hidden_and_head(reference, batch)
-    loss, chosen, _ = LinearTDPOLoss(beta=0.1, alpha=0.5)(
-        hidden, head.weight, ref_hidden, ref_head.weight, batch["targets"], row_lengths=batch["row_lengths"]
+        ref_hidden, ref_head = hidden_and_head(reference.eval(), batch)
+    loss, chosen, _ = linear_preference_loss(
+        functools.partial(tdpo_loss, beta=0.1, alpha=0.5),
+        hidden,
+        head.weight,
+        ref_hidden,
+        ref_head.weight,
+        batch["targets"],
+        row_lengths=batch["row_lengths"],
+        **head.options(ref_head),
     )
     loss.backward()
     assert all(parameter.grad is not None for parameter in policy.parameters())
-    trainer = make_trainer(tmp_path, make_model("llama"), make_model("llama", seed=1))
+    trainer = make_trainer(tmp_path, make_model(family), make_model(family, seed=1))
     output = trainer.loss(batch)
     torch.testing.assert_close(loss, output.loss)
     torch.testing.assert_close(chosen.kl, output.chosen.kl)
@@ -66,6 +79,13 @@ def test_a_model_is_tried_once(monkeypatch):
     hidden_and_head(model, batch)
     monkeypatch.setattr("tdpo.models.causal_lm._how_logits_are_made", None)
     hidden_and_head(model, batch)
+
+
+def test_caps_that_differ_are_refused():
+    _, head = hidden_and_head(make_model("llama"), make_batch())
+    _, capped = hidden_and_head(make_model("gemma2"), make_batch())
+    with pytest.raises(ValueError, match=r"^the policy's softcap is None, the reference's 5.0: they differ$"):
+        head.options(capped)
 
 
 def test_what_cannot_be_used_is_refused():
