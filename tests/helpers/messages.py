@@ -1,0 +1,23 @@
+"""The texts in the source, as a page may quote them: what is filled in stands as three dots."""
+
+import ast
+import re
+
+_FORMAT = re.compile(r"%[-+ #0]*[\d*]*(?:\.\d+)?[sdrgfe]")  # of a logger
+
+
+def templates(source):
+    """Every text of a Python source; adjacent literals are one, and so are sums of literals."""
+    texts = (_text(node) for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)))
+    return {_FORMAT.sub("...", text) for text in texts if text}
+
+
+def _text(node):
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) if isinstance(part, ast.Constant) else "..." for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [_text(side) or "..." for side in (node.left, node.right)]
+        return "".join(parts) if parts != ["...", "..."] else ""
+    return ""
