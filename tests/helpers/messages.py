@@ -8,8 +8,7 @@ _FORMAT = re.compile(r"%[-+ #0]*[\d*]*(?:\.\d+)?[sdrgfe]")  # of a logger
 
 def templates(source):
     """Every text of a Python source; adjacent literals are one, and so are sums of literals."""
-    texts = (_text(node) for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)))
-    return {_FORMAT.sub("...", text) for text in texts if text}
+    return {_FORMAT.sub("...", text) for text in map(_text, ast.walk(ast.parse(source))) if text}
 
 
 def _text(node):

@@ -1,4 +1,4 @@
-"""Every snippet of README and docs, run as it stands, in a folder where the models and data that it names are tiny ones.
+"""Every snippet of README and docs, run as it stands, in a folder where the models and data that it names are tiny.
 
 What can't run here is named in NOT_RUN with the reason; its options are parsed, and its files must exist.
 """

@@ -38,7 +38,7 @@ class LMHead:
             ValueError: policy and reference cap their logits differently.
         """
         if self.softcap != reference.softcap:
-            raise ValueError(f"the policy's softcap is {self.softcap}, the reference's {reference.softcap}: they differ")
+            raise ValueError(f"the policy's softcap is {self.softcap}, but the reference's is {reference.softcap}")
         return {
             "bias": self.bias,
             "ref_bias": reference.bias,
