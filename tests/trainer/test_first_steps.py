@@ -11,6 +11,7 @@ import pytest
 from datasets import load_dataset
 
 from helpers.device import USE_CPU
+from helpers.snippets import snippets
 from helpers.trainer_cases import run_python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -27,6 +28,8 @@ def examples(tmp_path):
 
 def test_three_commands_train_evaluate_and_sample(examples):
     home = examples.parent
+    (block,) = snippets((examples / "README.md").read_text())
+    assert block.text.splitlines() == COMMANDS
     assert [command.split()[:2] for command in COMMANDS] == [
         ["python", "examples/tiny/make_model.py"],
         ["tdpo", "train"],

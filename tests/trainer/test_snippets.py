@@ -45,7 +45,7 @@ NOT_RUN = {  # by what a command holds
     "pre-commit": "changes the checkout", "cmake": "builds", "ctest": "tests what cmake builds",
     ".": "activates an environment", "python": "run by other tests, or prints what is installed",
 }  # fmt: skip
-OF_OTHER_TESTS = {"docs/data.md": "data/test_data_page.py"}
+OF_OTHER_TESTS = {"docs/data.md": "data/test_data_page.py", "examples/README.md": "test_first_steps.py"}
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "sft", "base")
 DATA = ("pairs.jsonl", "test.jsonl", "trl-lib/ultrafeedback_binarized/train.jsonl")
 
