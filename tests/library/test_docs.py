@@ -37,7 +37,8 @@ def test_troubleshooting_quotes_messages_that_exist():
     """In the first column of its tables, and where a paragraph begins with one."""
     page = (ROOT / "docs/troubleshooting.md").read_text()
     quoted = [text.rstrip(" .") for text in re.findall(r"^(?:\| )?`([^`]+)`", page, re.MULTILINE)]
-    files = [*ROOT.glob("python/tdpo/**/*.py"), *ROOT.glob("tdpo_ext/**/*.py"), ROOT / "tools/build_backend.py"]
+    sources = ("python/tdpo/**/*.py", "tdpo_ext/**/*.py", "tools/build_*.py", "setup.py")
+    files = [file for pattern in sources for file in ROOT.glob(pattern)]
     known = [text for file in files for text in templates(file.read_text())]
     quoted = [text for text in quoted if " " in text and not text.startswith("--")]
     assert len(quoted) > 30
