@@ -6,8 +6,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-import notebook
 import pytest
+import run_notebook
 from datasets import load_dataset
 
 from helpers.device import USE_CPU
@@ -51,8 +51,8 @@ def test_three_commands_train_evaluate_and_sample(examples):
 
 def test_the_notebook(examples):
     stored = json.loads((examples / "quickstart.ipynb").read_text())
-    done = notebook.run(stored, examples)
+    done = run_notebook.run(stored, examples)
     for before, after in zip(stored["cells"], done["cells"]):
         kinds = [[output["output_type"] for output in cell.get("outputs", [])] for cell in (before, after)]
-        assert kinds[0] == kinds[1], "python tools/notebook.py examples/quickstart.ipynb"
+        assert kinds[0] == kinds[1], "python tools/run_notebook.py examples/quickstart.ipynb"
         assert (before.get("execution_count") is None) == (before["cell_type"] == "markdown")

@@ -1,6 +1,6 @@
 """Runs the code of a notebook, cell after cell, and keeps what it prints and draws as the notebook's outputs.
 
-python tools/notebook.py examples/quickstart.ipynb
+python tools/run_notebook.py examples/quickstart.ipynb
 
 Each cell is executed in the same namespace, in the notebook's folder, as Jupyter does; Jupyter itself is not needed.
 """
