@@ -74,7 +74,8 @@ class CausalLM:
         probed = stand_in(model) if is_sharded(model) else model
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            reason = f"its head is {type(head).__name__}, not a linear layer"
+            adapted = hasattr(head, "base_layer")  # peft's layers are named as those inside them
+            reason = "its head has adapters" if adapted else f"its head is {type(head).__name__}, not a linear layer"
             return cls(model, fallback_reason=reason, probed=probed)
         found = _how_logits_are_made(cls(probed))
         if isinstance(found, str):
