@@ -4,9 +4,9 @@
 
 One step (loss and its gradients) by `linear_token_loss` and its peers: `linear_token_divergence`, which recomputes
 logits in backward; TRL's streamed divergence; Liger's chunked JSD with its reverse KL; plain torch. Of each, time
-beside the four products that any exact method needs, memory beyond inputs and gradients, and the multiply-adds that it
-takes, in units of rows x width x vocabulary, counted in the products that torch runs (of Triton's and compiled kernels nothing
-is seen). Shapes: GPT-2's, and Gemma 3's vocabulary at the width of its smallest model.
+beside the four products that any exact method needs, memory beyond inputs and gradients, and the multiply-adds that
+it takes, in units of rows x width x vocabulary, counted in the products that torch runs (of Triton's and compiled
+kernels nothing is seen). Shapes: GPT-2's, and Gemma 3's vocabulary at the width of its smallest model.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .causal_lm import CausalLM, unwrap_peft
 from .sharding import is_sharded, is_tensor_parallel
@@ -67,7 +68,7 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
         ValueError: the model's logits are no such function of its hidden states, or an engine has wrapped or spread it.
     """
     causal_lm = unwrap_peft(model)
-    if not hasattr(causal_lm, "get_output_embeddings"):
+    if not isinstance(causal_lm, PreTrainedModel):  # DeepSpeed's engine passes for one, by its attributes
         raise ValueError(f"model is a {type(model).__name__}; a model of transformers or peft is needed, not a wrapper")
     if is_sharded(model) or is_tensor_parallel(causal_lm):
         raise ValueError("model is spread over processes, and only its engine can run it: use tdpo.TDPOTrainer")
