@@ -2,6 +2,7 @@
 
 from . import eager, ops
 from .divergence import TokenDivergence, TokenRows, shift_labels, token_divergence
+from .estimates import Estimate, estimate
 from .fused.planning.choose import make_plan
 from .fused.planning.plan import ChunkedPlan, StreamingPlan
 from .fused.planning.sizes import Sizes
@@ -14,6 +15,7 @@ from .vocab_parallel import VocabShard
 
 __all__ = [
     "ChunkedPlan",
+    "Estimate",
     "LinearTDPOLoss",
     "MarginLoss",
     "Sizes",
@@ -24,6 +26,7 @@ __all__ = [
     "build_info",
     "dpo_loss",
     "eager",
+    "estimate",
     "linear_logps",
     "linear_preference_loss",
     "linear_token_divergence",
