@@ -240,8 +240,11 @@ def check_own_objective(options: ObjectiveOptions) -> None:
             raise ValueError(f"{option.name} is {value}, but objective is given, which does not use it: leave it unset")
 
 
-def check_model_options(options: ModelOptions) -> None:
+def check_model_options(options: ModelOptions, *, loads: bool = True) -> None:
     """Checks the values of options alone and beside the others, without loading anything or asking a hub.
+
+    Args:
+        loads: the weights will be loaded, so that the packages for this must be there.
 
     Raises:
         TypeError, ValueError: one is out of range or contradicts another; the message names it.
@@ -262,7 +265,7 @@ def check_model_options(options: ModelOptions) -> None:
         check_dense(options, gguf_option)
     for package, needed in {
         "peft": options.lora_r > 0,
-        "bitsandbytes": options.load_in_4bit,
+        "bitsandbytes": options.load_in_4bit and loads,
         "gguf": options.gguf_file is not None or options.ref_gguf_file is not None,
     }.items():
         if needed:

@@ -252,6 +252,20 @@ class ShowOptions(DataOptions):
     )
 
 
+@dataclass
+class MemoryOptions(DataOptions):
+    """The preference data, which `tdpo memory` does not read, and the batch and the GPU that it counts for."""
+
+    prompt_tokens: int | None = option(None, "Tokens of a prompt (default: max_prompt_length).", least=1)
+    response_tokens: int | None = option(
+        None, "Tokens of a response (default: what max_length leaves beside the prompt).", least=1
+    )
+    gpu_memory: str | None = option(
+        None, "Memory of the GPU that it is for: 80GB, 40GiB, ... (default: this machine's GPU, or its CPU)."
+    )
+    json: bool = option(False, "Print JSON instead of a table.")
+
+
 def require(options: ModelOptions | DataOptions, name: str) -> Any:
     """The value of an option.
 

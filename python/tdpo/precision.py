@@ -28,11 +28,12 @@ def autocast(args: TrainingArguments) -> AbstractContextManager[Any]:
     Accelerate enters it around the policy's forward pass alone. Whatever else runs a model (probes, the reference
     cache, samples) enters it here, and so sees the model that trains; some attentions run in low precision only.
     """
-    dtype = _autocast_dtype(args)
+    dtype = autocast_dtype(args)
     return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype)
 
 
-def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """The precision of autocast; None without."""
     chosen = "bf16" if args.bf16 else "fp16" if args.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return MIXED_PRECISIONS.get(chosen)
 
@@ -45,7 +46,7 @@ def check_attention(name: str, model: nn.Module, args: TrainingArguments) -> Non
     """
     model = unwrap_peft(model)
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
-    if "flash" in attention and getattr(model, "dtype", None) == torch.float32 and _autocast_dtype(args) is None:
+    if "flash" in attention and getattr(model, "dtype", None) == torch.float32 and autocast_dtype(args) is None:
         raise ValueError(
             f"the attention of {name} is {attention}, which computes in bfloat16 or float16 only, but its weights are "
             "float32: set bf16"

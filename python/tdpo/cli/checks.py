@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 from ..data.formats import format_of
 from ..extras import require_package
+from ..memory.sizes import bytes_of
 from ..models.loading import merges_adapters, trains_adapters
 from ..models.names import check_exists, check_gguf_exists, is_here, looks_like_path
 from ..option_checks import (
     check_best_metric,
+    check_each,
     check_merging,
     check_model_options,
     check_needed,
@@ -20,7 +22,7 @@ from ..option_checks import (
     check_precision_of_merged,
     check_stream_options,
 )
-from ..options import REFERENCE_FREE, DataOptions, require
+from ..options import REFERENCE_FREE, DataOptions, MemoryOptions, require
 from .parse import Given
 from .values import FILES
 
@@ -30,6 +32,7 @@ REQUIRED = {
     "audit": ("model", "dataset"),
     "evaluate": ("model", "ref_model", "eval_dataset"),
     "cache-reference": ("model", "dataset"),
+    "memory": ("model",),
 }
 
 
@@ -61,14 +64,20 @@ def check_command(command: str, given: Given) -> None:
     if is_here(str(models.model)):  # what adapters a hub's model has is known when it is loaded
         check_merging(models, trains_adapters=trains_adapters(models))
         check_precision_of_merged(models, merges=merges_adapters(models))
-    check_model_options(models)
+    check_model_options(models, loads=command != "memory")
+    if isinstance(data, MemoryOptions):
+        check_each(MemoryOptions, data)
+        if data.gpu_memory is not None:
+            bytes_of("gpu_memory", data.gpu_memory)
     for model in filter(None, (models.model, models.ref_model)):
         check_exists("model", model)
     if models.model is not None and models.gguf_file is not None:
         check_gguf_exists(models.model, "gguf_file", models.gguf_file)
     if models.ref_model is not None and models.ref_gguf_file is not None:
         check_gguf_exists(models.ref_model, "ref_gguf_file", models.ref_gguf_file)
-    read = {"audit": (data.dataset,), "evaluate": (data.eval_dataset,)}.get(command, (data.dataset, data.eval_dataset))
+    read = {"audit": (data.dataset,), "evaluate": (data.eval_dataset,), "memory": ()}.get(
+        command, (data.dataset, data.eval_dataset)
+    )
     for dataset in filter(None, read):
         check_dataset(dataset)
     for name in FILES:

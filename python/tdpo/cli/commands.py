@@ -1,4 +1,4 @@
-"""The commands train, data, evaluate, audit and cache-reference."""
+"""The commands train, data, memory, evaluate, audit and cache-reference."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..config import TDPOConfig
 from ..data.forms import column_mapping
@@ -18,6 +19,7 @@ from ..data.load import load_preferences
 from ..data.show import View, data_text, legend_text
 from ..data.tokenize import check_row, padding_token, tokenize_rows
 from ..files import file_digest, read_json, whole_folder, write_json
+from ..memory.report import report_of
 from ..models.checks import check_model
 from ..models.loading import (
     load_adapted_model,
@@ -31,7 +33,7 @@ from ..models.loading import (
 from ..models.merging import merge_adapters
 from ..models.sizes import embedded_ids
 from ..option_checks import check_merging
-from ..options import REFERENCE_FREE, DataOptions, ModelOptions, ShowOptions, require
+from ..options import REFERENCE_FREE, DataOptions, MemoryOptions, ModelOptions, ShowOptions, require
 from ..precision import autocast
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
@@ -202,6 +204,17 @@ def show(options: Options) -> None:
     if args.should_save:
         encoding = sys.stdout.encoding  # which may lack characters
         print("\n\n".join(texts).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def memory(options: Options) -> None:
+    """Prints what a training will need, and whether it fits. Reads no weights and no data."""
+    models, data, args = options
+    require(models, "model")
+    assert isinstance(data, MemoryOptions)
+    unset_hf_deepspeed_config()  # which would partition a model that is built
+    report = report_of(models, data, args)
+    if args.should_save:
+        print(json.dumps(report.as_json(), indent=1) if data.json else report)
 
 
 def _sources(data: DataOptions) -> dict[str, tuple[str, str]]:

@@ -16,6 +16,7 @@ from .values import nearest
 _COMMANDS = {
     "train": "train a policy on preference pairs",
     "data": "show what will be trained on: rows kept and dropped, lengths, tokens",
+    "memory": "say what a training will need and whether it fits, without loading weights",
     "audit": "compare the loss on your model and data with plain arithmetic",
     "evaluate": "metrics of a policy against a reference",
     "cache-reference": "run the reference once and cache its hidden states",
@@ -25,6 +26,9 @@ _DESCRIPTIONS = {
     "train": "Trains a policy on preference pairs; run again, it resumes from its last checkpoint.",
     "data": "Shows what will be trained on: how many rows are kept, and why others are dropped; their lengths; and the "
     "first pairs, token by token. Takes the options of training, but reads no weights and writes no file.",
+    "memory": "Says what a training will need: bytes of weights, gradients, optimizer, reference, activations and the loss, "
+    "beside those of the published code and of TRL; and the longest responses that fit a GPU. Takes the options of "
+    "training; of the model it reads the configuration alone, and no data.",
     "audit": "Compares the loss of two pairs with plain arithmetic, as training does before its first step, and prints "
     "what it found. Takes the options of training; nothing is trained or written.",
     "evaluate": "Evaluates a policy against a reference on preference pairs; prints the metrics as JSON.",
@@ -62,10 +66,11 @@ def _demo(arguments: list[str]) -> None:
 def _run(command: str, arguments: list[str]) -> None:
     if command == "demo":
         return _demo(arguments)
-    from ..options import ShowOptions
+    from ..options import MemoryOptions, ShowOptions
     from .parse import read_options
 
-    own: dict[str, Any] = {"data_options": ShowOptions, "needs_device": False} if command == "data" else {}
+    without_device: dict[str, Any] = {"data": ShowOptions, "memory": MemoryOptions}
+    own = {"data_options": without_device[command], "needs_device": False} if command in without_device else {}
     given = read_options(command, _DESCRIPTIONS[command], arguments, **own)
     from .checks import check_command
 
@@ -75,6 +80,7 @@ def _run(command: str, arguments: list[str]) -> None:
     run = {
         "train": commands.train,
         "data": commands.show,
+        "memory": commands.memory,
         "audit": commands.audit,
         "evaluate": commands.evaluate,
         "cache-reference": commands.cache,

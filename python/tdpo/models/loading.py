@@ -43,12 +43,12 @@ def load_policy(options: ModelOptions) -> Any:
 
 def merges_adapters(options: ModelOptions) -> bool:
     """Whether the policy's own adapters are merged into its weights, to make room for new ones."""
-    return options.lora_r > 0 and _adapters_folder(require(options, "model")) is not None
+    return options.lora_r > 0 and adapters_folder(require(options, "model")) is not None
 
 
 def trains_adapters(options: ModelOptions) -> bool:
     """Whether adapters are trained: new ones or the policy's own."""
-    own = options.model is not None and _adapters_folder(options.model) is not None
+    own = options.model is not None and adapters_folder(options.model) is not None
     return options.lora_r > 0 or own
 
 
@@ -57,7 +57,7 @@ def load_adapted_model(options: ModelOptions) -> Any:
     options = replace(options, load_in_4bit=False, tp_plan=None)
     if options.lora_r > 0:
         return load_policy(options)
-    return _load_weights(options, _base_of(require(options, "model")), "gguf_file")
+    return _load_weights(options, base_of(require(options, "model")), "gguf_file")
 
 
 def load_reference(options: ModelOptions) -> Any:
@@ -78,9 +78,9 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name, trusted = require(options, "model"), {"trust_remote_code": options.trust_remote_code}
-    if _adapters_folder(name) and not Path(name, "tokenizer_config.json").is_file():
-        name = _base_of(name)
-    if options.gguf_file is not None and not _adapters_folder(name):  # which have a tokenizer beside them
+    if adapters_folder(name) and not Path(name, "tokenizer_config.json").is_file():
+        name = base_of(name)
+    if options.gguf_file is not None and not adapters_folder(name):  # which have a tokenizer beside them
         return _loaded("tokenizer", load_gguf_tokenizer, name, gguf_file=options.gguf_file, **trusted)
     return _loaded("tokenizer", AutoTokenizer.from_pretrained, name, **trusted)
 
@@ -130,17 +130,17 @@ def keep_quantized_weights_unpacked(model: Any) -> None:
 def _load_model(options: ModelOptions, model_option: str, gguf_option: str) -> Any:
     """A model, and its adapters around it where the folder holds adapters."""
     name = require(options, model_option)
-    folder = _adapters_folder(name)
+    folder = adapters_folder(name)
     if folder is None:
         return _load_weights(options, name, gguf_option)
     from peft import PeftModel
 
-    base = _load_weights(options, _base_of(name), gguf_option)
+    base = _load_weights(options, base_of(name), gguf_option)
     trained = model_option == "model"
     return _loaded("adapters", lambda path: PeftModel.from_pretrained(base, path, is_trainable=trained), name)
 
 
-def _adapters_folder(name: str) -> Path | None:
+def adapters_folder(name: str) -> Path | None:
     """The folder of a hub's cache or of the disk that holds the adapters of this name; None where it names a model."""
     if is_here(name):
         return Path(name) if Path(name, "adapter_config.json").is_file() else None
@@ -150,13 +150,13 @@ def _adapters_folder(name: str) -> Path | None:
     return None if config is None else Path(config).parent
 
 
-def _base_of(name: str) -> str:
+def base_of(name: str) -> str:
     """The model that adapters were trained on.
 
     Raises:
         ValueError: their configuration does not name it.
     """
-    base = read_json(Path(_adapters_folder(name) or name, "adapter_config.json")).get("base_model_name_or_path")
+    base = read_json(Path(adapters_folder(name) or name, "adapter_config.json")).get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"adapter_config.json of the adapters {name} does not name the model that they were trained on"

@@ -1,0 +1,200 @@
+"""The bytes of a training step, by what they are for, and the longest responses that fit a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import tdpo_ext
+from tdpo_ext.losses import margin_form
+
+from ..config import TDPOConfig
+from ..models.causal_lm import unwrap_peft
+from ..models.without_weights import empty_policy, empty_reference, weight_bytes
+from ..options import ModelOptions
+from ..precision import autocast_dtype
+from .activations import Activations, activations_of
+from .held import HeldReference, gradient_bytes, held_reference, optimizer_bytes
+
+# The ways to the loss that are compared: ours, the code published with the paper, and TRL's own DPO.
+WAYS = ("tdpo", "published", "trl")
+_LONGEST = 1 << 20  # tokens of a response, beyond which nothing is looked for
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of equal lengths on one device.
+
+    Attributes:
+        pairs: of a batch.
+        prompt, response: tokens of each.
+        shared: a pair's prompt runs through the models once.
+    """
+
+    pairs: int
+    prompt: int
+    response: int
+    shared: bool
+
+    @property
+    def sequences(self) -> tuple[int, int]:
+        """How many sequences the backbone reads, and their tokens."""
+        if self.shared:
+            return self.pairs, self.prompt + 2 * self.response
+        return 2 * self.pairs, self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the planner asks of a device: "cpu" or "cuda", and the bytes of a GPU."""
+
+    type: str
+    memory: int | None
+
+    @classmethod
+    def of(cls, gpu_memory: int | None) -> Device:
+        """A GPU with this memory, or this machine's, or its CPU."""
+        if gpu_memory is not None:
+            return cls("cuda", gpu_memory)
+        if torch.cuda.is_available():
+            return cls("cuda", torch.cuda.get_device_properties(0).total_memory)
+        return cls("cpu", None)
+
+
+@dataclass(frozen=True)
+class LossBytes:
+    """One way to the loss: bytes at its peak, and those of the gradients that it has returned when backward begins."""
+
+    peak: int
+    returned: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training holds, and how what it needs beside grows with the batch. All numbers are bytes.
+
+    Attributes:
+        parameters, trained: how many numbers the policy has, and how many of them train.
+        weights, gradients, optimizer, reference: as long as it runs; `optimizer` is None where it is not known.
+        activations: or why they are not known.
+        checkpointed: whether activations are recomputed.
+        accumulates: gradients of earlier batches are there while a loss is computed.
+        head: (vocab, width) of the policy's head, and the width of the reference's.
+        head_copies: both heads in the precision of autocast.
+        estimate: of the loss of pairs of some lengths; the keyword is `positions`.
+    """
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int | None
+    reference: HeldReference
+    activations: Activations | str
+    checkpointed: bool
+    accumulates: bool
+    head_copies: int
+    estimate: Callable[..., tdpo_ext.Estimate]
+
+    @classmethod
+    def of(cls, models: ModelOptions, args: TDPOConfig, device: Device) -> Training:
+        """Raises ValueError where a model can't be built from its configuration; the message names it."""
+        policy, reference = empty_policy(models), empty_reference(models)
+        head, ref_head = (_head(name, model) for name, model in (("model", policy), ("ref_model", reference or policy)))
+        if head.weight.shape[0] != ref_head.weight.shape[0]:
+            raise ValueError(
+                f"ref_model has a vocabulary of {ref_head.weight.shape[0]} but model has {head.weight.shape[0]}"
+            )
+        autocast = autocast_dtype(args)
+        dtype = autocast or head.weight.dtype
+        objective = args.trained_objective().objective
+
+        def estimate(batch: Batch) -> tdpo_ext.Estimate:
+            return tdpo_ext.estimate(
+                [2 * batch.response] * batch.pairs,
+                vocab=head.weight.shape[0],
+                width=head.weight.shape[1],
+                ref_width=ref_head.weight.shape[1],
+                dtype=dtype,
+                frozen_head=not head.weight.requires_grad,
+                margin_loss=margin_form(objective) is not None,
+                logits_budget=args.logits_budget,
+                device_type=device.type,
+                device_memory=device.memory,
+                positions=2 * batch.pairs * (batch.prompt + batch.response),
+            )
+
+        return cls(
+            parameters=sum(parameter.numel() for parameter in policy.parameters()),
+            trained=sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad),
+            weights=weight_bytes(policy, in_4bit=models.load_in_4bit),
+            gradients=gradient_bytes(policy),
+            optimizer=optimizer_bytes(policy, args),
+            reference=held_reference(policy, reference, models, args),
+            activations=activations_of(policy, autocast),
+            checkpointed=args.gradient_checkpointing,
+            accumulates=args.gradient_accumulation_steps > 1,
+            head_copies=sum(h.weight.numel() * dtype.itemsize for h in (head, ref_head) if h.weight.dtype != dtype),
+            estimate=estimate,
+        )
+
+    def loss(self, batch: Batch) -> dict[str, LossBytes]:
+        """The bytes of the loss by every way: logits and temporaries, copies of the heads, and the gradients."""
+        found = self.estimate(batch)
+        return {
+            "tdpo": LossBytes(found.temporaries + found.gradients + self.head_copies, found.gradients),
+            "published": LossBytes(found.published + self.head_copies, 0),
+            "trl": LossBytes(found.trl + found.gradients, 0),  # from one slice of the heads at a time
+        }
+
+    def kept(self, batch: Batch, *, checkpointed: bool) -> int | None:
+        """The bytes of activations; None where they are not known."""
+        if isinstance(self.activations, str):
+            return None
+        return self.activations.bytes(*batch.sequences, checkpointed=checkpointed)
+
+    @property
+    def copies(self) -> int:
+        """The bytes of the backbone's weights in the precision of autocast."""
+        return 0 if isinstance(self.activations, str) else self.activations.copies
+
+    def together(self, batch: Batch) -> dict[str, int]:
+        """The peak of a step by every way; what is not known counts as 0.
+
+        Without accumulation, gradients come when the loss's temporaries are gone: the larger counts.
+        """
+        held = self.weights + (self.optimizer or 0) + self.reference.bytes + self.copies
+        held += self.kept(batch, checkpointed=self.checkpointed) or 0
+
+        def beside(loss: LossBytes) -> int:
+            if self.accumulates:
+                return self.gradients + loss.peak
+            return max(self.gradients + loss.returned, loss.peak)
+
+        return {way: held + beside(loss) for way, loss in self.loss(batch).items()}
+
+    def longest(self, batch: Batch, memory: int, way: str) -> int:
+        """The most response tokens with which such a batch stays within `memory` bytes; 0 if none does."""
+
+        def fits(response: int) -> bool:
+            tried = Batch(batch.pairs, batch.prompt, response, batch.shared)
+            return self.together(tried)[way] <= memory
+
+        low, high = 0, 1
+        while high <= _LONGEST and fits(high):
+            low, high = high, 2 * high
+        while high - low > max(1, low >> 7):  # to a hundredth
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return min(low, _LONGEST)
+
+
+def _head(name: str, model: Any) -> nn.Linear:
+    head = unwrap_peft(model).get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the head of {name} is {type(head).__name__}, not a linear layer: its logits are materialised")
+    return head
