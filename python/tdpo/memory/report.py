@@ -141,6 +141,8 @@ def _notes(training: Training, models: ModelOptions, args: TDPOConfig) -> list[s
     notes = ["Not counted: the process itself, a GPU's context, and what an allocator holds beyond what is in use."]
     if args.fsdp or args.deepspeed or models.tp_plan is not None:
         notes.append("Not counted: sharding. These are the bytes of one process that holds every model whole.")
+    if args.audit != "never":
+        notes.append("Not counted: the audit before the first step.")
     if args.shared_prompts == "auto":
         notes.append("shared_prompts is auto, which a check on the loaded models decides: prompts are counted twice.")
     if training.optimizer is None:

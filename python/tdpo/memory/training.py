@@ -136,19 +136,22 @@ class Training:
             optimizer=optimizer_bytes(policy, args),
             reference=held_reference(policy, reference, models, args),
             activations=activations_of(policy, autocast),
-            checkpointed=args.gradient_checkpointing,
+            checkpointed=bool(args.activation_checkpointing),
             accumulates=args.gradient_accumulation_steps > 1,
             head_copies=sum(h.weight.numel() * dtype.itemsize for h in (head, ref_head) if h.weight.dtype != dtype),
             estimate=estimate,
         )
 
     def loss(self, batch: Batch) -> dict[str, LossBytes]:
-        """The bytes of the loss by every way: logits and temporaries, copies of the heads, and the gradients."""
+        """The bytes of the loss by every way: logits and temporaries, copies of the heads, and the gradients.
+
+        TRL copies one slice of a head at a time; its float32 sums are the gradients where autocast computes in less.
+        """
         found = self.estimate(batch)
         return {
             "tdpo": LossBytes(found.temporaries + found.gradients + self.head_copies, found.gradients),
             "published": LossBytes(found.published + self.head_copies, 0),
-            "trl": LossBytes(found.trl + found.gradients, 0),  # from one slice of the heads at a time
+            "trl": LossBytes(found.trl + (0 if self.head_copies else found.gradients), 0),
         }
 
     def kept(self, batch: Batch, *, checkpointed: bool) -> int | None:
