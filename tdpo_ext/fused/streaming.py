@@ -35,7 +35,8 @@ def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_co
     inputs = loss.inputs
     chunked = loss.rows.in_chunks([range(loss.rows.pairs)])
     index, (chunk,) = chunked.index, chunked.chunks
-    states = _states(inputs, index, plan)
+    buffers = _Buffers.allocate(inputs, plan, wanted)
+    states = _states(inputs, index, plan, buffers)
     values = inputs.finalize(states, inputs.labels[index])
     columns = {name: column.detach()[index] for name, column in loss.columns.items()}
     objective = loss.pair_objective(wanted, wanted_columns)
@@ -53,7 +54,7 @@ def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_co
             groups=list(zip(chunk.side_rows, upstream.kl_of_sides)),
             drops_rows=inputs.exchange.shard is None,
         )
-        gradients = _gradients(inputs, gradient_rows, plan, wanted)
+        gradients = _gradients(inputs, gradient_rows, plan, wanted, buffers)
     return Outcome(
         loss=upstream.loss,
         sides=upstream.sums.chunk(chunk.sides, dim=1),
@@ -98,7 +99,9 @@ class _TokenValues(torch.autograd.Function):
         plan: StreamingPlan,
     ):
         with torch.autocast(hidden.device.type, enabled=False):
-            states = _states(inputs, index, plan)
+            # As large as those of the backward pass, which finds their memory again.
+            buffers = _Buffers.allocate(inputs, plan, Wanted._make(ctx.needs_input_grad[:3]))
+            states = _states(inputs, index, plan, buffers)
             counted = inputs.finalize(states, labels[index])
         save(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)
         inputs.exchange.finish(inputs.device)
@@ -137,7 +140,8 @@ class _TokenValues(torch.autograd.Function):
         )
         _agree_on_gradients(inputs, rows)
         with torch.no_grad(), torch.autocast(index.device.type, enabled=False):
-            gradients = _gradients(inputs, rows, ctx.plan, Wanted._make(ctx.needs_input_grad[:3]))
+            wanted = Wanted._make(ctx.needs_input_grad[:3])
+            gradients = _gradients(inputs, rows, ctx.plan, wanted, _Buffers.allocate(inputs, ctx.plan, wanted))
         inputs.exchange.finish(inputs.device)
         depend_on = (hidden, weight, bias, logps_grad, kl_grad)
         return (*once("linear_token_divergence", gradients, depend_on), *[None] * 7)
@@ -151,10 +155,9 @@ def _agree_on_gradients(inputs: FusedInputs, rows: _GradientRows) -> None:
         shard.agree(inputs.device, lambda: (None, [upstream]))
 
 
-def _states(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> Tensor:
+def _states(inputs: FusedInputs, index: Tensor, plan: StreamingPlan, buffers: _Buffers) -> Tensor:
     """Merged row states of the rows at `index`: (rows, state size)."""
     merged = torch.empty(len(index), operators.STATE_SIZE, dtype=inputs.logit_dtype, device=inputs.device)
-    buffers = _Buffers.allocate(inputs, plan)
     for rows in slices(len(index), plan.rows):
         local_states = functools.partial(_states_of_block, inputs, index[rows], plan, buffers)
         merged[rows] = inputs.merge_over_ranks(rows.stop - rows.start, local_states)
@@ -231,7 +234,8 @@ class _GradientRows:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """Scratch memory for a block: both logits, dz (`z` itself where it has its dtype), and a slice of dW's sum."""
+    """Scratch memory of both passes for a block: both logits, dz (`z` itself where it has its dtype), and the float32
+    sum of a slice of a low-precision dW."""
 
     z: Tensor
     r: Tensor
@@ -239,9 +243,9 @@ class _Buffers:
     weight_sum: Tensor | None
 
     @classmethod
-    def allocate(
-        cls, inputs: FusedInputs, plan: StreamingPlan, *, dz: bool = False, weight_sum: bool = False
-    ) -> _Buffers:
+    def allocate(cls, inputs: FusedInputs, plan: StreamingPlan, wanted: Wanted) -> _Buffers:
+        low_precision = inputs.weight_dtype != inputs.logit_dtype
+        dz, weight_sum = low_precision and any(wanted), low_precision and wanted.weight
         shape, pitch = (plan.rows, plan.columns), row_pitch(plan.columns)
         logits = Buffer(shape, inputs.logit_dtype, pitch)
         found = memory.allocate(
@@ -268,17 +272,14 @@ class _Buffers:
 
 
 def _gradients(
-    inputs: FusedInputs, rows: _GradientRows, plan: StreamingPlan, wanted: Wanted
+    inputs: FusedInputs, rows: _GradientRows, plan: StreamingPlan, wanted: Wanted, buffers: _Buffers
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dhidden, dW and dbias."""
     blocks = rows.blocks(plan.rows)
-    low_precision = inputs.weight_dtype != inputs.logit_dtype
-    # A slice of a low-precision dW that several blocks add to is summed in float32 first.
-    sums_weight = wanted.weight and low_precision and len(blocks) > 1
-    buffers = _Buffers.allocate(inputs, plan, dz=low_precision, weight_sum=sums_weight)
+    weight_sum = buffers.weight_sum if len(blocks) > 1 else None  # where several blocks add to a slice of dW
     gradients = Gradients(
         hidden=PartialHiddenGradient(inputs, rows.index) if wanted.hidden else None,
-        weight=WeightGradient(inputs, buffers.weight_sum) if wanted.weight else None,
+        weight=WeightGradient(inputs, weight_sum) if wanted.weight else None,
         bias=BiasGradient(inputs) if wanted.bias else None,
     )
     if gradients.any:

@@ -103,7 +103,7 @@ def report_of(models: ModelOptions, data: MemoryOptions, args: TDPOConfig) -> Re
         weights=training.weights,
         gradients=training.gradients,
         optimizer=training.optimizer,
-        optimizer_name=str(getattr(args.optim, "value", args.optim)),
+        optimizer_name=_optimizer_name(args),
         reference=training.reference.bytes,
         reference_form=training.reference.form,
         copies=training.copies,
@@ -137,6 +137,10 @@ def batch_of(data: MemoryOptions, args: TDPOConfig) -> Batch:
     return Batch(args.per_device_train_batch_size, prompt, response, args.shared_prompts == "always")
 
 
+def _optimizer_name(args: TDPOConfig) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
 def _notes(training: Training, models: ModelOptions, args: TDPOConfig) -> list[str]:
     notes = ["Not counted: the process itself, a GPU's context, and what an allocator holds beyond what is in use."]
     if args.fsdp or args.deepspeed or models.tp_plan is not None:
@@ -146,7 +150,7 @@ def _notes(training: Training, models: ModelOptions, args: TDPOConfig) -> list[s
     if args.shared_prompts == "auto":
         notes.append("shared_prompts is auto, which a check on the loaded models decides: prompts are counted twice.")
     if training.optimizer is None:
-        notes.append(f"Not counted: the states of {args.optim}, which can't be made without weights.")
+        notes.append(f"Not counted: the states of {_optimizer_name(args)}, which can't be made without weights.")
     if isinstance(training.activations, str):
         notes.append(f"Not counted: activations, and no longest responses are sought: {training.activations}.")
     return notes
