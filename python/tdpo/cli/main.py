@@ -26,9 +26,9 @@ _DESCRIPTIONS = {
     "train": "Trains a policy on preference pairs; run again, it resumes from its last checkpoint.",
     "data": "Shows what will be trained on: how many rows are kept, and why others are dropped; their lengths; and the "
     "first pairs, token by token. Takes the options of training, but reads no weights and writes no file.",
-    "memory": "Says what a training will need: bytes of weights, gradients, optimizer, reference, activations and the loss, "
-    "beside those of the published code and of TRL; and the longest responses that fit a GPU. Takes the options of "
-    "training; of the model it reads the configuration alone, and no data.",
+    "memory": "Says what a training will need: bytes of weights, gradients, optimizer, reference, activations and the "
+    "loss, beside those of the published code and of TRL; and the longest responses that fit a GPU. Takes the options "
+    "of training; of the model it reads the configuration alone, and no data.",
     "audit": "Compares the loss of two pairs with plain arithmetic, as training does before its first step, and prints "
     "what it found. Takes the options of training; nothing is trained or written.",
     "evaluate": "Evaluates a policy against a reference on preference pairs; prints the metrics as JSON.",

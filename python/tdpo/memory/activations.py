@@ -50,7 +50,7 @@ def activations_of(model: Any, autocast: torch.dtype | None) -> Activations | st
     Args:
         autocast: the precision that it computes in, if not that of its weights.
     """
-    causal_lm = unwrap_peft(model)
+    causal_lm: Any = unwrap_peft(model)
     try:
         kept = [_kept_bytes(causal_lm, length, autocast) for length in _LENGTHS]
     except Exception as error:  # of any model's code: it may ask for values, which there are none of
@@ -58,13 +58,13 @@ def activations_of(model: Any, autocast: torch.dtype | None) -> Activations | st
         return f"its layers can't be run without weights ({type(error).__name__}: {reason})"
     square, token, constant = np.polyfit(_LENGTHS, kept, 2)
     config = causal_lm.config.get_text_config()
-    embedding = causal_lm.get_input_embeddings().weight
+    embedding: Any = causal_lm.get_input_embeddings()
     return Activations(
         copies=max(0, round(constant)),
         token=float(token),
         square=max(0.0, float(square)),
         layers=config.num_hidden_layers,
-        layer_input=config.hidden_size * embedding.element_size(),
+        layer_input=config.hidden_size * embedding.weight.element_size(),
     )
 
 
@@ -77,8 +77,8 @@ def _kept_bytes(causal_lm: Any, length: int, autocast: torch.dtype | None) -> in
         kept[storage._cdata] = storage
         return tensor
 
-    with FAKE, saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", autocast) if autocast is not None else nullcontext():
-            causal_lm.base_model(input_ids=torch.zeros((1, length), dtype=torch.long), use_cache=False)
+    precision = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+    with FAKE, saved_tensors_hooks(keep, lambda tensor: tensor), precision:
+        causal_lm.base_model(input_ids=torch.zeros((1, length), dtype=torch.long), use_cache=False)
     own = {parameter.untyped_storage()._cdata for parameter in causal_lm.parameters()}
     return sum(storage.nbytes() for number, storage in kept.items() if number not in own)

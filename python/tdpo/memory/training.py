@@ -22,6 +22,8 @@ from .held import HeldReference, gradient_bytes, held_reference, optimizer_bytes
 
 # The ways to the loss that are compared: ours, the code published with the paper, and TRL's own DPO.
 WAYS = ("tdpo", "published", "trl")
+# On a CPU, the temporaries of a loss stay for the next one, up to so many bytes (`tdpo_ext.release_scratch`).
+_KEPT_ON_CPU = 1 << 30
 _LONGEST = 1 << 20  # tokens of a response, beyond which nothing is looked for
 
 
@@ -67,10 +69,10 @@ class Device:
 
 @dataclass(frozen=True)
 class LossBytes:
-    """One way to the loss: bytes at its peak, and those of the gradients that it has returned when backward begins."""
+    """One way to the loss: bytes at its peak, and those of them that are still there when it is known."""
 
     peak: int
-    returned: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ class Training:
         activations: or why they are not known.
         checkpointed: whether activations are recomputed.
         accumulates: gradients of earlier batches are there while a loss is computed.
-        head: (vocab, width) of the policy's head, and the width of the reference's.
         head_copies: both heads in the precision of autocast.
-        estimate: of the loss of pairs of some lengths; the keyword is `positions`.
+        device: that it runs on.
+        estimate: of the loss of a batch.
     """
 
     parameters: int
@@ -98,7 +100,8 @@ class Training:
     checkpointed: bool
     accumulates: bool
     head_copies: int
-    estimate: Callable[..., tdpo_ext.Estimate]
+    device: Device
+    estimate: Callable[[Batch], tdpo_ext.Estimate]
 
     @classmethod
     def of(cls, models: ModelOptions, args: TDPOConfig, device: Device) -> Training:
@@ -139,6 +142,7 @@ class Training:
             checkpointed=bool(args.activation_checkpointing),
             accumulates=args.gradient_accumulation_steps > 1,
             head_copies=sum(h.weight.numel() * dtype.itemsize for h in (head, ref_head) if h.weight.dtype != dtype),
+            device=device,
             estimate=estimate,
         )
 
@@ -148,8 +152,9 @@ class Training:
         TRL copies one slice of a head at a time; its float32 sums are the gradients where autocast computes in less.
         """
         found = self.estimate(batch)
+        stays = min(found.temporaries, _KEPT_ON_CPU) if self.device.type == "cpu" else 0
         return {
-            "tdpo": LossBytes(found.temporaries + found.gradients + self.head_copies, found.gradients),
+            "tdpo": LossBytes(found.temporaries + found.gradients + self.head_copies, found.gradients + stays),
             "published": LossBytes(found.published + self.head_copies, 0),
             "trl": LossBytes(found.trl + (0 if self.head_copies else found.gradients), 0),
         }
@@ -168,7 +173,7 @@ class Training:
     def together(self, batch: Batch) -> dict[str, int]:
         """The peak of a step by every way; what is not known counts as 0.
 
-        Without accumulation, gradients come when the loss's temporaries are gone: the larger counts.
+        Without accumulation, gradients come when most of the loss's bytes are gone: the larger counts.
         """
         held = self.weights + (self.optimizer or 0) + self.reference.bytes + self.copies
         held += self.kept(batch, checkpointed=self.checkpointed) or 0
@@ -176,7 +181,7 @@ class Training:
         def beside(loss: LossBytes) -> int:
             if self.accumulates:
                 return self.gradients + loss.peak
-            return max(self.gradients + loss.returned, loss.peak)
+            return max(self.gradients + loss.left, loss.peak)
 
         return {way: held + beside(loss) for way, loss in self.loss(batch).items()}
 
@@ -199,5 +204,7 @@ class Training:
 def _head(name: str, model: Any) -> nn.Linear:
     head = unwrap_peft(model).get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"the head of {name} is {type(head).__name__}, not a linear layer: its logits are materialised")
+        raise ValueError(
+            f"the head of {name} is {type(head).__name__}, not a linear layer: its logits are materialised"
+        )
     return head
