@@ -142,7 +142,8 @@ def compared(estimated: int, measured: Any) -> dict:
 
 
 def loss_part() -> list[dict]:
-    results = []
+    results: list[dict] = []
+    measure_call(torch.randn(100, 8), 2, 10, None, False, margin=True)  # what is loaded or allocated once
     for model, weight in heads().items():
         for dtype in (torch.bfloat16, torch.float32):
             case = {"model": model, "dtype": str(dtype).removeprefix("torch.")}

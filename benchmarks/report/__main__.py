@@ -20,6 +20,7 @@ from report import (  # noqa: F401  (they register their tables)
     builds,
     experiments,
     library,
+    memory,
     modelled,
     models,
     pages,

@@ -1,6 +1,10 @@
 """tdpo_ext.estimate: the plan and the bytes of a call that is not made."""
 
+import ctypes
 import functools
+import gc
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,19 +21,20 @@ def not_a_margin_loss(chosen, rejected):
     return OBJECTIVE(chosen, rejected)
 
 
-def step(lengths, *, ref_width=48, dtype=torch.bfloat16, frozen_head=False, objective=OBJECTIVE, budget=None):
-    """Forward and backward of packed pairs of `lengths` rows; returns the bytes of the gradients."""
+def step(lengths, *, vocab, width, ref_width, dtype, objective=OBJECTIVE, frozen_head=False, budget=None):
+    """Forward and backward of packed pairs of `lengths` rows; returns the bytes of its arguments and its gradients."""
     rows, halves = sum(lengths), [length // 2 for length in lengths]
     sequences = [*halves, *(length - half for length, half in zip(lengths, halves))]
-    hidden = torch.randn(rows, SHAPE["width"], dtype=dtype).requires_grad_()
-    weight = torch.randn(SHAPE["vocab"], SHAPE["width"], dtype=dtype).requires_grad_(not frozen_head)
-    reference = torch.randn(rows, ref_width, dtype=dtype), torch.randn(SHAPE["vocab"], ref_width, dtype=dtype)
-    labels = torch.randint(SHAPE["vocab"], (rows,))
+    hidden = torch.randn(rows, width, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, width, dtype=dtype).requires_grad_(not frozen_head)
+    reference = torch.randn(rows, ref_width, dtype=dtype), torch.randn(vocab, ref_width, dtype=dtype)
+    labels = torch.randint(vocab, (rows,))
     loss, *_ = tdpo_ext.linear_preference_loss(
         objective, hidden, weight, *reference, labels, row_lengths=sequences, logits_budget=budget
     )
     loss.backward()
-    return sum(leaf.grad.nbytes for leaf in (hidden, weight) if leaf.requires_grad)
+    gradients = sum(leaf.grad.nbytes for leaf in (hidden, weight) if leaf.requires_grad)
+    return sum(tensor.nbytes for tensor in (hidden, weight, *reference, labels)), gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -45,19 +50,42 @@ def test_the_plan_is_the_one_that_the_loss_makes(dtype, frozen_head, objective, 
 
     call_make_plan = call.make_plan
     monkeypatch.setattr(call, "make_plan", recorded)
-    gradients = step(lengths, dtype=dtype, frozen_head=frozen_head, objective=objective, budget=budget)
+    shared = {**SHAPE, "ref_width": 48, "dtype": dtype, "frozen_head": frozen_head}
+    _, gradients = step(lengths, **shared, objective=objective, budget=budget)
     estimate = tdpo_ext.estimate(
         lengths,
-        **SHAPE,
-        ref_width=48,
-        dtype=dtype,
-        frozen_head=frozen_head,
+        **shared,
         margin_loss=objective is OBJECTIVE,
         logits_budget=budget,
     )
     assert made == [estimate.plan]
     assert estimate.temporaries == estimate.plan.bytes
     assert estimate.gradients == gradients
+
+
+def peak_resident():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs Linux, and memory that glibc gives back")
+@pytest.mark.parametrize("objective", [OBJECTIVE, not_a_margin_loss], ids=["deferred", "streaming"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_call_takes_the_memory_of_its_plan(objective, dtype):
+    shape, lengths, budget = {"vocab": 60_000, "width": 64}, [1500, 1500], 160 << 20
+    call = {"dtype": dtype, "objective": objective, "budget": budget, "ref_width": 64}
+    step(lengths, **call, **shape)  # what is imported or allocated once
+    gc.collect()
+    tdpo_ext.release_scratch()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_resident()
+    arguments, gradients = step(lengths, **call, **shape)
+    estimate = tdpo_ext.estimate(
+        lengths, **shape, dtype=dtype, margin_loss=objective is OBJECTIVE, logits_budget=budget
+    )
+    assert (str(estimate.plan).startswith("streaming")) == (objective is not_a_margin_loss)
+    measured = peak_resident() - before - arguments - gradients
+    assert measured == pytest.approx(estimate.temporaries, rel=0.1)
 
 
 def test_budgets_of_a_gpu_follow_its_memory():
