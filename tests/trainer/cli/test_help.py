@@ -12,7 +12,7 @@ from helpers.trainer_cases import run_python
 HELP = "import sys; from tdpo.cli.main import main\ntry: main({})\nfinally: sys.stderr.write(' '.join(sys.modules))"
 
 
-@pytest.mark.parametrize("command", ["train", "data", "audit", "evaluate", "cache-reference"])
+@pytest.mark.parametrize("command", ["train", "data", "memory", "audit", "evaluate", "cache-reference"])
 def test_help_is_quick_and_names_each_option_once(command, tmp_path):
     done = run_python("-c", HELP.format([command, "--help"]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -24,13 +24,15 @@ def test_help_is_quick_and_names_each_option_once(command, tmp_path):
     assert positions == sorted(positions)
     assert "--adam_beta2" not in flags
     assert ("--show_rows" in flags) == (command == "data")  # no other command has a use for it
+    assert ("--gpu_memory" in flags) == (command == "memory")
 
 
 def test_the_commands_are_listed(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = capsys.readouterr().out.split("commands:\n")[1].split("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in listed] == ["train", "data", "audit", "evaluate", "cache-reference", "demo"]
+    names = ["train", "data", "memory", "audit", "evaluate", "cache-reference", "demo"]
+    assert [line.split()[0] for line in listed] == names
 
 
 def test_help_all_lists_every_option_once(capsys):
