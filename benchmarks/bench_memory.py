@@ -143,7 +143,8 @@ def compared(estimated: int, measured: Any) -> dict:
 
 def loss_part() -> list[dict]:
     results: list[dict] = []
-    measure_call(torch.randn(100, 8), 2, 10, None, False, margin=True)  # what is loaded or allocated once
+    for dtype in (torch.bfloat16, torch.float32):  # what is loaded or allocated once
+        measure_call(torch.randn(5000, 64, dtype=dtype), 4, 256, None, False, margin=True)
     for model, weight in heads().items():
         for dtype in (torch.bfloat16, torch.float32):
             case = {"model": model, "dtype": str(dtype).removeprefix("torch.")}

@@ -7,15 +7,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from tdpo_ext.losses import is_reference_free
-
 from ..config import TDPOConfig
 from ..models.causal_lm import CausalLM
 from ..models.probes import choose_layout
 from ..models.routers import router_coefficient
 from ..option_checks import check_without_reference
 from ..reference.cached_states import CachedStates
-from ..reference.choose import Datasets, choose_reference
+from ..reference.choose import Datasets, choose_reference, needs_reference
 from ..reference.second_model import SecondModel
 from .objectives import TrainedObjective
 from .preference_loss import PreferenceLoss, choose_loss
@@ -49,10 +47,10 @@ def set_up_loss(
     """
     policy = CausalLM.of(model)
     reference = None
-    if ref_model is None and not args.precompute_reference and is_reference_free(trained.objective):
-        check_without_reference(args)
-    else:
+    if needs_reference(trained.objective, ref_model, args):
         reference = choose_reference(policy, model, ref_model, args, datasets, pad_token_id)
+    else:
+        check_without_reference(args)
     coefficient = router_coefficient(policy, args.router_aux_loss_coef)
     collator = choose_layout(
         collator,

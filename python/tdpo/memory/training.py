@@ -17,6 +17,7 @@ from ..models.causal_lm import unwrap_peft
 from ..models.without_weights import empty_policy, empty_reference, weight_bytes
 from ..options import ModelOptions
 from ..precision import autocast_dtype
+from ..reference.choose import needs_reference
 from .activations import Activations, activations_of
 from .held import HeldReference, gradient_bytes, held_reference, optimizer_bytes
 
@@ -107,21 +108,24 @@ class Training:
     def of(cls, models: ModelOptions, args: TDPOConfig, device: Device) -> Training:
         """Raises ValueError where a model can't be built from its configuration; the message names it."""
         policy, reference = empty_policy(models), empty_reference(models)
-        head, ref_head = (_head(name, model) for name, model in (("model", policy), ("ref_model", reference or policy)))
-        if head.weight.shape[0] != ref_head.weight.shape[0]:
+        head, objective = _head("model", policy), args.trained_objective().objective
+        ref_head = None
+        if needs_reference(objective, reference, args):
+            ref_head = _head("ref_model", policy if reference is None else reference)
+        if ref_head is not None and head.weight.shape[0] != ref_head.weight.shape[0]:
             raise ValueError(
                 f"ref_model has a vocabulary of {ref_head.weight.shape[0]} but model has {head.weight.shape[0]}"
             )
         autocast = autocast_dtype(args)
         dtype = autocast or head.weight.dtype
-        objective = args.trained_objective().objective
+        cast = [h.weight.numel() for h in (head, ref_head) if h is not None and h.weight.dtype != dtype]
 
         def estimate(batch: Batch) -> tdpo_ext.Estimate:
             return tdpo_ext.estimate(
                 [2 * batch.response] * batch.pairs,
                 vocab=head.weight.shape[0],
                 width=head.weight.shape[1],
-                ref_width=ref_head.weight.shape[1],
+                ref_width=0 if ref_head is None else ref_head.weight.shape[1],
                 dtype=dtype,
                 frozen_head=not head.weight.requires_grad,
                 margin_loss=margin_form(objective) is not None,
@@ -137,11 +141,13 @@ class Training:
             weights=weight_bytes(policy, in_4bit=models.load_in_4bit),
             gradients=gradient_bytes(policy),
             optimizer=optimizer_bytes(policy, args),
-            reference=held_reference(policy, reference, models, args),
+            reference=held_reference(policy, reference, models, args)
+            if ref_head is not None
+            else HeldReference("none, which the loss does not read", 0),
             activations=activations_of(policy, autocast),
             checkpointed=bool(args.activation_checkpointing),
             accumulates=args.gradient_accumulation_steps > 1,
-            head_copies=sum(h.weight.numel() * dtype.itemsize for h in (head, ref_head) if h.weight.dtype != dtype),
+            head_copies=sum(cast) * dtype.itemsize,
             device=device,
             estimate=estimate,
         )

@@ -7,6 +7,8 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
+from tdpo_ext.losses import Objective, is_reference_free
+
 from ..config import TDPOConfig
 from ..data.stream import PreferenceStream
 from ..models.adapters import has_adapters
@@ -21,6 +23,11 @@ from .without_adapters import WithoutAdapters, starts_without_adapters
 
 # For training, and for evaluation: one dataset, or several by name. Streams have no cache.
 Datasets = tuple["Dataset | PreferenceStream | None", "Dataset | PreferenceStream | dict[str, Any] | None"]
+
+
+def needs_reference(objective: Objective, ref_model: Any, args: TDPOConfig) -> bool:
+    """Whether there is a reference: not where the objective reads nothing of one, and none was asked for."""
+    return ref_model is not None or args.precompute_reference or not is_reference_free(objective)
 
 
 def choose_reference(

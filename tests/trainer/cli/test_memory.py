@@ -149,6 +149,13 @@ def test_the_reference_has_the_bytes_of_its_form(home, tmp_path, capsys):
     assert larger == sum(p.numel() for p in built.parameters()) * 4
 
 
+def test_a_loss_without_a_reference_has_none(home, capsys):
+    found, dpo = counted(capsys, "--variant", "simpo"), counted(capsys, "--variant", "dpo")
+    assert found["reference"] == 0 < dpo["reference"]
+    assert found["loss"]["tdpo"] < dpo["loss"]["tdpo"]
+    assert counted(capsys, "--variant", "simpo", "--ref_model", str(home / "model"))["reference"] == dpo["reference"]
+
+
 def test_adapters_of_a_folder_are_trained_further(home, capsys):
     base = make_model("llama")
     base.save_pretrained(home / "model")
