@@ -8,8 +8,10 @@ weights; V 49,152, D 576) and Gemma 3 270M (its sizes with random weights; V 262
 
 steps: two steps of a training of SmolLM2, in a process of its own: the peak beyond the models that it has loaded
 against what `tdpo memory` says of the same options, activations being a rough part of it. A training of a tiny model
-comes first, so that modules which the trainer imports late are not counted. Blocks of 1 MiB and more go back to the
-system when they are freed: glibc otherwise keeps smaller ones, a sixth of the peak here.
+comes first, so that modules which the trainer imports late are not counted.
+
+The script starts itself again with settings by which glibc gives blocks of 1 MiB and more back to the system when they
+are freed: otherwise it keeps smaller ones than 32 MiB for later.
 
 Results go to benchmarks/results/bench_memory.json, part by part.
 """
@@ -198,14 +200,15 @@ def step(name: str) -> None:
 def steps_part() -> list[dict]:
     results = []
     for name in STEPS:
-        command, variables = [sys.executable, __file__, "--step", name], {**os.environ, **RETURNS_BLOCKS}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+        done = subprocess.run([sys.executable, __file__, "--step", name], capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
         print(text_table(results[-1:], list(results[-1])), flush=True)
     return results
 
 
 def main() -> None:
+    if not RETURNS_BLOCKS.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **RETURNS_BLOCKS})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {"loss": loss_part, "steps": steps_part}
     parser.add_argument("--parts", nargs="*", choices=list(parts), default=list(parts), help="what to measure")
