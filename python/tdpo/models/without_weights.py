@@ -81,8 +81,9 @@ def _empty_model(options: ModelOptions, model_option: str, gguf_option: str) -> 
     if getattr(config, "quantization_config", None) is not None and gguf_file is None:
         raise ValueError(f"{model_option} is {name}, whose checkpoint is quantized: its bytes are not known from here")
     building: dict[str, Any] = {"dtype": _dtype(options, config), "trust_remote_code": options.trust_remote_code}
-    if options.attn_implementation is not None:
-        building["attn_implementation"] = options.attn_implementation
+    attention = options.attn_implementation
+    if attention is not None:  # flash attention runs on GPUs alone; sdpa keeps what it keeps
+        building["attn_implementation"] = "sdpa" if "flash" in attention else attention
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **building)
     return model.train()

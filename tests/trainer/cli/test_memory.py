@@ -188,6 +188,13 @@ def test_no_weights_and_no_data_are_read(home, monkeypatch, capsys):
     assert sorted(home.rglob("*")) == before
 
 
+def test_flash_attention_is_counted_where_it_is_not_installed(home, capsys):
+    flash, sdpa = (
+        counted(capsys, "--attn_implementation", name)["activations"] for name in ("flash_attention_2", "sdpa")
+    )
+    assert flash == sdpa < counted(capsys, "--attn_implementation", "eager")["activations"]
+
+
 def test_what_grows_with_what(home, capsys):
     plain = counted(capsys)
     longer = counted(capsys, "--max_length", "200", "--response_tokens", "80")
