@@ -381,7 +381,7 @@ def _kinds_of_flush(run, pair=None):
     return kinds
 
 
-def _kinds_of_streaming(inputs, rows, plan, wanted):
+def _kinds_of_streaming(inputs, rows, plan, wanted, buffers):
     if len(rows.index) == 0:
         return ["streaming: no rows"]
     kinds = ["streaming: one slice" if plan.columns >= inputs.vocab else "streaming: several slices"]

@@ -38,6 +38,17 @@ def test_one_version():
     assert version in refused.stderr
 
 
+def test_every_package_is_installed():
+    listed = re.search(r"^packages = \[(.+)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    folders = [ROOT / "tdpo_ext", ROOT / "python" / "tdpo"]
+    found = {
+        ".".join([folder.name, *path.parent.relative_to(folder).parts])
+        for folder in folders
+        for path in folder.rglob("__init__.py")
+    }
+    assert set(re.findall(r'"([\w.]+)"', listed)) == found
+
+
 def test_one_oldest_torch():
     """The requirement of the package is what the build requests and what the binary is for."""
     requirement = re.search(r'dependencies = \["(torch>=.+)"\]', (ROOT / "pyproject.toml").read_text())[1]
@@ -101,6 +112,7 @@ def test_a_repaired_wheel(tmp_path, monkeypatch):
 
 def test_the_major_cuda_release_is_that_of_nvcc(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/bin")
     assert release.cuda_major() is None
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
