@@ -79,15 +79,17 @@ class TokenDivergence(NamedTuple):
 
 def segment_sums(
     values: Tensor,  # (rows, ...)
-    lengths: Tensor,  # (segments,)
+    *,
+    lengths: Tensor | None = None,  # (segments,)
+    offsets: Tensor | None = None,  # (segments + 1,)
 ) -> Tensor:  # (segments, ...), float64
-    """Sums over consecutive rows, in float64 and in a fixed order; differentiable.
+    """Sums over consecutive rows, by their lengths or their offsets, in float64 and in a fixed order; differentiable.
 
     The log-probabilities of some thousand tokens add up to numbers of which float32 keeps two decimals, too few for the
     margin between two of them.
     """
-    # unsafe: the lengths are ours, and checking them would make the host wait for the device.
-    return torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0, unsafe=True)
+    # unsafe: lengths and offsets are ours, and checking them would make the host wait for the device.
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, offsets=offsets, initial=0, unsafe=True)
 
 
 class TokenColumns(dict[str, Tensor]):
@@ -140,7 +142,7 @@ class TokenRows:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over each response, in float64: (rows,) -> (pairs,)."""
-        return segment_sums(values, self.rows_of_pair)
+        return segment_sums(values, lengths=self.rows_of_pair)
 
     def mean(self, values: Tensor) -> Tensor:
         """Means over each response, 0 for an empty one: (rows,) -> (pairs,)."""

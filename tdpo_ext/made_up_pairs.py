@@ -45,7 +45,9 @@ class MadeUpPairs:
             values[1:3] = self.without_reference
         columns = torch.cat([of_pair for _, of_pair in drawn], dim=1).to(self.device)
         if not self.tokens:
-            made_up = TokenDivergence.unstack(segment_sums(values.t(), lengths).t().contiguous().to(self.device))
+            made_up = TokenDivergence.unstack(
+                segment_sums(values.t(), lengths=lengths).t().contiguous().to(self.device)
+            )
             return made_up._replace(logps=made_up.logps.requires_grad_(), kl=made_up.kl.requires_grad_())
         logps, ref_logps, kl, entropy, correct, tokens = values.to(self.device).unbind(0)
         return TokenRows(

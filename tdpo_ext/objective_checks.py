@@ -26,8 +26,8 @@ from .losses import MarginLoss, Objective, sees_tokens
 from .made_up_pairs import FEW, MANY, MadeUpPairs, entries
 from .vocab_parallel import digest
 
-# What else ref_logps and kl are made, one after the other, where there is no reference.
-_NO_REFERENCE = (-40.0, 60.0, nan)
+# What ref_logps and kl are made, one after the other, where there is no reference.
+_NO_REFERENCE = (0.3, -40.0, 60.0, nan)
 # Errors that an objective's torch code may raise, which one message suffices to make again.
 _RETOLD = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
@@ -65,7 +65,13 @@ def check_objective(
         return _accepted[key].digest
 
     def losses_on(device: torch.device) -> Tensor:
-        made_up = MadeUpPairs(sides, None if has_reference else 0.3, sees_tokens(objective), device, columns)
+        made_up = MadeUpPairs(
+            count=sides,
+            without_reference=None if has_reference else _NO_REFERENCE[0],
+            tokens=sees_tokens(objective),
+            device=device,
+            columns=columns,
+        )
         return _Trial(objective, made_up, torch.is_grad_enabled()).losses()
 
     try:
@@ -150,7 +156,7 @@ class _Trial:
 
     def _check_reference_free(self, losses: Tensor) -> None:
         """Without a reference, what stands in the place of its values must not matter."""
-        for value in _NO_REFERENCE if self.made_up.without_reference is not None else ():
+        for value in _NO_REFERENCE[1:] if self.made_up.without_reference is not None else ():
             others = self.objective(*replace(self.made_up, without_reference=value).sides(FEW))
             if not torch.equal(losses, others):
                 raise ValueError(

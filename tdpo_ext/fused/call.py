@@ -63,7 +63,9 @@ def fused_loss(
         device_type=inputs.device.type,
     )
     flat_columns = {name: column.reshape(-1) for name, column in columns.items()}
-    loss = PairLoss(function, margin_loss or objective, inputs, rows, flat_columns)
+    loss = PairLoss(
+        function=function, objective=margin_loss or objective, inputs=inputs, rows=rows, columns=flat_columns
+    )
     if isinstance(plan, ChunkedPlan):
         return loss.apply(functools.partial(chunked_loss, loss, plan))
     return loss.apply(functools.partial(streamed_loss, loss, plan))

@@ -4,23 +4,19 @@
 kind of plan, chunk and gradient product was met, so that a test can fail where one was never met.
 """
 
-import contextlib
 import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field
-from unittest import mock
 
 import torch
 from tdpo.loss.objectives import OBJECTIVES as NAMED
 from tdpo.loss.objectives import ObjectiveOptions
 
-import tdpo_ext.fused.call
+from helpers.paths_met import counting
 from helpers.planning import plans_of_large_calls
 from tdpo_ext import TokenDivergence, TokenRows, VocabShard, eager, linear_preference_loss, per_token
-from tdpo_ext.fused import chunked, streaming
-from tdpo_ext.fused.planning.plan import LongPair
-from tdpo_ext.losses import sees_tokens
+from tdpo_ext.losses import is_reference_free, sees_tokens
 
 
 def squared_margin(chosen, rejected):
@@ -54,6 +50,7 @@ class Batch:
         tensors: the arguments of linear_preference_loss, packed: hidden (N, D), labels (N,), ...
         trained: names of the tensors that require a gradient.
         layout: "padded", "cu_seqlens" or "row_lengths".
+        has_reference: whether the fused loss gets the reference, which an objective may not read.
     """
 
     lengths: list[int]
@@ -65,6 +62,7 @@ class Batch:
     options: dict
     budget: int
     streaming_rows: int
+    has_reference: bool
 
     @property
     def pairs(self) -> int:
@@ -123,16 +121,18 @@ def draw_batch(draw) -> Batch:
     if draw.random() < 0.7:  # room for some rows, but hardly for more than the longest pair
         fewest = min(66, longest_pair)
         budget = row_bytes * draw.choice([fewest, draw.randint(fewest, longest_pair)]) + 1
+    objective = draw.choice(list(OBJECTIVES))
     return Batch(
         lengths=lengths,
         tensors=tensors,
         trained=trained,
         weights=torch.rand(rows) * (torch.rand(rows) < draw.choice([0.0, 0.8, 0.8, 0.8])),
-        objective=draw.choice(list(OBJECTIVES)),
+        objective=objective,
         layout=draw.choice(["padded", "cu_seqlens", "row_lengths"]),
         options=options,
         budget=budget,
         streaming_rows=draw.choice([4096, 40]),
+        has_reference=draw.random() < 0.5 or not is_reference_free(OBJECTIVES[objective]),
     )
 
 
@@ -205,11 +205,15 @@ def fused_result(batch: Batch, shard: VocabShard | None = None) -> Result:
             arguments[name] = _padded(arguments[name], batch.lengths, math.nan)
         arguments["labels"] = _padded(arguments["labels"], batch.lengths, -100)
         columns["weight"] = _padded(columns["weight"], batch.lengths, math.nan)
+    options = dict(batch.options)
+    if not batch.has_reference:
+        arguments |= {"ref_hidden": None, "ref_weight": None, "ref_bias": None}
+        options = {name: value for name, value in options.items() if name not in ("kl_direction", "ref_logit_scale")}
     loss, *sides = linear_preference_loss(
         OBJECTIVES[batch.objective],
         **arguments,
         **layout,
-        **batch.options,
+        **options,
         token_columns=columns if sees_tokens(OBJECTIVES[batch.objective]) else None,
         logits_budget=batch.budget,
         shard=shard,
@@ -239,7 +243,9 @@ def check(batch: Batch, shard: VocabShard | None = None) -> None:
     assert abs(ours.loss.double() - truth.loss) <= (1e-10 if exact else 1e-5) * scale, (ours.loss, truth.loss)
     for side, true_side in zip(ours.sides, truth.sides):
         for name, value, expected in zip(TokenDivergence._fields, side, true_side):
-            if name != "correct":  # the most likely token may be another one by a rounding
+            if name in ("ref_logps", "kl") and not batch.has_reference:
+                assert (value.isnan() | (expected == 0)).all()  # those of a sequence without tokens are 0
+            elif name != "correct":  # the most likely token may be another one by a rounding
                 error = (value.double() - expected).abs().max()
                 assert error <= (1e-10 if exact else 2e-5) * scale, (name, error)
     tolerance = TOLERANCES[dtype]
@@ -281,110 +287,3 @@ def checked_batches(seeds, shard_of=lambda batch, draw: None) -> Counter[str]:
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {batch}: {type(error).__name__}: {error}") from error
     return met
-
-
-@contextlib.contextmanager
-def counting(met: Counter[str]):
-    """A context that counts which of KINDS the calls within it meet, by the functions that do them."""
-
-    def counted(owner, name, kinds):
-        original = getattr(owner, name)
-
-        def wrapper(*arguments, **options):
-            met.update(kinds(*arguments, **options))
-            return original(*arguments, **options)
-
-        return mock.patch.object(owner, name, wrapper)
-
-    with (
-        counted(tdpo_ext.fused.call, "chunked_loss", lambda loss, plan, *_: _kinds_of_plan(plan)),
-        counted(tdpo_ext.fused.call, "streamed_loss", lambda *_: ["plan: streaming"]),
-        counted(chunked, "_whole_pairs", _kinds_of_whole_pairs),
-        counted(chunked, "_long_pair", _kinds_of_long_pair),
-        counted(chunked._Run, "flush", _kinds_of_flush),
-        counted(streaming, "_gradients", _kinds_of_streaming),
-    ):
-        yield
-
-
-KINDS = {
-    "plan: all at once",
-    "plan: whole pairs in chunks",
-    "plan: one long pair",
-    "plan: long pairs alone",
-    "plan: long pairs beside chunks of several pairs",
-    "plan: streaming",
-    "plan: sum of dW beside it",
-    "plan: dz of several chunks kept",
-    "whole pairs: one",
-    "whole pairs: several",
-    "whole pairs: without rows",
-    "long pair: dz kept",
-    "long pair: dW summed apart",
-    "long pair: dW scaled in place",
-    "long pair: frozen head, dz of a block",
-    "long pair: no gradient",
-    "flush: one block",
-    "flush: several blocks",
-    "flush: with a pair's factor",
-    "flush: factors of several pairs",
-    "flush: blocks with and without a factor",
-    "flush: rows without gradient dropped",
-    "flush: into the sums of one pair",
-    "streaming: one slice",
-    "streaming: several slices",
-    "streaming: several blocks",
-    "streaming: rows without KL",
-    "streaming: no rows",
-}
-
-
-def _kinds_of_plan(plan):
-    long = [chunk for chunk in plan.chunks if isinstance(chunk, LongPair)]
-    several = any(len(chunk.pairs) > 1 for chunk in plan.chunks)
-    kinds = ["plan: sum of dW beside it"] * plan.sums_weight
-    kinds += ["plan: dz of several chunks kept"] * (plan.keeps_dz and len(plan.chunks) > 1)
-    if not long:
-        return [*kinds, "plan: all at once" if len(plan.chunks) == 1 else "plan: whole pairs in chunks"]
-    if len(plan.chunks) == 1:
-        return [*kinds, "plan: one long pair"]
-    return [*kinds, "plan: long pairs beside chunks of several pairs" if several else "plan: long pairs alone"]
-
-
-def _kinds_of_whole_pairs(run, chunk):
-    if chunk.count == 0:
-        return ["whole pairs: without rows"]
-    return ["whole pairs: one" if chunk.pairs == 1 else "whole pairs: several"]
-
-
-def _kinds_of_long_pair(run, pair):
-    if not run.objective.differentiable:
-        return ["long pair: no gradient"]
-    if pair.count <= run.plan.dz_rows:
-        return ["long pair: dz kept"]
-    if run.gradients.weight is None:
-        return ["long pair: frozen head, dz of a block"]
-    return ["long pair: dW scaled in place" if run.buffers.pair_weight is None else "long pair: dW summed apart"]
-
-
-def _kinds_of_flush(run, pair=None):
-    if not run.kept:
-        return []
-    kinds = ["flush: one block" if len(run.kept) == 1 else "flush: several blocks"]
-    factors = [kept.factor for kept in run.kept]
-    given = {id(factor) for factor in factors if factor is not None}
-    kinds += ["flush: with a pair's factor"] * (len(given) == 1)
-    kinds += ["flush: factors of several pairs"] * (len(given) > 1)
-    kinds += ["flush: blocks with and without a factor"] * (bool(given) and None in factors)
-    kinds += ["flush: rows without gradient dropped"] * any(kept.counted is not None for kept in run.kept)
-    kinds += ["flush: into the sums of one pair"] * (pair is not None)
-    return kinds
-
-
-def _kinds_of_streaming(inputs, rows, plan, wanted, buffers):
-    if len(rows.index) == 0:
-        return ["streaming: no rows"]
-    kinds = ["streaming: one slice" if plan.columns >= inputs.vocab else "streaming: several slices"]
-    kinds += ["streaming: several blocks"] * (len(rows.blocks(plan.rows)) > 2)
-    kinds += ["streaming: rows without KL"] * (rows.with_kl < len(rows.index))
-    return kinds

@@ -1,7 +1,7 @@
 """Cases for the fused losses, and their gradients by name."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,6 +45,11 @@ class Case:
                 value.requires_grad_(not name.startswith("ref_"))
             found[name] = value
         return found
+
+    def of_columns(self, columns):
+        """The same with a part of the vocabulary, as one rank of a shard has it."""
+        parts = {n: t[columns] for n, t in vars(self).items() if n.endswith(("weight", "bias")) and t is not None}
+        return replace(self, **parts)
 
 
 def make_case(dtype=torch.float32, pairs=3, tokens=11, width=16, ref_width=24, vocab=301, bias=False, ignored=0.3):

@@ -3,9 +3,10 @@
 import hypothesis
 import torch.distributed as dist
 
-from helpers.any_batch import KINDS, checked_batches
+from helpers.any_batch import checked_batches
 from helpers.device import DEVICE
 from helpers.distributed import run_on_ranks
+from helpers.paths_met import KINDS
 from tdpo_ext import VocabShard
 
 # Ranks of a shard exchange rows, so that they drop none.

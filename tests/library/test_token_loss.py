@@ -123,9 +123,7 @@ def sharded(rank, world, device):
     middle = 120
     columns = slice(0, middle) if rank == 0 else slice(middle, None)
     shard = VocabShard(*((0, middle) if rank == 0 else (middle, case.weight.shape[0])), dist.group.WORLD)
-    part = Case(
-        **{name: value[columns] if name.endswith(("weight", "bias")) else value for name, value in vars(case).items()}
-    )
+    part = case.of_columns(columns)
     for kind, function in {"one chunk": everything, "deferred": OBJECTIVES["kl"], "streamed": everything}.items():
         budget = BUDGETS[kind]
         loss, _, grads = loss_and_gradients(

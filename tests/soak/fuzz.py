@@ -191,7 +191,7 @@ def run(cases: int, seed: int, only: int | None) -> dict:
     import torch
 
     import tdpo_ext
-    from helpers.any_batch import KINDS, counting
+    from helpers.paths_met import KINDS, counting
 
     torch.set_num_threads(1)
     counts, failures, met = dict.fromkeys(CASES, 0), [], Counter()

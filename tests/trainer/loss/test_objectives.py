@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from tdpo.loss.objectives import OBJECTIVES, weighted_sum
 from tdpo.option_checks import check_objective_options
-from tdpo.options import USED_BY, ObjectiveOptions
+from tdpo.options import REFERENCE_FREE, USED_BY, ObjectiveOptions
 from torch.nn.functional import logsigmoid
 
 from helpers.distributed import run_on_ranks
 from helpers.linear_cases import make_case
 from tdpo_ext import MarginLoss, VocabShard, eager, linear_preference_loss
+from tdpo_ext.losses import is_reference_free
 
 OPTIONS = ObjectiveOptions(beta=0.3, alpha=0.7, label_smoothing=0.1, simpo_gamma=0.4)
 BUDGETS = {"one chunk": 1 << 30, "two chunks": 90_000, "many chunks": 50_000, "long pairs": 20_000}
@@ -228,3 +229,9 @@ def test_defaults_and_its_own_options_are_those_of_an_objective(name):
 class Scaled:
     def __call__(self, chosen, rejected):
         return chosen.logps
+
+
+def test_which_objectives_need_no_reference():
+    """The command line knows it without importing torch."""
+    free = {name for name, named in OBJECTIVES.items() if is_reference_free(named.build(OPTIONS))}
+    assert free == set(REFERENCE_FREE)
