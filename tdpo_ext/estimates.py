@@ -91,6 +91,7 @@ def estimate(
         weight_bytes=dtype.itemsize,
         logit_bytes=state_dtype(dtype).itemsize,
         needs_weight_grad=not frozen_head,
+        is_half=dtype == torch.float16,
     )
     rows = sum(lengths)
     budget = _budget(logits_budget, device_type, device_memory)

@@ -51,8 +51,7 @@ def linear_token_divergence(
             no product is taken; `ref_logps` and `kl` are NaN at the rows that count.
         labels: int64, aligned with `hidden` (see `shift_labels`).
         logits_budget: bytes that temporaries may take (default: by device, see
-            `fused.planning.plan.default_budget`). It changes memory and time, never results beyond rounding (in
-            float16, gradients may underflow: docs/math.md).
+            `fused.planning.plan.default_budget`). It changes memory and time, never results beyond rounding.
         logit_scale, ref_logit_scale: each model's logits, its bias included, are multiplied by its own before the cap
             and the temperature (Cohere and Granite scale theirs).
         ignore_index, temperature, softcap, kl_direction: as in `token_divergence`.

@@ -210,3 +210,14 @@ def summary() -> str:
         *summary_rows(),
     ]
     return markdown(["", ""], rows)
+
+
+@table
+def float16_gradients() -> str:
+    """Errors of float16 gradients by the separation of pairs."""
+    results = load("bench_float16")["results"]
+    names = list(dict.fromkeys(row["candidate"] for row in results))
+    errors: dict[int, dict[str, str]] = {}
+    for row in results:
+        errors.setdefault(row["nats"], {})[row["candidate"]] = f"{row['dhidden']:.1e}; {row['dweight']:.1e}"
+    return markdown(["nats", *names], [[str(nats), *(cells[name] for name in names)] for nats, cells in errors.items()])

@@ -25,23 +25,15 @@ from ..divergence import TokenDivergence
 from ..ops import memory, operators
 from ..ops.memory import Buffer
 from ..vocab_parallel import Exchange
-from .gradients import (
-    BiasGradient,
-    Block,
-    DeferredGradients,
-    Factors,
-    Gradients,
-    HiddenGradient,
-    Wanted,
-    WholeWeightGradient,
-    slices,
-)
+from .blocks import Block, Factors, slices
+from .gradients import BiasGradient, DeferredGradients, Gradients, HiddenGradient, Wanted
 from .inputs import FusedInputs, GatheredRows
 from .objective_gradient import Coefficients, PairObjective, Upstream
 from .pair_loss import Outcome, PairLoss, column_gradient
 from .planning.plan import ChunkedPlan, LongPair
 from .planning.sizes import row_pitch, rows_beside
 from .rows import Chunk, ChunkedRows, reading_is_free
+from .weight_gradient import WholeWeightGradient
 
 _MOVED_ROWS = 16  # rows of dz moved at a time into the places of rows without a gradient
 
@@ -114,17 +106,26 @@ class _KeptBlock:
         rows: of the block.
         hidden: their hidden states.
         counted: which of them have a gradient, counted from the block's first; None: all.
-        factor: what their dz lacks, set when the pair is complete; None where it lacks nothing.
+        scale: what their dz was multiplied by beside, (rows, 1); None for 1.
+        factor: of a long pair, what their dz lacks, set when the pair is complete; None where it lacks nothing.
     """
 
     rows: slice
     hidden: Tensor
     counted: Tensor | None = None
+    scale: Tensor | None = None
     factor: Tensor | None = None
 
     @property
     def count(self) -> int:
         return len(self.hidden)
+
+    @property
+    def lacks(self) -> Tensor | None:
+        """What dz lacks of the gradient: a factor (), or one for each row, (rows, 1)."""
+        if self.scale is None:
+            return self.factor
+        return (1 if self.factor is None else self.factor) / self.scale
 
     @property
     def positions(self) -> Tensor:
@@ -187,6 +188,9 @@ class _Run:
         """
         kept = _KeptBlock(block.rows, block.gathered.hidden)
         dz = self.buffers.dz[self.kept_rows :][: kept.count]
+        if self.inputs.is_half:
+            scale = self.inputs.dz_scales(logps_grad, kl_grad, block.values)
+            logps_grad, kl_grad, kept.scale = logps_grad * scale, kl_grad * scale, scale[:, None]
         self.exchange.run(
             lambda: operators.logit_gradient_out(
                 self.buffers.z[: kept.count],
@@ -205,7 +209,8 @@ class _Run:
             if len(counted) < kept.count:
                 for some in slices(len(counted), _MOVED_ROWS):  # upwards, so that no row is overwritten too early
                     dz[some] = dz[counted[some]]
-                kept = _KeptBlock(block.rows, block.gathered.hidden[counted], counted)
+                scale_of_counted = None if kept.scale is None else kept.scale[counted]
+                kept = _KeptBlock(block.rows, block.gathered.hidden[counted], counted, scale_of_counted)
         if kept.count:
             self.kept.append(kept)
 
@@ -219,11 +224,8 @@ class _Run:
             rows = torch.cat([kept.positions for kept in self.kept])
         hidden = self.kept[0].hidden if len(self.kept) == 1 else torch.cat([block.hidden for block in self.kept])
         block, dz = Block(rows, self.vocabulary), self.buffers.dz[: self.kept_rows]
-        if pair is None:
-            factors = Factors([(kept.count, kept.factor) for kept in self.kept])
-            self.gradients.add(block, hidden, dz, factors)
-        else:
-            pair.add(block, hidden, dz)
+        factors = Factors([(kept.count, kept.lacks) for kept in self.kept])
+        (self.gradients if pair is None else pair).add(block, hidden, dz, factors)
         self.kept.clear()
 
 

@@ -13,14 +13,15 @@ from ..divergence import check_shard
 from ..ops import operators
 from ..ops.operators import RowOptions
 from ..vocab_parallel import Exchange, Fact, VocabShard, digest, row_digest
+from . import half
 from .heads import CallTensors
 from .options import FusedOptions
 from .planning.plan import resolved_budget
 from .planning.sizes import Sizes
 from .rows import Rows, Sequences, reading_is_free
 
-# ref_logps and kl, among the fields of TokenDivergence.
-_REFERENCE_FIELDS = slice(1, 3)
+# ref_logps and kl, among the fields of TokenDivergence; and kl alone.
+_REFERENCE_FIELDS, _KL = slice(1, 3), 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class FusedInputs(CallTensors):
     def logit_dtype(self) -> torch.dtype:
         """Of the logits and of everything that is accumulated."""
         return operators.state_dtype(self.weight_dtype)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether dz and the gradients are float16, whose rows then have scales of their own (`half`)."""
+        return self.weight_dtype == torch.float16
 
     @property
     def ref_width(self) -> int:
@@ -119,6 +125,10 @@ class FusedInputs(CallTensors):
         if not self.has_reference:
             values[_REFERENCE_FIELDS].masked_fill_(labels != self.options.ignore_index, torch.nan)
         return values
+
+    def dz_scales(self, logps_grad: Tensor, kl_grad: Tensor, values: Tensor) -> Tensor:
+        """What the upstream gradients of rows, whose values are (fields, rows), are multiplied by in float16."""
+        return half.dz_scales(logps_grad, kl_grad, values[_KL], self.options)
 
 
 @dataclass(frozen=True)
@@ -248,6 +258,7 @@ def _sizes(inputs: FusedInputs, vocab: int, weight_gradient: bool) -> Sizes:
         ref_width=inputs.ref_width,
         weight_bytes=inputs.weight_dtype.itemsize,
         logit_bytes=inputs.logit_dtype.itemsize,
+        is_half=inputs.is_half,
         needs_grad=needs_grad,
         needs_weight_grad=needs_grad and weight_gradient,
     )

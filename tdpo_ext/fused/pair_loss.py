@@ -16,6 +16,7 @@ from .gradients import Wanted
 from .inputs import FusedInputs
 from .objective_gradient import PairObjective
 from .rows import Rows
+from .stored import StoredGradient, stored
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Outcome:
     """What a plan computes: the mean loss, sums of each side (fields, pairs), and the gradients that were wanted.
 
     Attributes:
-        gradients: dhidden, dW and dbias.
+        gradients: dhidden, dW and dbias, as they are stored.
         column_gradients: of the columns that want one, each (N,).
     """
 
     loss: Tensor
     sides: tuple[Tensor, ...]
-    gradients: tuple[Tensor | None, ...]
-    column_gradients: dict[str, Tensor] = field(default_factory=dict)
+    gradients: tuple[StoredGradient | None, ...]
+    column_gradients: dict[str, StoredGradient] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,15 @@ class _HandedOver(torch.autograd.Function):
                 f"tdpo_ext: the gradients of this {ctx.function} were handed over by an earlier backward; compute "
                 "the loss again (retain_graph can't keep them)"
             )
-        gradients, ctx.gradients = ctx.gradients, None
         factor = loss_grad.detach()
-        for gradient in gradients:
-            if gradient is not None:
-                operators.scale_unless_one(gradient, factor.to(operators.state_dtype(gradient.dtype)))
+        gradients = [None if gradient is None else gradient.rounded(factor) for gradient in ctx.gradients]
+        ctx.gradients = None
         return (None, *once(ctx.function, gradients, (ctx.origin.leaves, loss_grad)))
 
 
-def column_gradient(column: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+def column_gradient(column: Tensor, index: Tensor, exact: Tensor) -> StoredGradient:
     """The gradient of a whole column, (N,), from that of the rows at `index`."""
-    return torch.zeros_like(column).index_copy_(0, index, grad.to(column.dtype))
+    grad = stored(torch.zeros_like(column, memory_format=torch.contiguous_format))
+    for target, piece in grad.pieces(exact[:, None]):
+        target.index_copy_(0, index, piece)
+    return grad

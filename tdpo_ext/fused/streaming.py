@@ -21,13 +21,16 @@ from ..divergence import TokenDivergence
 from ..ops import memory, operators
 from ..ops.memory import Buffer
 from ..vocab_parallel import Exchange, Fact, digest
-from .gradients import BiasGradient, Block, Gradients, PartialHiddenGradient, Wanted, WeightGradient, slices
+from .blocks import NO_FACTORS, Block, Factors, slices
+from .gradients import BiasGradient, Gradients, PartialHiddenGradient, Wanted
 from .heads import Head
 from .inputs import FusedInputs, GatheredRows
 from .pair_loss import Outcome, PairLoss, column_gradient
 from .planning.plan import StreamingPlan
 from .planning.sizes import row_pitch
 from .rows import reading_is_free
+from .stored import StoredGradient
+from .weight_gradient import WeightGradient
 
 
 def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
@@ -44,15 +47,15 @@ def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_co
         lambda: objective.upstream(values, chunk, columns), lambda: objective.nothing(values, chunk)
     )
     inputs.compare_over_ranks(upstream.loss, upstream.logps_grad, upstream.kl_grad)
-    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    gradients: tuple[StoredGradient | None, ...] = (None, None, None)
     if any(wanted):
         gradient_rows = _GradientRows.ordered(
+            inputs,
             index,
             states,
             logps_grad=upstream.logps_grad,
             kl_grad=upstream.kl_grad,
             groups=list(zip(chunk.side_rows, upstream.kl_of_sides)),
-            drops_rows=inputs.exchange.shard is None,
         )
         gradients = _gradients(inputs, gradient_rows, plan, wanted, buffers)
     return Outcome(
@@ -131,17 +134,19 @@ class _TokenValues(torch.autograd.Function):
         )
         nothing = states.new_zeros(len(index))
         rows = _GradientRows.ordered(
+            inputs,
             index,
             states,
             logps_grad=nothing if logps_grad is None else logps_grad[index].to(states.dtype),
             kl_grad=nothing if kl_grad is None else kl_grad[index].to(states.dtype),
             groups=[(slice(0, len(index)), kl_grad is not None)],
-            drops_rows=ctx.shard is None,
         )
         _agree_on_gradients(inputs, rows)
         with torch.no_grad(), torch.autocast(index.device.type, enabled=False):
             wanted = Wanted._make(ctx.needs_input_grad[:3])
-            gradients = _gradients(inputs, rows, ctx.plan, wanted, _Buffers.allocate(inputs, ctx.plan, wanted))
+            stored = _gradients(inputs, rows, ctx.plan, wanted, _Buffers.allocate(inputs, ctx.plan, wanted))
+            one = states.new_ones(())
+            gradients = [None if gradient is None else gradient.rounded(one) for gradient in stored]
         inputs.exchange.finish(inputs.device)
         depend_on = (hidden, weight, bias, logps_grad, kl_grad)
         return (*once("linear_token_divergence", gradients, depend_on), *[None] * 7)
@@ -186,7 +191,8 @@ class _GradientRows:
     Attributes:
         index: positions among all rows, (n,).
         states: of the whole vocabulary, (n, state size).
-        logps_grad, kl_grad: dL/dlogps and dL/dkl, (n,).
+        logps_grad, kl_grad: dL/dlogps and dL/dkl, (n,), times `scale`.
+        scale: (n,), in float16 (`half`); else None.
     """
 
     index: Tensor
@@ -194,23 +200,24 @@ class _GradientRows:
     logps_grad: Tensor
     kl_grad: Tensor
     with_kl: int
+    scale: Tensor | None
 
     @classmethod
     def ordered(
         cls,
+        inputs: FusedInputs,
         index: Tensor,
         states: Tensor,
         *,
         logps_grad: Tensor,
         kl_grad: Tensor,
         groups: list[tuple[slice, bool]],
-        drops_rows: bool,
     ) -> _GradientRows:
         """`groups` cover all rows; the host knows of each whether its KL may have a gradient.
 
         Ranks of a shard exchange rows, so that they drop none.
         """
-        if drops_rows and reading_is_free(index.device):
+        if inputs.exchange.shard is None and reading_is_free(index.device):
             has_kl, has_logps = kl_grad != 0, (kl_grad == 0) & (logps_grad != 0)
             order = torch.cat([has_kl.nonzero()[:, 0], has_logps.nonzero()[:, 0]])
             with_kl = int(has_kl.sum())
@@ -218,13 +225,19 @@ class _GradientRows:
             kl_first = sorted(groups, key=lambda group: not group[1])
             order = torch.cat([torch.arange(rows.start, rows.stop, device=index.device) for rows, _ in kl_first])
             with_kl = sum(rows.stop - rows.start for rows, may_have_kl in groups if may_have_kl)
-        return cls(
-            index=index[order],
-            states=states[order],
-            logps_grad=logps_grad[order],
-            kl_grad=kl_grad[order],
-            with_kl=with_kl,
-        )
+        index, states, logps_grad, kl_grad = index[order], states[order], logps_grad[order], kl_grad[order]
+        scale = None
+        if inputs.is_half:
+            scale = inputs.dz_scales(logps_grad, kl_grad, inputs.finalize(states, inputs.labels[index]))
+            logps_grad, kl_grad = logps_grad * scale, kl_grad * scale
+        return cls(index, states, logps_grad, kl_grad, with_kl, scale)
+
+    def factors(self, rows: slice | Tensor = slice(None)) -> Factors:
+        """What dz of some of the rows lacks."""
+        if self.scale is None:
+            return NO_FACTORS
+        scale = self.scale[rows]
+        return Factors([(len(scale), 1 / scale[:, None])])
 
     def blocks(self, size: int) -> list[slice]:
         """At most `size` rows at a time; no block has rows both with and without a KL gradient."""
@@ -273,18 +286,19 @@ class _Buffers:
 
 def _gradients(
     inputs: FusedInputs, rows: _GradientRows, plan: StreamingPlan, wanted: Wanted, buffers: _Buffers
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[StoredGradient | None, StoredGradient | None, StoredGradient | None]:
     """dhidden, dW and dbias."""
     blocks = rows.blocks(plan.rows)
-    weight_sum = buffers.weight_sum if len(blocks) > 1 else None  # where several blocks add to a slice of dW
+    # Where several blocks add to a slice of dW.
+    weight_sum = buffers.weight_sum if len(blocks) > 1 or inputs.is_half else None
     gradients = Gradients(
-        hidden=PartialHiddenGradient(inputs, rows.index) if wanted.hidden else None,
+        hidden=PartialHiddenGradient(inputs, rows.index, rows.factors()) if wanted.hidden else None,
         weight=WeightGradient(inputs, weight_sum) if wanted.weight else None,
         bias=BiasGradient(inputs) if wanted.bias else None,
     )
     if gradients.any:
         for block, hidden, dz in _dz_blocks(inputs, rows, blocks, plan, buffers):
-            gradients.add(block, hidden, dz)
+            gradients.add(block, hidden, dz, rows.factors(block.rows))
     return gradients.finish()
 
 

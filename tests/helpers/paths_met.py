@@ -59,10 +59,13 @@ KINDS = {
     "flush: blocks with and without a factor",
     "flush: rows without gradient dropped",
     "flush: into the sums of one pair",
+    "flush: float16",
+    "flush: float16 into the sums of one pair",
     "streaming: one slice",
     "streaming: several slices",
     "streaming: several blocks",
     "streaming: rows without KL",
+    "streaming: float16",
     "streaming: no rows",
 }
 
@@ -111,6 +114,8 @@ def _kinds_of_flush(run, pair=None):
     kinds += ["flush: blocks with and without a factor"] * (bool(given) and None in factors)
     kinds += ["flush: rows without gradient dropped"] * any(kept.counted is not None for kept in run.kept)
     kinds += ["flush: into the sums of one pair"] * (pair is not None)
+    kinds += ["flush: float16"] * run.inputs.is_half
+    kinds += ["flush: float16 into the sums of one pair"] * (run.inputs.is_half and pair is not None)
     return kinds
 
 
@@ -119,5 +124,6 @@ def _kinds_of_streaming(inputs, rows, plan, wanted, buffers):
         return ["streaming: no rows"]
     kinds = ["streaming: one slice" if plan.columns >= inputs.vocab else "streaming: several slices"]
     kinds += ["streaming: several blocks"] * (len(rows.blocks(plan.rows)) > 2)
+    kinds += ["streaming: float16"] * inputs.is_half
     kinds += ["streaming: rows without KL"] * (rows.with_kl < len(rows.index))
     return kinds

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tdpo_ext.fused.gradients
+import tdpo_ext.fused.weight_gradient
 from helpers.linear_cases import OBJECTIVES, Case, kind_of, loss_and_gradients, make_case, not_a_margin_loss
 from tdpo_ext import MarginLoss, dpo_loss, eager, linear_preference_loss, per_token
 from tdpo_ext.fused.planning.plan import ChunkedPlan, StreamingPlan
@@ -219,7 +219,7 @@ def test_rows_without_a_gradient_take_no_part_in_products(budget, plans, monkeyp
         multiplied.append(len(b) if a.shape[0] == case.weight.shape[0] else 0)  # rows of a product for dW
         return product(a, b, out, **options)
 
-    monkeypatch.setattr(tdpo_ext.fused.gradients, "product", counted)
+    monkeypatch.setattr(tdpo_ext.fused.weight_gradient, "product", counted)
 
     @per_token
     def margin(chosen, rejected):

@@ -52,7 +52,7 @@ def _make_plan(
     pair_lengths: tuple[int, ...], sizes: Sizes, budget: int, can_defer: bool, device_type: str
 ) -> ChunkedPlan | StreamingPlan:
     rows = sum(pair_lengths)
-    if rows * sizes.whole_row <= budget:
+    if rows * sizes.whole_row + sizes.weight_sum_of_one <= budget:
         return _forward_plan(cut_pairs(pair_lengths, rows), sizes, budget, f"all {rows} rows fit the budget at once")
     why = _why_not_at_once(pair_lengths, sizes, budget)
     forward = list(_plans_of_whole_pairs(pair_lengths, sizes, budget))
@@ -124,7 +124,7 @@ def _ways_to_keep(pair_lengths: tuple[int, ...], sizes: Sizes) -> Iterator[_Keep
     for parts in _KEPT_PARTS if sizes.needs_grad else ():
         kept = ceil_div(rows, parts)
         if kept >= max(pair_lengths):
-            summed = sizes.weight_sum if parts > 1 else 0
+            summed = sizes.weight_sum if parts > 1 else sizes.weight_sum_of_one
             yield _Keeping(kept, kept * sizes.dz_row + summed, sizes.row_without_dz)
 
 
@@ -176,7 +176,7 @@ def _forward_plan(cut: Cut, sizes: Sizes, budget: int, reason: str, kept_rows: i
             dz_rows = max(kept_together(cut.lengths, kept_rows))
         beside += dz_rows * sizes.dz_row
     steps = cut.steps(dz_rows)
-    sums_weight = sizes.weight_sum > 0 and steps.gradient_products > 1
+    sums_weight = (sizes.weight_sum_of_one if steps.gradient_products == 1 else sizes.weight_sum) > 0
     weight_apart = sizes.needs_weight_grad and steps.pairs_apart > 0
     if sums_weight:
         beside += sizes.weight_sum

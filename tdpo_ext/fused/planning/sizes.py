@@ -31,6 +31,7 @@ class Sizes:
 
     Attributes:
         ref_width: of the reference's hidden states; 0 where there is no reference.
+        is_half: the weights are float16, whose gradients are always summed in float32 (`half`).
     """
 
     vocab: int
@@ -40,6 +41,7 @@ class Sizes:
     logit_bytes: int
     needs_weight_grad: bool
     needs_grad: bool = True
+    is_half: bool = False
 
     @property
     def low_precision(self) -> bool:
@@ -88,3 +90,8 @@ class Sizes:
         if not (self.low_precision and self.needs_weight_grad):
             return 0
         return rows_beside(self.vocab, self.weight_bytes, self.logit_bytes) * self.width * self.logit_bytes
+
+    @property
+    def weight_sum_of_one(self) -> int:
+        """The same where dW is added to only once."""
+        return self.weight_sum if self.is_half else 0
