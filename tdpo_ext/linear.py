@@ -9,7 +9,7 @@ from torch import Tensor
 from .compilation import runs_eagerly
 from .divergence import TokenDivergence
 from .fused.call import fused_loss
-from .fused.heads import CallTensors
+from .fused.heads import CallTensors, Weight
 from .fused.inputs import prepare
 from .fused.options import FusedOptions
 from .fused.planning.choose import streaming_plan
@@ -22,9 +22,9 @@ from .vocab_parallel import VocabShard
 @runs_eagerly
 def linear_token_divergence(
     hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
+    weight: Weight,  # (V, D), or parts (V, D_i)
     ref_hidden: Tensor | None,  # (..., D_ref)
-    ref_weight: Tensor | None,  # (V, D_ref)
+    ref_weight: Weight | None,  # (V, D_ref), or parts
     labels: Tensor,  # (...)
     *,
     bias: Tensor | None = None,  # (V,)
@@ -45,7 +45,9 @@ def linear_token_divergence(
     float16. Under autocast, inputs are cast as `torch.nn.functional.linear` casts them.
 
     Args:
-        hidden, weight, bias: the policy's hidden states and LM head, of one dtype.
+        hidden, weight, bias: the policy's hidden states and LM head, of one dtype. A weight may be several tensors that
+            lie side by side, (V, D_1), (V, D_2), ..., whose widths add up to D; none is copied. So a LoRA adapter of a
+            head is exact with hidden states [h, s h A^T] and weights [W, B].
         ref_hidden, ref_weight, ref_bias: the reference's, of one dtype. Width and dtype may differ from the policy's,
             as where a bfloat16 reference stands beside float32 master weights. None: there is no reference, for which
             no product is taken; `ref_logps` and `kl` are NaN at the rows that count.
@@ -87,7 +89,7 @@ def linear_token_divergence(
 
 def linear_logps(
     hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
+    weight: Weight,  # (V, D), or parts (V, D_i)
     labels: Tensor,  # (...)
     *,
     bias: Tensor | None = None,  # (V,)
@@ -130,9 +132,9 @@ def linear_logps(
 def linear_preference_loss(
     objective: Objective,
     hidden: Tensor,  # (2B, T, D), or packed (N, D)
-    weight: Tensor,  # (V, D)
+    weight: Weight,  # (V, D), or parts (V, D_i)
     ref_hidden: Tensor | None,  # (2B, T, D_ref), or packed (N, D_ref)
-    ref_weight: Tensor | None,  # (V, D_ref)
+    ref_weight: Weight | None,  # (V, D_ref), or parts
     labels: Tensor,  # (2B, T), or packed (N,)
     *,
     cu_seqlens: Tensor | None = None,  # (2B + 1,)
@@ -204,9 +206,9 @@ def linear_preference_loss(
 def linear_token_loss(
     objective: Objective,
     hidden: Tensor,  # (B, T, D), or packed (N, D)
-    weight: Tensor,  # (V, D)
+    weight: Weight,  # (V, D), or parts (V, D_i)
     ref_hidden: Tensor | None,  # (B, T, D_ref), or packed (N, D_ref)
-    ref_weight: Tensor | None,  # (V, D_ref)
+    ref_weight: Weight | None,  # (V, D_ref), or parts
     labels: Tensor,  # (B, T), or packed (N,)
     *,
     cu_seqlens: Tensor | None = None,  # (B + 1,)

@@ -45,36 +45,39 @@ class _Buffers:
     Attributes:
         z, r: policy and reference logits of a block; the same where there is no reference.
         dz: of the rows whose dz is kept; `z` itself where those are a block's and have its dtype.
-        weight_rest: what the memory of a low-precision dW does not hold of its sum, where it is summed.
-        pair_weight: dW of a pair that is summed apart.
+        weight_rests: of each part of the head that wants a gradient, by its place, what the memory of a low-precision
+            dW does not hold of its sum; empty where it is not summed.
+        pair_weights: of each such part, dW of a pair that is summed apart; empty where none is.
     """
 
     z: Tensor
     r: Tensor
     dz: Tensor
-    weight_rest: Tensor | None
-    pair_weight: Tensor | None
+    weight_rests: Mapping[int, Tensor]
+    pair_weights: Mapping[int, Tensor]
 
     @classmethod
     def allocate(cls, inputs: FusedInputs, plan: ChunkedPlan, wanted: Wanted) -> _Buffers:
-        pitch, (vocab, width) = row_pitch(inputs.vocab), inputs.head.weight.shape
-        logits = Buffer((plan.rows, inputs.vocab), inputs.logit_dtype, pitch)
-        dz = weight_rest = pair_weight = None
-        if any(wanted) and (inputs.weight_dtype != inputs.logit_dtype or plan.keeps_dz):
-            dz = Buffer((plan.dz_rows, inputs.vocab), inputs.weight_dtype, pitch)
-        if wanted.weight and plan.sums_weight:
+        pitch, vocab = row_pitch(inputs.vocab), inputs.vocab
+        logits = Buffer((plan.rows, vocab), inputs.logit_dtype, pitch)
+        dz = None
+        if wanted.any and (inputs.weight_dtype != inputs.logit_dtype or plan.keeps_dz):
+            dz = Buffer((plan.dz_rows, vocab), inputs.weight_dtype, pitch)
+        rests: dict[int, Buffer] = {}
+        pairs: dict[int, Buffer] = {}
+        if plan.sums_weight:
             beside = rows_beside(vocab, inputs.weight_dtype.itemsize, inputs.logit_dtype.itemsize)
-            weight_rest = Buffer((beside, width), inputs.logit_dtype)
-        if wanted.weight and plan.weight_apart:
-            pair_weight = Buffer((vocab, width), inputs.logit_dtype)
+            rests = wanted.buffers(inputs.head, beside, inputs.logit_dtype)
+        if plan.weight_apart:
+            pairs = wanted.buffers(inputs.head, vocab, inputs.logit_dtype)
         found = memory.allocate(
             inputs.device,
             {
                 "z": logits,
                 "r": logits if inputs.has_reference else None,
                 "dz": dz,
-                "weight_rest": weight_rest,
-                "pair_weight": pair_weight,
+                **{f"rest of part {part}": buffer for part, buffer in rests.items()},
+                **{f"part {part} of a pair": buffer for part, buffer in pairs.items()},
             },
             plan.budget,
         )
@@ -83,8 +86,8 @@ class _Buffers:
             z=z,
             r=found.get("r", z),
             dz=found.get("dz", z),
-            weight_rest=found.get("weight_rest"),
-            pair_weight=found.get("pair_weight"),
+            weight_rests={part: found[f"rest of part {part}"] for part in rests},
+            pair_weights={part: found[f"part {part} of a pair"] for part in pairs},
         )
 
 
@@ -140,6 +143,7 @@ class _Run:
 
     inputs: FusedInputs
     plan: ChunkedPlan
+    wanted: Wanted
     objective: PairObjective
     rows: ChunkedRows
     labels: Tensor  # in the order of the rows
@@ -240,6 +244,7 @@ def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_colum
     run = _Run(
         inputs=inputs,
         plan=plan,
+        wanted=wanted,
         objective=loss.pair_objective(wanted, wanted_columns),
         rows=rows,
         labels=rows.take(inputs.labels),
@@ -247,8 +252,12 @@ def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_colum
         buffers=buffers,
         gradients=Gradients(
             hidden=HiddenGradient(inputs, rows) if wanted.hidden else None,
-            weight=WholeWeightGradient(inputs, buffers.weight_rest) if wanted.weight else None,
             bias=BiasGradient(inputs) if wanted.bias else None,
+            weights=[
+                WholeWeightGradient(weight, buffers.weight_rests.get(part)) if needed else None
+                for part, (weight, needed) in enumerate(zip(inputs.head.weights, wanted.weights))
+            ],
+            widths=inputs.head.widths,
         ),
     )
     losses: list[Tensor] = []
@@ -280,7 +289,7 @@ def _whole_pairs(run: _Run, chunk: Chunk) -> Upstream:
         lambda: run.objective.upstream(block.values, chunk, columns),
         lambda: run.objective.nothing(block.values, chunk),
     )
-    if run.gradients.any and len(block.states):
+    if run.wanted.any and len(block.states):
         run.keep_dz(block, upstream.logps_grad, upstream.kl_grad)
     return upstream
 
@@ -316,7 +325,7 @@ def _keep_long_pair(run: _Run, pair: Chunk, columns: Mapping[str, Tensor], coeff
 def _sum_long_pair(run: _Run, pair: Chunk, columns: Mapping[str, Tensor], coefficients: Coefficients) -> Upstream:
     """Accumulates the gradients of a pair block by block without its factor, which then multiplies the sums."""
     run.flush()
-    gradients = DeferredGradients(run.gradients, run.inputs, pair.rows, run.buffers.pair_weight)
+    gradients = DeferredGradients(run.gradients, run.inputs, pair.rows, run.buffers.pair_weights)
     values = []
     for rows in _blocks(run, pair):
         run.make_room(rows.stop - rows.start, gradients)
@@ -330,7 +339,7 @@ def _sum_long_pair(run: _Run, pair: Chunk, columns: Mapping[str, Tensor], coeffi
 def _keep_block(run: _Run, rows: slice, pair: Chunk, coefficients: Coefficients) -> Tensor:
     """The values of a block of a long pair; its dz is kept, without the pair's factor."""
     block = run.forward(rows)
-    if run.gradients.any:
+    if run.wanted.any:
         of_block = coefficients.of_rows(slice(rows.start - pair.rows.start, rows.stop - pair.rows.start))
         run.keep_dz(block, of_block.logps_grad, of_block.kl_grad)
     return block.values

@@ -1,9 +1,9 @@
 """The gradients of a fused loss, accumulated block by block by both plans.
 
-gradients = Gradients(hidden=..., weight=..., bias=...)  # each only where it is wanted
+gradients = Gradients(hidden=..., bias=..., weights=[...], ...)  # each only where it is wanted
 for each block of rows and columns:
-    gradients.add(block, hidden, dz)
-dhidden, dW, dbias = gradients.finish()
+    gradients.add(block, hidden, dz, factors)
+dhidden, dbias, *dW = gradients.finish()
 
 Where dz lacks a factor that was not known when it was formed, it is given as `Factors`, and multiplied into the rows of
 hidden instead, or into sums.
@@ -11,16 +11,17 @@ hidden instead, or into sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.matmul import product
+from ..ops.memory import Buffer
 from .blocks import NO_FACTORS, Block, Factors
 from .half import weighted_row_sum
+from .heads import Head
 from .inputs import FusedInputs
 from .rows import ChunkedRows
 from .stored import StoredGradient, stored
@@ -31,8 +32,22 @@ class Wanted(NamedTuple):
     """Which gradients a call needs."""
 
     hidden: bool
-    weight: bool
     bias: bool
+    weights: tuple[bool, ...]  # of each part of the head
+
+    @classmethod
+    def of_leaves(cls, needed: Sequence[bool], head: Head) -> Wanted:
+        """Of (hidden, bias, *parts of the weight, ...)."""
+        return cls(needed[0], needed[1], tuple(needed[2 : 2 + len(head.weights)]))
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.bias or any(self.weights)
+
+    def buffers(self, head: Head, rows: int, dtype: torch.dtype) -> dict[int, Buffer]:
+        """A matrix, (rows, D_i), for each part of the weight that wants its gradient, by the part's place."""
+        widths = zip(head.widths, self.weights)
+        return {part: Buffer((rows, width), dtype) for part, (width, wanted) in enumerate(widths) if wanted}
 
 
 class HiddenGradient:
@@ -47,19 +62,20 @@ class HiddenGradient:
         self._pending: Callable[[], object] | None = None
 
     def add(self, block: Block, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
-        weight = self._inputs.head.weight
+        head, shape = self._inputs.head, (len(dz), self._inputs.head.width)
         if not (self._inputs.sums_hidden_grad or factors.any):
             view = self._rows.view(self._grad.values, block.rows)
+            values = dz.new_empty(shape) if view is None else view
+            for weight, piece in head.beside(values):
+                torch.mm(dz, weight, out=piece)
             if view is None:
-                self._put(block, torch.mm(dz, weight))
-            else:
-                torch.mm(dz, weight, out=view)
+                self._put(block, values)
             return
         # In the logits' precision, so that it is rounded once.
-        share = torch.empty(len(dz), weight.shape[1], dtype=self._inputs.logit_dtype, device=weight.device)
+        share = torch.empty(shape, dtype=self._inputs.logit_dtype, device=dz.device)
 
         def multiply(out: Tensor) -> None:
-            product(dz, weight, out)
+            head.hidden_gradient(dz, block.columns, out)
             if factors.any:
                 out *= factors.of_rows()
 
@@ -107,7 +123,7 @@ class PartialHiddenGradient:
 
     def add(self, block: Block, dz: Tensor, _factors: Factors = NO_FACTORS) -> None:
         """The factors are those of all slices: they wait for `finish`."""
-        product(dz, self._inputs.head.weight[block.columns], self._sums[block.rows], accumulate=True)
+        self._inputs.head.hidden_gradient(dz, block.columns, self._sums[block.rows], accumulate=True)
 
     def wait(self) -> None:
         """Nothing: the sum over ranks is taken by `finish`."""
@@ -155,15 +171,17 @@ class BiasGradient:
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of a call that are wanted; the others are None."""
+    """The gradients of a call that are wanted; the others are None.
+
+    Attributes:
+        weights: of each part of the head.
+        widths: of these parts.
+    """
 
     hidden: HiddenGradient | PartialHiddenGradient | None
-    weight: WeightGradient | WholeWeightGradient | None
     bias: BiasGradient | None
-
-    @property
-    def any(self) -> bool:
-        return not (self.hidden is None and self.weight is None and self.bias is None)
+    weights: Sequence[WeightGradient | WholeWeightGradient | None]
+    widths: Sequence[int]
 
     def add(self, block: Block, hidden: Tensor, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
         """A block's share of every gradient; hidden (n, D), dz (n, columns)."""
@@ -171,37 +189,34 @@ class Gradients:
             self.hidden.add(block, dz, factors)
         if self.bias is not None:
             self.bias.add(block.columns, dz, factors)
-        if self.weight is not None:
-            self.weight.add(block.columns, hidden, dz, factors)
+        for weight, piece in zip(self.weights, hidden.split(self.widths, dim=1)):
+            if weight is not None:
+                weight.add(block.columns, piece, dz, factors)
         if self.hidden is not None:
             self.hidden.wait()
 
-    def finish(self) -> tuple[StoredGradient | None, StoredGradient | None, StoredGradient | None]:
-        """dhidden, dW and dbias."""
-        return (
-            None if self.hidden is None else self.hidden.finish(),
-            None if self.weight is None else self.weight.finish(),
-            None if self.bias is None else self.bias.finish(),
-        )
+    def finish(self) -> tuple[StoredGradient | None, ...]:
+        """dhidden, dbias, and dW of each part of the head."""
+        return tuple(None if each is None else each.finish() for each in (self.hidden, self.bias, *self.weights))
 
 
 class DeferredGradients:
     """The gradients of one pair, formed block by block up to a factor that is known only at its end.
 
-        pair = DeferredGradients(gradients, inputs, chunk.rows, weight_sum)
+        pair = DeferredGradients(gradients, inputs, chunk.rows, weight_sums)
         for each block of the pair's rows:  pair.add(block, hidden, dz)
         pair.commit(factor)
 
     Args:
         gradients: of the call, which the pair's are added to.
         rows: of the pair.
-        weight_sum: memory for the pair's dW, (V, D) in the logits' precision; None where it is the call's only pair,
-            whose dW is scaled in place.
+        weight_sums: memory for the pair's dW of each part of the head, (V, D_i) in the logits' precision, by the part's
+            place; empty where it is the call's only pair, whose dW is scaled in place.
     """
 
-    def __init__(self, gradients: Gradients, inputs: FusedInputs, rows: slice, weight_sum: Tensor | None):
+    def __init__(self, gradients: Gradients, inputs: FusedInputs, rows: slice, weight_sums: Mapping[int, Tensor]):
         self._gradients, self._rows = gradients, rows
-        self._weight_sum = None if weight_sum is None else WeightSum.whole(weight_sum, inputs.is_half)
+        self._apart = {part: WeightSum.whole(total, inputs.weight_dtype) for part, total in weight_sums.items()}
         self._bias = BiasGradient(inputs) if gradients.bias is not None else None
         self._empty = True
 
@@ -212,10 +227,11 @@ class DeferredGradients:
             gradients.hidden.add(block, dz, factors)
         if self._bias is not None:
             self._bias.add(block.columns, dz, factors)
-        if self._weight_sum is not None:
-            self._weight_sum.add(hidden, dz, factors)
-        elif gradients.weight is not None:
-            gradients.weight.add(block.columns, hidden, dz, factors)
+        for part, (weight, piece) in enumerate(zip(gradients.weights, hidden.split(gradients.widths, dim=1))):
+            if part in self._apart:
+                self._apart[part].add(piece, dz, factors)
+            elif weight is not None:
+                weight.add(block.columns, piece, dz, factors)
         if gradients.hidden is not None:
             gradients.hidden.wait()
         self._empty = False
@@ -229,8 +245,10 @@ class DeferredGradients:
             gradients.hidden.scale(self._rows, factor)
         if gradients.bias is not None and self._bias is not None:
             gradients.bias.add_scaled(self._bias, factor)
-        if isinstance(gradients.weight, WholeWeightGradient):
-            if self._weight_sum is None:
-                gradients.weight.sum.scale(factor)
+        for part, weight in enumerate(gradients.weights):
+            if not isinstance(weight, WholeWeightGradient):
+                continue
+            if part in self._apart:
+                weight.sum.add_scaled(self._apart[part], factor)
             else:
-                gradients.weight.sum.add_scaled(self._weight_sum, factor)
+                weight.sum.scale(factor)

@@ -11,37 +11,82 @@ from .. import checks
 from ..ops.matmul import full_precision, product
 from ..vocab_parallel import VocabShard, check_replicated, local_tensors
 
+# (V, D), or parts of it that lie side by side, (V, D_1), (V, D_2), ...
+Weight = Tensor | list[Tensor] | tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Head:
     """An LM head: logits = scale * (hidden @ weight.T + bias).
 
     Attributes:
-        weight: (V, D), of this rank's slice of the vocabulary.
+        weights: the weight, (V, D), in one or more parts that lie side by side, (V, D_1), (V, D_2), ..., of this rank's
+            slice of the vocabulary.
         bias: (V,), or None.
     """
 
-    weight: Tensor
+    weights: tuple[Tensor, ...]
     bias: Tensor | None = None
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, weight: Weight, bias: Tensor | None) -> Head:
+        """Of a public function's arguments."""
+        return cls(tuple(weight) if isinstance(weight, (list, tuple)) else (weight,), bias)
+
+    @property
+    def vocab(self) -> int:
+        """Entries of the vocabulary that this rank holds."""
+        return self.weights[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    @property
+    def widths(self) -> list[int]:
+        return [weight.shape[1] for weight in self.weights]
+
     @property
     def width(self) -> int:
-        return self.weight.shape[1]
+        return sum(self.widths)
+
+    @property
+    def trained_width(self) -> int:
+        """Of the parts that want a gradient."""
+        return sum(weight.shape[1] for weight in self.weights if weight.requires_grad)
+
+    def named(self, prefix: str = "") -> dict[str, Tensor]:
+        """The parts by the names that messages have for them."""
+        if len(self.weights) == 1:
+            return {f"{prefix}weight": self.weights[0]}
+        return {f"{prefix}weight[{part}]": weight for part, weight in enumerate(self.weights)}
 
     def cast(self, dtype: torch.dtype) -> Head:
-        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+        weights = tuple(weight.to(dtype) for weight in self.weights)
+        return replace(self, weights=weights, bias=None if self.bias is None else self.bias.to(dtype))
 
     def detach(self) -> Head:
-        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+        weights = tuple(weight.detach() for weight in self.weights)
+        return replace(self, weights=weights, bias=None if self.bias is None else self.bias.detach())
+
+    def beside(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every part, and its columns of some rows of hidden states or of their gradient, (n, D)."""
+        return list(zip(self.weights, rows.split(self.widths, dim=1)))
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> Tensor:
         """Logits of some rows' hidden states over some columns, in the precision of `out`, which is returned."""
         with full_precision(hidden):
-            product(hidden, self.weight[columns].t(), out)
+            for part, (weight, piece) in enumerate(self.beside(hidden)):
+                product(piece, weight[columns].t(), out, accumulate=part > 0)
         if self.bias is not None:
             out += self.bias[columns]
         return out if self.scale == 1 else out.mul_(self.scale)
+
+    def hidden_gradient(self, dz: Tensor, columns: slice, out: Tensor, *, accumulate: bool = False) -> None:
+        """out = dz @ weight[columns], or out += it, in the precision of `out`, (n, D)."""
+        for weight, piece in self.beside(out):
+            product(dz, weight[columns], piece, accumulate=accumulate)
 
 
 @dataclass(frozen=True)
@@ -66,12 +111,12 @@ class CallTensors:
     def of_call(
         cls,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         labels: Tensor,
         *,
         ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
+        ref_weight: Weight | None,
         ref_bias: Tensor | None,
     ) -> CallTensors:
         """Of a public function's arguments.
@@ -82,13 +127,13 @@ class CallTensors:
         if ref_hidden is None and ref_weight is None:
             if ref_bias is not None:
                 raise ValueError("ref_bias is given, but ref_hidden and ref_weight are None")
-            return cls(hidden, Head(weight, bias), hidden, Head(weight, bias), labels, has_reference=False)
+            return cls(hidden, Head.of(weight, bias), hidden, Head.of(weight, bias), labels, has_reference=False)
         for name, other, given in (("ref_hidden", "ref_weight", ref_hidden), ("ref_weight", "ref_hidden", ref_weight)):
             if given is None:
                 raise ValueError(f"{name} is None but {other} is given; both are needed, or neither")
         assert ref_hidden is not None
         assert ref_weight is not None
-        return cls(hidden, Head(weight, bias), ref_hidden, Head(ref_weight, ref_bias), labels)
+        return cls(hidden, Head.of(weight, bias), ref_hidden, Head.of(ref_weight, ref_bias), labels)
 
     def check_types(self) -> None:
         """Raises TypeError or ValueError naming the first argument that is no tensor that the kernels know.
@@ -103,7 +148,10 @@ class CallTensors:
             )
         for prefix, hidden, head in (("", self.hidden, self.head), ("ref_", self.ref_hidden, self.ref_head)):
             checks.float_tensor(f"{prefix}hidden", hidden)
-            checks.float_tensor(f"{prefix}weight", head.weight)
+            if not head.weights:
+                raise ValueError(f"{prefix}weight is an empty sequence; a tensor, or several, are needed")
+            for name, weight in head.named(prefix).items():
+                checks.float_tensor(name, weight)
             if head.bias is not None:
                 checks.float_tensor(f"{prefix}bias", head.bias)
         checks.label_tensor("labels", self.labels)
@@ -115,19 +163,21 @@ class CallTensors:
 
     def local(self) -> tuple[CallTensors, VocabShard | None]:
         """The local parts of arguments that are DTensors, and the shard that their heads are."""
-        sharded = {
-            "weight": self.head.weight,
-            "bias": self.head.bias,
-            "ref_weight": self.ref_head.weight,
-            "ref_bias": self.ref_head.bias,
-        }
+        heads = {"": self.head, "ref_": self.ref_head}
+        sharded: dict[str, Tensor | None] = {}
+        for prefix, head in heads.items():
+            sharded |= {**head.named(prefix), f"{prefix}bias": head.bias}
         replicated = {"hidden": self.hidden, "ref_hidden": self.ref_hidden, "labels": self.labels}
         local, shard = local_tensors(sharded, replicated, vocab_dim=0)
+        head, ref_head = (
+            Head(tuple(local[name] for name in head.named(prefix)), local[f"{prefix}bias"])
+            for prefix, head in heads.items()
+        )
         tensors = CallTensors(
             hidden=local["hidden"],
-            head=Head(local["weight"], local["bias"]),
+            head=head,
             ref_hidden=local["ref_hidden"],
-            ref_head=Head(local["ref_weight"], local["ref_bias"]),
+            ref_head=ref_head,
             labels=local["labels"],
             has_reference=self.has_reference,
         )
@@ -138,7 +188,7 @@ class CallTensors:
 
         def narrow(head: Head, prefix: str) -> Head:
             bias = None if head.bias is None else shard.narrow(f"{prefix}bias", head.bias, 0)
-            return Head(shard.narrow(f"{prefix}weight", head.weight, 0), bias)
+            return Head(tuple(shard.narrow(name, weight, 0) for name, weight in head.named(prefix).items()), bias)
 
         return replace(self, head=narrow(self.head, ""), ref_head=narrow(self.ref_head, "ref_"))
 
@@ -159,8 +209,7 @@ class CallTensors:
     def check_shapes(self) -> None:
         """Raises ValueError or TypeError naming the first argument whose shape, dtype or device doesn't fit."""
         device, head, ref_head = self.hidden.device, self.head, self.ref_head
-        rows, vocab = tuple(self.labels.shape), _size(head.weight, 0)
-        width, ref_width = _size(self.hidden, -1), _size(self.ref_hidden, -1)
+        rows, vocab = tuple(self.labels.shape), _size(head.weights[0], 0)
 
         def check(name: str, tensor: Tensor | None, shape: tuple[int, ...], hidden: Tensor, beside: str) -> None:
             if tensor is None:
@@ -176,12 +225,20 @@ class CallTensors:
             if tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device} but hidden is on {device}")
 
-        of_labels, of_weight = f"labels {rows}", f"weight {tuple(head.weight.shape)}"
-        check("hidden", self.hidden, (*rows, width), self.hidden, of_labels)
-        check("weight", head.weight, (vocab, width), self.hidden, f"hidden {tuple(self.hidden.shape)}")
-        check("ref_hidden", self.ref_hidden, (*rows, ref_width), self.ref_hidden, of_labels)
-        of_both = f"{of_weight} and ref_hidden {tuple(self.ref_hidden.shape)}"
-        check("ref_weight", ref_head.weight, (vocab, ref_width), self.ref_hidden, of_both)
+        def check_head(prefix: str, head: Head, hidden: Tensor, beside: str) -> None:
+            width, named = _size(hidden, -1), head.named(prefix)
+            check(f"{prefix}hidden", hidden, (*rows, width), hidden, f"labels {rows}")
+            for name, weight in named.items():
+                own = width if len(named) == 1 else _size(weight, -1)
+                check(name, weight, (vocab, own), hidden, f"{beside}{prefix}hidden {tuple(hidden.shape)}")
+            if head.width != width:
+                raise ValueError(
+                    f"the widths of {prefix}weight, {head.widths}, do not add up to {prefix}hidden's, {width}"
+                )
+
+        of_weight = f"{next(iter(head.named()))} {tuple(head.weights[0].shape)}"
+        check_head("", head, self.hidden, "")
+        check_head("ref_", ref_head, self.ref_hidden, f"{of_weight} and ")
         check("bias", head.bias, (vocab,), self.hidden, of_weight)
         check("ref_bias", ref_head.bias, (vocab,), self.ref_hidden, of_weight)
         if self.ref_hidden.dtype == torch.float64 and self.hidden.dtype != torch.float64:

@@ -48,7 +48,7 @@ class FusedInputs(CallTensors):
     @property
     def vocab(self) -> int:
         """Entries of the vocabulary that this rank holds."""
-        return self.head.weight.shape[0]
+        return self.head.vocab
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +57,7 @@ class FusedInputs(CallTensors):
     @property
     def weight_dtype(self) -> torch.dtype:
         """Of the policy's weights, hidden states and their gradients."""
-        return self.head.weight.dtype
+        return self.head.dtype
 
     @property
     def logit_dtype(self) -> torch.dtype:
@@ -177,7 +177,7 @@ def prepare(
 
     if shard is None:
         (inputs, rows, budget), _ = checked()
-        return inputs, rows, PlanInputs(_sizes(inputs, inputs.vocab, inputs.head.weight.requires_grad), budget)
+        return inputs, rows, PlanInputs(_sizes(inputs, inputs.vocab, inputs.head.trained_width), budget)
 
     def checked_with_facts() -> tuple[tuple[FusedInputs, Rows, int], list[Fact]]:
         (inputs, rows, budget), facts = checked()
@@ -186,14 +186,14 @@ def prepare(
     (inputs, rows, _), ranks = shard.agree(tensors.hidden.device, checked_with_facts)
     inputs = replace(inputs, options=replace(inputs.options, vocab_size=ranks.vocab_size))
     # One plan for all ranks: that of the widest shard, the smallest budget, and a gradient if any rank wants its.
-    sizes = _sizes(inputs, max(ranks.by_rank["vocab"]), any(ranks.by_rank["weight gradient"]))
+    sizes = _sizes(inputs, max(ranks.by_rank["vocab"]), max(ranks.by_rank["trained width"]))
     return inputs, rows, PlanInputs(sizes, min(ranks.by_rank["budget"]))
 
 
 def _checked_inputs(tensors: CallTensors, options: FusedOptions, shard: VocabShard | None) -> FusedInputs:
     tensors = (tensors if shard is None else tensors.narrowed(shard)).autocast()
     tensors.check_shapes()
-    vocab = tensors.head.weight.shape[0]
+    vocab = tensors.head.vocab
     if shard is None and vocab == 0:
         raise ValueError("weight has no rows: the vocabulary is empty")
     if tensors.hidden.dtype == torch.float64:  # float64 products take float64 operands only
@@ -217,14 +217,15 @@ def _facts(inputs: FusedInputs, rows: Rows, budget: int) -> list[Fact]:
     return [
         Fact("vocab", inputs.vocab),
         Fact("budget", budget),
-        Fact("weight gradient", inputs.head.weight.requires_grad),
+        Fact("trained width", inputs.head.trained_width),
         Fact("rows", len(rows.index), "labels"),
         Fact("labels", digest(inputs.labels[rows.index]), "labels"),
         Fact("lengths", digest(rows.lengths_on_device), "labels (or cu_seqlens)"),
         Fact("bytes", inputs.weight_dtype.itemsize, "weight"),
         Fact("width", inputs.head.width, "hidden"),
+        Fact("parts", len(inputs.head.weights), "weight"),
         Fact("ref_width", inputs.ref_width, "ref_hidden"),
-        Fact("ref_bytes", inputs.ref_head.weight.dtype.itemsize, "ref_hidden"),
+        Fact("ref_bytes", inputs.ref_head.dtype.itemsize, "ref_hidden"),
         Fact("ignore_index", options.ignore_index, "ignore_index"),
         Fact("temperature", options.temperature, "temperature (or logit_scale)"),
         Fact("softcap", options.softcap, "softcap (or logit_scale)"),
@@ -249,7 +250,7 @@ def check_columns(columns: Mapping[str, Tensor], labels: Tensor) -> None:
             )
 
 
-def _sizes(inputs: FusedInputs, vocab: int, weight_gradient: bool) -> Sizes:
+def _sizes(inputs: FusedInputs, vocab: int, trained_width: int) -> Sizes:
     """The planner's sizes, for `vocab` entries of the vocabulary."""
     needs_grad = torch.is_grad_enabled()
     return Sizes(
@@ -260,5 +261,6 @@ def _sizes(inputs: FusedInputs, vocab: int, weight_gradient: bool) -> Sizes:
         logit_bytes=inputs.logit_dtype.itemsize,
         is_half=inputs.is_half,
         needs_grad=needs_grad,
-        needs_weight_grad=needs_grad and weight_gradient,
+        needs_weight_grad=needs_grad and trained_width > 0,
+        trained_width=trained_width or None,
     )

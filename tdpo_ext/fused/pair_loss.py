@@ -24,7 +24,7 @@ class Outcome:
     """What a plan computes: the mean loss, sums of each side (fields, pairs), and the gradients that were wanted.
 
     Attributes:
-        gradients: dhidden, dW and dbias, as they are stored.
+        gradients: dhidden, dbias, and dW of each part of the head, as they are stored.
         column_gradients: of the columns that want one, each (N,).
     """
 
@@ -56,7 +56,7 @@ class PairLoss:
         return PairObjective(
             self.objective,
             self.rows.pairs,
-            differentiable=any(wanted) or bool(wanted_columns),
+            differentiable=wanted.any or bool(wanted_columns),
             column_grads=wanted_columns,
             grad_enabled=self.grad_enabled,
         )
@@ -64,12 +64,15 @@ class PairLoss:
     def apply(self, run: Callable[[Wanted, frozenset[str]], Outcome]) -> tuple[Tensor, list[TokenDivergence]]:
         """(mean loss over pairs, and sums of the sequences of each side, each (pairs,), without a graph)."""
         inputs = self.inputs
-        leaves = (inputs.hidden, inputs.head.weight, inputs.head.bias, *self.columns.values())
+        head = inputs.head
+        leaves = (inputs.hidden, head.bias, *head.weights, *self.columns.values())
         differentiable = self.grad_enabled and any(leaf is not None and leaf.requires_grad for leaf in leaves)
 
         def outcome(needs_grad: tuple[bool, ...]) -> Outcome:
-            wanted = Wanted._make(differentiable and needed for needed in needs_grad[:3])
-            columns = (name for name, needed in zip(self.columns, needs_grad[3:]) if differentiable and needed)
+            needed = [differentiable and need for need in needs_grad]
+            wanted = Wanted.of_leaves(needed, head)
+            of_columns = needed[2 + len(head.weights) :]
+            columns = (name for name, need in zip(self.columns, of_columns) if need)
             result = run(wanted, frozenset(columns))
             inputs.exchange.finish(inputs.device)
             return result

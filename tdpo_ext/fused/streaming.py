@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_co
         lambda: objective.upstream(values, chunk, columns), lambda: objective.nothing(values, chunk)
     )
     inputs.compare_over_ranks(upstream.loss, upstream.logps_grad, upstream.kl_grad)
-    gradients: tuple[StoredGradient | None, ...] = (None, None, None)
-    if any(wanted):
+    gradients: tuple[StoredGradient | None, ...] = (None, None, *[None] * len(wanted.weights))
+    if wanted.any:
         gradient_rows = _GradientRows.ordered(
             inputs,
             index,
@@ -70,45 +71,33 @@ def streamed_loss(loss: PairLoss, plan: StreamingPlan, wanted: Wanted, wanted_co
 
 def streamed_divergence(inputs: FusedInputs, index: Tensor, plan: StreamingPlan) -> TokenDivergence:
     """Values (N,) of all rows, 0 at those not in `index`; differentiable."""
-    logps, kl, others = _TokenValues.apply(
-        inputs.hidden,
-        inputs.head.weight,
-        inputs.head.bias,
-        inputs.ref_hidden,
-        inputs.ref_head.weight,
-        inputs.ref_head.bias,
-        inputs.labels,
-        inputs,
-        index,
-        plan,
-    )
+    call = _Call(inputs, index, plan)
+    logps, kl, others = _TokenValues.apply(call, inputs.hidden, inputs.head.bias, *inputs.head.weights)
     ref_logps, entropy, correct, tokens = others.unbind(0)
     return TokenDivergence(logps=logps, ref_logps=ref_logps, kl=kl, entropy=entropy, correct=correct, tokens=tokens)
 
 
+class _Call(NamedTuple):
+    """What `_TokenValues` takes beside the leaves: all that is read, the rows that count, and a plan for them."""
+
+    inputs: FusedInputs
+    rows: Tensor
+    plan: StreamingPlan
+
+
 class _TokenValues(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref_hidden: Tensor,
-        ref_weight: Tensor,
-        ref_bias: Tensor | None,
-        labels: Tensor,
-        inputs: FusedInputs,
-        index: Tensor,
-        plan: StreamingPlan,
-    ):
-        with torch.autocast(hidden.device.type, enabled=False):
+    def forward(ctx, call: _Call, *leaves: Tensor | None):
+        inputs, index, plan = call
+        labels, ref_head = inputs.labels, inputs.ref_head
+        with torch.autocast(inputs.device.type, enabled=False):
             # As large as those of the backward pass, which finds their memory again.
-            buffers = _Buffers.allocate(inputs, plan, Wanted._make(ctx.needs_input_grad[:3]))
+            buffers = _Buffers.allocate(inputs, plan, Wanted.of_leaves(ctx.needs_input_grad[1:], inputs.head))
             states = _states(inputs, index, plan, buffers)
             counted = inputs.finalize(states, labels[index])
-        save(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states)
+        save(ctx, *leaves, inputs.ref_hidden, ref_head.bias, *ref_head.weights, labels, index, states)
         inputs.exchange.finish(inputs.device)
-        ctx.options, ctx.ref_scale = inputs.options, inputs.ref_head.scale
+        ctx.options, ctx.ref_scale, ctx.parts = inputs.options, ref_head.scale, len(leaves) - 2
         ctx.shard, ctx.plan, ctx.has_reference = inputs.exchange.shard, plan, inputs.has_reference
         ctx.set_materialize_grads(False)
         of_all_rows = counted.new_zeros(len(counted), len(labels)).index_copy_(1, index, counted)
@@ -121,12 +110,13 @@ class _TokenValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx, logps_grad: Tensor | None, kl_grad: Tensor | None, _others_grad):
         # Detects inputs that were modified in place since.
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, index, states = saved(ctx)
+        hidden, bias, *others, labels, index, states = saved(ctx)
+        weights, (ref_hidden, ref_bias, *ref_weights) = others[: ctx.parts], others[ctx.parts :]
         inputs = FusedInputs(
             hidden=hidden,
-            head=Head(weight, bias),
+            head=Head(tuple(weights), bias),
             ref_hidden=ref_hidden,
-            ref_head=Head(ref_weight, ref_bias, ctx.ref_scale),
+            ref_head=Head(tuple(ref_weights), ref_bias, ctx.ref_scale),
             labels=labels,
             options=ctx.options,
             exchange=Exchange(ctx.shard),
@@ -143,13 +133,13 @@ class _TokenValues(torch.autograd.Function):
         )
         _agree_on_gradients(inputs, rows)
         with torch.no_grad(), torch.autocast(index.device.type, enabled=False):
-            wanted = Wanted._make(ctx.needs_input_grad[:3])
+            wanted = Wanted.of_leaves(ctx.needs_input_grad[1:], inputs.head)
             stored = _gradients(inputs, rows, ctx.plan, wanted, _Buffers.allocate(inputs, ctx.plan, wanted))
             one = states.new_ones(())
             gradients = [None if gradient is None else gradient.rounded(one) for gradient in stored]
         inputs.exchange.finish(inputs.device)
-        depend_on = (hidden, weight, bias, logps_grad, kl_grad)
-        return (*once("linear_token_divergence", gradients, depend_on), *[None] * 7)
+        depend_on = (hidden, bias, *weights, logps_grad, kl_grad)
+        return (None, *once("linear_token_divergence", gradients, depend_on))
 
 
 def _agree_on_gradients(inputs: FusedInputs, rows: _GradientRows) -> None:
@@ -248,17 +238,19 @@ class _GradientRows:
 @dataclass(frozen=True)
 class _Buffers:
     """Scratch memory of both passes for a block: both logits, dz (`z` itself where it has its dtype), and the float32
-    sum of a slice of a low-precision dW."""
+    sums of a slice of a low-precision dW, of each part of the head that wants a gradient, by its place."""
 
     z: Tensor
     r: Tensor
     dz: Tensor
-    weight_sum: Tensor | None
+    weight_sums: dict[int, Tensor]
 
     @classmethod
     def allocate(cls, inputs: FusedInputs, plan: StreamingPlan, wanted: Wanted) -> _Buffers:
         low_precision = inputs.weight_dtype != inputs.logit_dtype
-        dz, weight_sum = low_precision and any(wanted), low_precision and wanted.weight
+        dz, sums = low_precision and wanted.any, {}
+        if low_precision:
+            sums = wanted.buffers(inputs.head, plan.columns, inputs.logit_dtype)
         shape, pitch = (plan.rows, plan.columns), row_pitch(plan.columns)
         logits = Buffer(shape, inputs.logit_dtype, pitch)
         found = memory.allocate(
@@ -267,12 +259,14 @@ class _Buffers:
                 "z": logits,
                 "r": logits if inputs.has_reference else None,
                 "dz": Buffer(shape, inputs.weight_dtype, pitch) if dz else None,
-                "weight_sum": Buffer((plan.columns, inputs.head.width), inputs.logit_dtype) if weight_sum else None,
+                **{f"part {part}": buffer for part, buffer in sums.items()},
             },
             plan.budget,
         )
         z = found["z"]
-        return cls(z=z, r=found.get("r", z), dz=found.get("dz", z), weight_sum=found.get("weight_sum"))
+        return cls(
+            z=z, r=found.get("r", z), dz=found.get("dz", z), weight_sums={part: found[f"part {part}"] for part in sums}
+        )
 
     def z_of(self, rows: int, columns: slice) -> Tensor:
         return self.z[:rows, : columns.stop - columns.start]
@@ -286,17 +280,21 @@ class _Buffers:
 
 def _gradients(
     inputs: FusedInputs, rows: _GradientRows, plan: StreamingPlan, wanted: Wanted, buffers: _Buffers
-) -> tuple[StoredGradient | None, StoredGradient | None, StoredGradient | None]:
-    """dhidden, dW and dbias."""
+) -> tuple[StoredGradient | None, ...]:
+    """dhidden, dbias, and dW of each part of the head."""
     blocks = rows.blocks(plan.rows)
     # Where several blocks add to a slice of dW.
-    weight_sum = buffers.weight_sum if len(blocks) > 1 or inputs.is_half else None
+    weight_sums = buffers.weight_sums if len(blocks) > 1 or inputs.is_half else {}
     gradients = Gradients(
         hidden=PartialHiddenGradient(inputs, rows.index, rows.factors()) if wanted.hidden else None,
-        weight=WeightGradient(inputs, weight_sum) if wanted.weight else None,
         bias=BiasGradient(inputs) if wanted.bias else None,
+        weights=[
+            WeightGradient(weight, weight_sums.get(part)) if needed else None
+            for part, (weight, needed) in enumerate(zip(inputs.head.weights, wanted.weights))
+        ],
+        widths=inputs.head.widths,
     )
-    if gradients.any:
+    if wanted.any:
         for block, hidden, dz in _dz_blocks(inputs, rows, blocks, plan, buffers):
             gradients.add(block, hidden, dz, rows.factors(block.rows))
     return gradients.finish()

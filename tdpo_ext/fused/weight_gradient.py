@@ -11,7 +11,6 @@ from ..ops import memory, operators
 from ..ops.matmul import product
 from .blocks import Factors, slices
 from .half import WeightUnit, power_of_two
-from .inputs import FusedInputs
 from .stored import ROUNDED_ROWS, StoredGradient, stored
 
 
@@ -20,18 +19,18 @@ class WeightSum:
 
     Args:
         parts: some of the columns each, and memory for their sum.
-        is_half: dz and hidden are float16: the sum, in float32, has a unit (`half`).
+        dtype: of dz and hidden. Of float16, the sum, in float32, has a unit (`half`).
     """
 
-    def __init__(self, parts: Sequence[tuple[slice, Tensor]], is_half: bool):
+    def __init__(self, parts: Sequence[tuple[slice, Tensor]], dtype: torch.dtype):
         self.parts = parts
-        self.unit = WeightUnit(parts[0][1].device) if is_half else None
+        self.unit = WeightUnit(parts[0][1].device) if dtype == torch.float16 else None
         self.empty = True
 
     @classmethod
-    def whole(cls, memory: Tensor, is_half: bool) -> WeightSum:
+    def whole(cls, memory: Tensor, dtype: torch.dtype) -> WeightSum:
         """In one piece of memory, (columns, D)."""
-        return cls([(slice(0, len(memory)), memory)], is_half)
+        return cls([(slice(0, len(memory)), memory)], dtype)
 
     def add(self, hidden: Tensor, dz: Tensor, factors: Factors) -> None:
         """sum += dz^T (factors hidden)."""
@@ -76,9 +75,8 @@ class WeightGradient:
     which then has the logits' precision or gets each column from one block.
     """
 
-    def __init__(self, inputs: FusedInputs, sums: Tensor | None):
-        self._grad, self._is_half = stored(empty_weight(inputs)), inputs.is_half
-        self._memory = sums
+    def __init__(self, weight: Tensor, sums: Tensor | None):
+        self._grad, self._memory = stored(empty_like(weight)), sums
         self._sum: WeightSum | None = None
         self._columns: slice | None = None  # those being summed
 
@@ -89,7 +87,7 @@ class WeightGradient:
             self._columns = columns
             rows = columns.stop - columns.start
             memory = self._grad.values[columns] if self._memory is None else self._memory[:rows]
-            self._sum = WeightSum.whole(memory, self._is_half)
+            self._sum = WeightSum.whole(memory, hidden.dtype)
         self._sum.add(hidden, dz, factors)
 
     def finish(self) -> StoredGradient:
@@ -112,8 +110,8 @@ class WholeWeightGradient:
             directly.
     """
 
-    def __init__(self, inputs: FusedInputs, rest: Tensor | None):
-        self._grad = stored(empty_weight(inputs))
+    def __init__(self, weight: Tensor, rest: Tensor | None):
+        self._grad = stored(empty_like(weight))
         values, self._rounds = self._grad.values, rest is not None
         parts = [(slice(0, len(values)), values)]
         if rest is not None:
@@ -123,7 +121,7 @@ class WholeWeightGradient:
                 (slice(0, within), held.view(rest.dtype).view(within, rest.shape[1])),
                 (slice(within, len(values)), rest),
             ]
-        self.sum = WeightSum(parts, inputs.is_half)
+        self.sum = WeightSum(parts, weight.dtype)
 
     def add(self, columns: slice, hidden: Tensor, dz: Tensor, factors: Factors) -> None:
         """dW += dz^T (factors hidden)."""
@@ -137,9 +135,8 @@ class WholeWeightGradient:
         return self._grad
 
 
-def empty_weight(inputs: FusedInputs) -> Tensor:
+def empty_like(weight: Tensor) -> Tensor:
     """Memory for dW."""
-    weight = inputs.head.weight
     return memory.empty(tuple(weight.shape), weight.dtype, weight.device)
 
 

@@ -51,6 +51,8 @@ class Batch:
         trained: names of the tensors that require a gradient.
         layout: "padded", "cu_seqlens" or "row_lengths".
         has_reference: whether the fused loss gets the reference, which an objective may not read.
+        parts: widths of the parts that the fused loss gets of the policy's weight.
+        frozen: columns of the weight whose part gets no gradient.
     """
 
     lengths: list[int]
@@ -63,6 +65,8 @@ class Batch:
     budget: int
     streaming_rows: int
     has_reference: bool
+    parts: list[int]
+    frozen: int
 
     @property
     def pairs(self) -> int:
@@ -76,7 +80,8 @@ class Batch:
         tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors.items() if name != "labels"}
         return (
             f"lengths {self.lengths}, {tensors}, gradients of {self.trained}, {self.objective}, {self.layout}, "
-            f"{self.options}, logits_budget {self.budget}, streaming rows {self.streaming_rows}"
+            f"{self.options}, logits_budget {self.budget}, streaming rows {self.streaming_rows}, parts {self.parts}, "
+            f"frozen {self.frozen}"
         )
 
 
@@ -122,6 +127,8 @@ def draw_batch(draw) -> Batch:
         fewest = min(66, longest_pair)
         budget = row_bytes * draw.choice([fewest, draw.randint(fewest, longest_pair)]) + 1
     objective = draw.choice(list(OBJECTIVES))
+    first = draw.randint(1, width - 1)
+    parts = draw.choice([[width], [width], [first, width - first]])
     return Batch(
         lengths=lengths,
         tensors=tensors,
@@ -133,6 +140,8 @@ def draw_batch(draw) -> Batch:
         budget=budget,
         streaming_rows=draw.choice([4096, 40]),
         has_reference=draw.random() < 0.5 or not is_reference_free(OBJECTIVES[objective]),
+        parts=parts,
+        frozen=draw.choice([0, first]) if len(parts) > 1 and "weight" in trained else 0,
     )
 
 
@@ -195,6 +204,12 @@ def fused_result(batch: Batch, shard: VocabShard | None = None) -> Result:
                 tensors[name] = tensors[name][shard.start : shard.stop]
     leaves = {name: tensors[name].clone().requires_grad_() for name in batch.trained}
     arguments = {**tensors, **leaves}
+    if len(batch.parts) > 1:
+        pieces = [piece.clone() for piece in tensors["weight"].split(batch.parts, dim=1)]
+        arguments["weight"] = [piece.requires_grad_("weight" in leaves) for piece in pieces]
+        pieces[0].requires_grad_("weight" in leaves and not batch.frozen)
+        leaves.pop("weight", None)
+        leaves |= {f"weight[{part}]": piece for part, piece in enumerate(pieces) if piece.requires_grad}
     columns = {"weight": batch.weights}
     offsets = torch.tensor([0, *batch.lengths]).cumsum(0)
     layout = {"cu_seqlens": {"cu_seqlens": offsets}, "row_lengths": {"row_lengths": batch.lengths}}.get(
@@ -223,6 +238,9 @@ def fused_result(batch: Batch, shard: VocabShard | None = None) -> Result:
     if leaves:
         scaled = torch.autograd.grad(by * loss, list(leaves.values()))
         grads = {name: grad.double() / by for name, grad in zip(leaves, scaled)}
+        of_parts = [grads.pop(name) for name in list(grads) if name.startswith("weight[")]
+        if of_parts:
+            grads["weight"] = torch.cat(of_parts, dim=1)
     return Result(loss.detach(), tuple(sides), grads)
 
 
@@ -255,6 +273,8 @@ def check(batch: Batch, shard: VocabShard | None = None) -> None:
     tolerance = TOLERANCES[dtype]
     for name, expected in truth.gradients.items():
         grad = ours.gradients[name]
+        if name == "weight":
+            expected = expected[:, batch.frozen :]
         parts = [(name, grad, expected)]
         if name == "hidden":  # each sequence by itself: one of a few rows is nothing beside the others
             parts = list(

@@ -24,7 +24,11 @@ def counting(met: Counter[str]):
 
     with (
         counted(tdpo_ext.fused.call, "chunked_loss", lambda loss, plan, *_: _kinds_of_plan(loss, plan)),
-        counted(tdpo_ext.fused.call, "streamed_loss", lambda loss, *_: ["plan: streaming", *_kinds_of_reference(loss)]),
+        counted(
+            tdpo_ext.fused.call,
+            "streamed_loss",
+            lambda loss, *_: ["plan: streaming", *_kinds_of_heads(loss)],
+        ),
         counted(chunked, "_whole_pairs", _kinds_of_whole_pairs),
         counted(chunked, "_long_pair", _kinds_of_long_pair),
         counted(chunked._Run, "flush", _kinds_of_flush),
@@ -41,6 +45,8 @@ KINDS = {
     "plan: long pairs beside chunks of several pairs",
     "plan: streaming",
     "plan: rows in place",
+    "head: several parts",
+    "head: some of its parts frozen",
     "reference: none",
     "plan: sum of dW beside it",
     "plan: dz of several chunks kept",
@@ -70,14 +76,17 @@ KINDS = {
 }
 
 
-def _kinds_of_reference(loss):
-    return ["reference: none"] * (not loss.inputs.has_reference)
+def _kinds_of_heads(loss):
+    trained = [weight.requires_grad for weight in loss.inputs.head.weights]
+    kinds = ["reference: none"] * (not loss.inputs.has_reference)
+    kinds += ["head: several parts"] * (len(trained) > 1)
+    return kinds + ["head: some of its parts frozen"] * (len(set(trained)) > 1)
 
 
 def _kinds_of_plan(loss, plan):
     long = [chunk for chunk in plan.chunks if isinstance(chunk, LongPair)]
     several = any(len(chunk.pairs) > 1 for chunk in plan.chunks)
-    kinds = [*_kinds_of_reference(loss), *["plan: sum of dW beside it"] * plan.sums_weight]
+    kinds = [*_kinds_of_heads(loss), *["plan: sum of dW beside it"] * plan.sums_weight]
     kinds += ["plan: rows in place"] * (loss.rows.every and len(plan.chunks) == 1)
     kinds += ["plan: dz of several chunks kept"] * (plan.keeps_dz and len(plan.chunks) > 1)
     if not long:
@@ -98,9 +107,9 @@ def _kinds_of_long_pair(run, pair):
         return ["long pair: no gradient"]
     if pair.count <= run.plan.dz_rows:
         return ["long pair: dz kept"]
-    if run.gradients.weight is None:
+    if not any(run.wanted.weights):
         return ["long pair: frozen head, dz of a block"]
-    return ["long pair: dW scaled in place" if run.buffers.pair_weight is None else "long pair: dW summed apart"]
+    return ["long pair: dW scaled in place" if not run.buffers.pair_weights else "long pair: dW summed apart"]
 
 
 def _kinds_of_flush(run, pair=None):

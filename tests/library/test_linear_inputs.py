@@ -201,7 +201,7 @@ def test_tensors_of_another_device_are_named(name):
         tensors = {key: mode.from_tensor(value.detach()) for key, value in make_case(bias=True).tensors().items()}
         without_data = torch.empty_like(tensors[name], device="meta")
         tensors[name] = FakeTensor(mode, without_data, torch.device("cuda:0"))
-        heads = [Head(tensors[f"{prefix}weight"], tensors[f"{prefix}bias"]) for prefix in ("", "ref_")]
+        heads = [Head((tensors[f"{prefix}weight"],), tensors[f"{prefix}bias"]) for prefix in ("", "ref_")]
         call = CallTensors(tensors["hidden"], heads[0], tensors["ref_hidden"], heads[1], tensors["labels"])
         with pytest.raises(ValueError, match=f"^{name} is on cuda.* but hidden is on cpu"):
             call.check_shapes()

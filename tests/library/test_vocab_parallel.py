@@ -127,7 +127,7 @@ def smallest_budget(rank, world, device):
     shard = VocabShard.from_group(301, dist.group.WORLD)
     weights = [tensors[name][shard.start : shard.stop] for name in ("weight", "ref_weight")]
     arguments = CallTensors(
-        tensors["hidden"], Head(weights[0]), tensors["ref_hidden"], Head(weights[1]), tensors["labels"]
+        tensors["hidden"], Head((weights[0],)), tensors["ref_hidden"], Head((weights[1],)), tensors["labels"]
     )
     options = FusedOptions(
         ignore_index=-100,

@@ -203,8 +203,8 @@ def _streaming_seconds(plan: StreamingPlan, rows: int, sizes: Sizes, rates: Mach
 def streaming_plan(rows: int, sizes: Sizes, budget: int, reason: str) -> StreamingPlan:
     """Blocks of rows and slices of the vocabulary whose logits, and slice of dW, fit the budget."""
     block = max(1, min(rows, STREAMING_ROWS))
-    summed = sizes.low_precision and sizes.needs_weight_grad
-    column_bytes = block * sizes.entry + (sizes.width * 4 if summed else 0)
+    summed = sizes.grad_width * 4 if sizes.low_precision else 0
+    column_bytes = block * sizes.entry + summed
     fixed = block * sizes.row + (rows * sizes.width * 4 if sizes.low_precision and sizes.needs_grad else 0)
     columns = min(sizes.vocab, max(_MIN_COLUMNS, (budget - fixed) // column_bytes))
     if _ALIGNED_FROM <= columns < sizes.vocab:

@@ -85,8 +85,7 @@ def forward_work(sizes: Sizes, rows: int, steps: ForwardSteps) -> Work:
     if sizes.needs_grad:
         products += rows * sizes.vocab * sizes.width
         weights += steps.gradient_products * sizes.vocab * sizes.width * sizes.weight_bytes
-    if sizes.needs_weight_grad:
-        products += rows * sizes.vocab * sizes.width
+    products += rows * sizes.vocab * sizes.grad_width
     return Work(products, weights, _moved_for_weight_gradient(sizes, steps))
 
 
@@ -101,7 +100,7 @@ def _moved_for_weight_gradient(sizes: Sizes, steps: ForwardSteps) -> float:
         return 0
     products, apart = steps.gradient_products, steps.pairs_apart
     if products == 1:
-        return sizes.vocab * sizes.width * sizes.weight_bytes
+        return sizes.vocab * sizes.grad_width * sizes.weight_bytes
     # Every product but the first reads and writes the sum. A pair that is summed apart is read once more, and the total
     # read and written.
     moved = (2 * products - 1 + 3 * apart) * sizes.accumulated_weight
@@ -126,6 +125,6 @@ def streaming_work(sizes: Sizes, rows: int, blocks: int, slices: int) -> Work:
         moved += rows * sizes.vocab * 2 * (1 + _RECOMPUTED_REFERENCE) * sizes.logit_bytes
         moved += 2 * slices * rows * sizes.width * sizes.logit_bytes
     if sizes.needs_weight_grad:
-        products += rows * policy
+        products += rows * sizes.vocab * sizes.grad_width
         moved += 2 * blocks * sizes.accumulated_weight
     return Work(products, weights, moved)

@@ -31,6 +31,7 @@ class Sizes:
 
     Attributes:
         ref_width: of the reference's hidden states; 0 where there is no reference.
+        trained_width: of the parts of the policy's weight that want a gradient; None: `width`.
         is_half: the weights are float16, whose gradients are always summed in float32 (`half`).
     """
 
@@ -41,7 +42,15 @@ class Sizes:
     logit_bytes: int
     needs_weight_grad: bool
     needs_grad: bool = True
+    trained_width: int | None = None
     is_half: bool = False
+
+    @property
+    def grad_width(self) -> int:
+        """The width of dW; 0 for a frozen head."""
+        if not self.needs_weight_grad:
+            return 0
+        return self.width if self.trained_width is None else self.trained_width
 
     @property
     def low_precision(self) -> bool:
@@ -81,15 +90,15 @@ class Sizes:
     @property
     def accumulated_weight(self) -> int:
         """Bytes of a dW in the precision that it is accumulated in; 0 for a frozen head."""
-        return self.vocab * self.width * self.logit_bytes if self.needs_weight_grad else 0
+        return self.vocab * self.grad_width * self.logit_bytes
 
     @property
     def weight_sum(self) -> int:
         """Bytes beside dW of its float32 sum, which is needed where dW has low precision and is added to more than
         once. The memory of dW itself holds as much of the sum as it can (`gradients.WholeWeightGradient`)."""
-        if not (self.low_precision and self.needs_weight_grad):
+        if not self.low_precision:
             return 0
-        return rows_beside(self.vocab, self.weight_bytes, self.logit_bytes) * self.width * self.logit_bytes
+        return rows_beside(self.vocab, self.weight_bytes, self.logit_bytes) * self.grad_width * self.logit_bytes
 
     @property
     def weight_sum_of_one(self) -> int:
