@@ -31,6 +31,7 @@ from .models.noise import evaluation_mode, without_wanted_noise
 from .models.parameter_values import ParameterValues
 from .models.sharding import use_head_without_its_forward
 from .precision import MIXED_PRECISIONS
+from .progress import progress_bar
 from .reference.cached_states import CachedStates
 from .reference.second_model import SecondModel
 
@@ -133,12 +134,14 @@ class Audit:
         adapted: the policy with its adapters.
         at_start: the policy was not trained yet, and is its own reference.
         disabled_dropout: the model's own dropout was disabled, so that training mode must make no difference.
+        shows_bar: of this process.
     """
 
     loss: PreferenceLoss
     adapted: nn.Module
     at_start: bool
     disabled_dropout: bool
+    shows_bar: bool = False
 
     def run(
         self, wrapper: nn.Module, sequences: list[Audited], batch: dict[str, Any], accelerator: Accelerator
@@ -155,15 +158,24 @@ class Audit:
         """
         began = time.perf_counter()
         use_head_without_its_forward(self.loss.policy.model)
-        with _random_numbers_kept(accelerator.device), torch.no_grad():
-            plain = self._plain(wrapper, sequences, accelerator)
+        checks = len(sequences) + (1 if self._reference_is_apart else 2)  # below, each once
+        with (
+            progress_bar("Auditing", checks, "checks", shown=self.shows_bar, stays=False) as bar,
+            _random_numbers_kept(accelerator.device),
+            torch.no_grad(),
+        ):
+            plain = self._plain(wrapper, sequences, accelerator, bar)
             with without_wanted_noise(self.adapted, disabled_dropout=self.disabled_dropout):
                 ours = self._of_loss(wrapper, batch)
+            bar.update()
             if self.loss.reference is None:
                 ours = ours._replace(ref_logps=plain.ref_logps, kl=plain.kl)  # not to be compared: there are none
             elif self._reference_is_gone:
                 plain = plain._replace(ref_logps=ours.ref_logps, kl=ours.kl)
-            moved = ours if self._reference_is_apart else self._of_loss_with_other_parameters(wrapper, batch)
+            moved = ours
+            if not self._reference_is_apart:
+                moved = self._of_loss_with_other_parameters(wrapper, batch)
+                bar.update()
         lengths = torch.tensor([len(sequence.learned) for sequence in sequences], device=plain.logps.device)
         differences = [_difference(*pair, lengths) for pair in (*zip(ours, plain), (moved.ref_logps, ours.ref_logps))]
         table = accelerator.gather(torch.tensor([*differences, time.perf_counter() - began], device=lengths.device))
@@ -234,11 +246,14 @@ class Audit:
 
     # ---- plain arithmetic ----
 
-    def _plain(self, wrapper: nn.Module, sequences: list[Audited], accelerator: Accelerator) -> _Sums:
+    def _plain(self, wrapper: nn.Module, sequences: list[Audited], accelerator: Accelerator, bar: Any) -> _Sums:
         """The sums of all sequences. All processes call the models equally often: an engine's passes are collective."""
         size = max(len(sequence.learned) for sequence in sequences) * self.loss.policy.vocab_size * 4
         chunks = accelerator.gather(torch.tensor([math.ceil(size / _PLAIN_BYTES)], device=accelerator.device)).max()
-        sums = [self._plain_sums(wrapper, sequence, int(chunks)) for sequence in sequences]
+        sums = []
+        for sequence in sequences:
+            sums.append(self._plain_sums(wrapper, sequence, int(chunks)))
+            bar.update()
         return _Sums(*map(torch.stack, zip(*sums)))
 
     def _plain_sums(self, wrapper: nn.Module, sequence: Audited, chunks: int) -> tuple[Tensor, ...]:

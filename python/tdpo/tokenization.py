@@ -14,6 +14,7 @@ from .config import TDPOConfig
 from .data.stream import PreferenceStream, Training, is_stream, tokenize_stream
 from .data.tokenize import tokenize_rows
 from .models.sizes import check_pair, check_token_ids
+from .progress import library_bars, shows_bars
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Tokenization:
             stream.check = functools.partial(check_pair, self.embedded)
             self._say(f"{name}: a stream, tokenized while it is read")
             return stream
-        dataset, summary = tokenize_rows(data, self.tokenizer, self.options, self.token_columns)
+        with library_bars(shown=shows_bars(self.options)):
+            dataset, summary = tokenize_rows(data, self.tokenizer, self.options, self.token_columns)
         check_token_ids(dataset, self.embedded)
         self._say(f"{name}: {summary}")
         return dataset

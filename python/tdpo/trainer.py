@@ -33,6 +33,7 @@ from .models.sizes import embedded_ids
 from .option_checks import check_output_dir
 from .policy import check_trainer_arguments, learning_rate, prepare_policy
 from .precision import WarnOfCoarseWeights, autocast, trained_dtypes
+from .progress import shows_bars
 from .reference.cached_states import CachedStates
 from .reference.digests import digests_at_start
 from .reference.second_model import SecondModel
@@ -309,6 +310,7 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs, ScheduledRates):
             self.model,
             at_start=self._reference_is_policy and not self._trained and self.state.global_step == 0,
             disabled_dropout=self.args.disable_dropout,
+            shows_bar=shows_bars(self.args),
         )
         report = audit.run(model, audited(examples, self.args.device), batch, self.accelerator)
         if self._audit_alone:

@@ -35,6 +35,7 @@ from ..models.sizes import embedded_ids
 from ..option_checks import check_merging
 from ..options import REFERENCE_FREE, DataOptions, MemoryOptions, ModelOptions, ShowOptions, require
 from ..precision import autocast
+from ..progress import shows_bars
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
 from ..runs.lock import only_run_in
@@ -265,5 +266,7 @@ def cache(options: Options) -> None:
         tokens = tokenize(name, load_preferences(source, split))
         folder = args.reference_folder / name
         with autocast(args):
-            cache_reference(folder, model, tokens, padding_token(tokenizer), args.reference_dtype)
+            cache_reference(
+                folder, model, tokens, padding_token(tokenizer), args.reference_dtype, progress=shows_bars(args)
+            )
         print(f"cached {len(tokens)} rows in {folder}")

@@ -75,7 +75,8 @@ def _run(command: str, arguments: list[str]) -> None:
     from .checks import check_command
 
     check_command(command, given)
-    from . import commands  # loads torch and transformers, for which what was found until here need not wait
+    from ..progress import library_bars, shows_bars  # loads transformers,
+    from . import commands  # and torch, for which what was found until here need not wait
 
     run = {
         "train": commands.train,
@@ -85,13 +86,17 @@ def _run(command: str, arguments: list[str]) -> None:
         "evaluate": commands.evaluate,
         "cache-reference": commands.cache,
     }
-    run[command](given.options())
+    options = given.options()
+    with library_bars(shown=shows_bars(options.training)):
+        run[command](options)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit status: 2 for bad input, 1 for a run that failed, 130 for an interrupted one."""
     # Small models spend their time in short parallel regions; threads that spin between them take each other's cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not sys.stderr.isatty():  # a file, where every state of a bar stays
+        os.environ.setdefault("TQDM_MININTERVAL", "5")
     parser = argparse.ArgumentParser(
         prog="tdpo",
         usage="tdpo COMMAND ...",

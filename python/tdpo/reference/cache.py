@@ -30,7 +30,6 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data.collator import PreferenceCollator, Sequence
 from ..data.rows import RESPONSES
@@ -39,6 +38,7 @@ from ..files import allocate, digest, file_digest, read_sealed, write_bytes, wri
 from ..models.causal_lm import CausalLM
 from ..models.noise import evaluation_mode
 from ..models.probes import depends_on_the_batch
+from ..progress import progress_bar
 from .digests import reference_digest
 from .stored_states import STORED_STATES, StoredStates
 
@@ -128,7 +128,14 @@ class ReferenceCache:
 
 
 def cache_reference(
-    folder: str | Path, model: nn.Module, dataset: Dataset, pad_token_id: int, dtype: str = "bfloat16", batch: int = 8
+    folder: str | Path,
+    model: nn.Module,
+    dataset: Dataset,
+    pad_token_id: int,
+    dtype: str = "bfloat16",
+    batch: int = 8,
+    *,
+    progress: bool = True,
 ) -> ReferenceCache:
     """Fills the cache in `folder` with the reference's hidden states of a tokenized dataset, or resumes filling it.
 
@@ -139,6 +146,7 @@ def cache_reference(
         pad_token_id: pads the batches that the reference reads.
         dtype: bfloat16, float16, float32 or float8; what storing costs the KL is in docs/performance.md.
         batch: rows at a time.
+        progress: show a bar.
 
     Raises:
         ValueError: the folder holds a cache of something else or a corrupt one, or `dtype` is unknown.
@@ -168,7 +176,7 @@ def cache_reference(
     if existing is None or _rows_done(header) < header["rows"]:
         alone = depends_on_the_batch(reference, max(dataset["length"], default=0)) is not None
         collator = PreferenceCollator(pad_token_id, row_by_row=alone)
-        _fill(folder, header, dataset, offsets, reference, collator, batch)
+        _fill(folder, header, dataset, offsets, reference, collator, batch=batch, progress=progress)
     return ReferenceCache(folder, header, offsets)
 
 
@@ -197,21 +205,23 @@ def _fill(
     offsets: np.ndarray,
     reference: CausalLM,
     collate: PreferenceCollator,
+    *,
     batch: int,
+    progress: bool,
 ) -> None:
     """Runs the reference over the rows of the shards that are not done, `batch` rows at a time."""
     _check_sizes(folder, header)
     total = header["rows"]
     with (
         evaluation_mode(reference.model),
-        tqdm(total=total, initial=_rows_done(header), desc="Caching the reference") as progress,
+        progress_bar("Caching the reference", total, "pairs", done=_rows_done(header), shown=progress) as bar,
     ):
         while (done := _rows_done(header)) < total:
             end, parts = min(total, done + _SHARD_ROWS), []
             for first in range(done, end, batch):
                 rows = range(first, min(end, first + batch))
                 parts.append(_states(reference, collate([dataset[row] for row in rows]), _storage(header)))
-                progress.update(len(rows))
+                bar.update(len(rows))
             content = save({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
             if (folder / _RESERVED).exists():
                 os.truncate(folder / _RESERVED, _bytes_after(end, header, offsets))

@@ -14,6 +14,7 @@ from ..data.stream import PreferenceStream
 from ..models.adapters import has_adapters
 from ..models.causal_lm import CausalLM
 from ..models.sharding import is_sharded, whole_size
+from ..progress import shows_bars
 from .at_start import AtStart
 from .cache import ReferenceCache, cache_reference
 from .cached_states import CachedStates
@@ -103,7 +104,8 @@ def _cache_splits(
         )
     with args.main_process_first(local=False, desc="caching the reference"):
         model = model.to(args.device)
+        dtype, bars = args.reference_dtype, shows_bars(args)
         return [
-            (split, cache_reference(args.reference_folder / name, model, split, pad_token_id, args.reference_dtype))
+            (split, cache_reference(args.reference_folder / name, model, split, pad_token_id, dtype, progress=bars))
             for name, split in splits.items()
         ]

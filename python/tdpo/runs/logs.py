@@ -1,4 +1,4 @@
-"""One progress bar, and one readable line for every log, both on stderr."""
+"""Progress bars of training and evaluation, and one readable line for every log, on stderr."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import has_length
+
+from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
 _SHORT = {
@@ -41,7 +44,25 @@ class Lines(PrinterCallback):
 
 
 class Progress(Lines, ProgressCallback):
-    """transformers' progress bar, with readable lines above it."""
+    """transformers' progress bars, with readable lines above them; that of an evaluation counts pairs, not batches."""
+
+    prediction_bar: Any  # transformers assigns None first
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **others: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        sized = has_length(eval_dataloader)  # streams have none
+        pairs, batches = (len(eval_dataloader.dataset), len(eval_dataloader)) if sized else (None, None)
+        if self.prediction_bar is None:
+            self._done, stays = 0, self.training_bar is None
+            self.prediction_bar = progress_bar("Evaluating", pairs, "pairs" if sized else "batches", stays=stays)
+        before, self._done = self._done, self._done + 1
+        if pairs is None or batches is None:
+            self.prediction_bar.update()
+        else:  # batches of about as many pairs each
+            self.prediction_bar.update(pairs * self._done // batches - pairs * before // batches)
 
 
 class KLWarning:

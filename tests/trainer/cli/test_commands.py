@@ -83,7 +83,7 @@ def test_processes_tokenize_for_a_cache_too(home, tmp_path, monkeypatch):
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_cache_is_computed_in_what_training_runs_in(bf16, home, tmp_path, monkeypatch):
     found = []
-    monkeypatch.setattr(commands, "cache_reference", lambda *_: found.append(torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(commands, "cache_reference", lambda *_, **__: found.append(torch.is_autocast_enabled("cpu")))
     options = [str(home / "config.yaml"), "--output_dir", str(tmp_path), "--bf16", str(bf16)]
     assert main(["cache-reference", *options, "--eval_split", "train"]) == 0
     assert found == [bf16, bf16]
