@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .models.loading import load_gguf_tokenizer as load_gguf_tokenizer
     from .reference.cache import ReferenceCache as ReferenceCache
     from .reference.cache import cache_reference as cache_reference
+    from .runs.curves import plot_log as plot_log
     from .trainer import TDPOTrainer as TDPOTrainer
 
     __version__: str
@@ -35,6 +36,7 @@ _DEFINED_IN = {
     "load_gguf_model": "models.loading",
     "load_gguf_tokenizer": "models.loading",
     "load_preferences": "data.load",
+    "plot_log": "runs.curves",
     "tokenize_preferences": "data.tokenize",
 }
 

@@ -14,7 +14,8 @@ PACKAGES = {
     "trl": ("trl",),
     "gguf": ("gguf",),
     "engines": ("deepspeed", "bitsandbytes"),
-    "demo": ("sklearn", "matplotlib"),
+    "plot": ("matplotlib",),
+    "demo": ("sklearn",),
 }
 INCLUDES = {
     "train": (),
@@ -22,7 +23,8 @@ INCLUDES = {
     "trl": ("peft",),
     "gguf": ("train",),
     "engines": ("peft",),
-    "demo": ("peft", "gguf"),
+    "plot": ("train",),
+    "demo": ("peft", "gguf", "plot"),
 }
 _WHAT = {
     "train": "the trainer needs",
@@ -30,6 +32,7 @@ _WHAT = {
     "trl": "tdpo.trl needs",
     "gguf": "GGUF files need",
     "engines": "DeepSpeed and 4-bit weights need",
+    "plot": "pictures need",
     "demo": "the demo needs",
 }
 _EXTRA_OF = {package: extra for extra, packages in PACKAGES.items() for package in packages}

@@ -263,7 +263,7 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs, ScheduledRates):
             ValueError: a file of the checkpoint is damaged, there is no good checkpoint, or it is of a run with other
                 options or data and `resume_anyway` is not set; another run trains in output_dir; the message names
                 what is wrong.
-            KeyboardInterrupt, stopping.Terminated: after a signal.
+            stopping.Interrupted, stopping.Terminated: after a signal.
         """
         self.was_finished = False
         given = {"model": self.model, "ref_model": self.ref_model}

@@ -82,6 +82,7 @@ def test_the_demo_without_its_packages(tmp_path):
         ("transformers", "from tdpo.loss.objectives import OBJECTIVES", TRAIN),
         ("trl", "from tdpo.trl import TDPOTrainer", "tdpo.trl needs more packages: pip install 'tdpo_ext[trl]'"),
         ("peft", "import tdpo.trl", "tdpo.trl needs more packages: pip install 'tdpo_ext[trl]'"),
+        ("matplotlib", "import tdpo; tdpo.plot_log([])", "pictures need more packages: pip install 'tdpo_ext[plot]'"),
         ("sklearn", "import tdpo.demo", "the demo needs more packages: pip install 'tdpo_ext[demo]'"),
     ],
 )

@@ -38,8 +38,10 @@ from ..precision import autocast
 from ..progress import shows_bars
 from ..reference.cache import cache_reference
 from ..runs.checkpoints import checkpoints_of
+from ..runs.ending import show_log
 from ..runs.lock import only_run_in
 from ..runs.resume import finished_steps
+from ..runs.stopping import Interrupted, Terminated
 from ..tokenization import Tokenization
 from ..trainer import TDPOTrainer
 from .parse import Options
@@ -118,7 +120,11 @@ def _train(options: Options) -> None:
                 print(f"{out} holds a finished run of {finished} steps: {changed}")
             _publish(trainer)
             return
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except (Interrupted, Terminated):
+        _show_log(trainer)
+        raise
     trainer.save_model(_internal_call=True)  # uploaded below, with the rest
     if args.should_save:
         trainer.record.write(out)  # before what says that the run is finished
@@ -126,7 +132,15 @@ def _train(options: Options) -> None:
     _merge(trainer, models)
     if args.should_save:
         print(f"saved {out}")
+    if _show_log(trainer):
+        trainer.create_model_card()  # which shows the picture
     _publish(trainer)
+
+
+def _show_log(trainer: TDPOTrainer) -> bool:
+    """Whether there is a picture of the run's log now."""
+    args = trainer.args
+    return args.should_save and show_log(trainer.state, args, trainer.callback_handler.callbacks)
 
 
 def _publish(trainer: TDPOTrainer) -> None:

@@ -11,6 +11,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..config import TDPOConfig
+from .ending import PICTURE
 from .samples import SAMPLES
 
 _UNFINISHED = ("_*", "checkpoint-*", "*.part", f"{SAMPLES}/*")  # in an output folder: what is no result of the run
@@ -75,13 +76,17 @@ class HubUploads(Trainer):
         )
 
     def create_model_card(self, *args: Any, **details: Any) -> None:
-        """Writes the README of the output folder again; `push_to_hub` passes on what it is told for the hub.
+        """Writes the README of the output folder again, with the picture of the log that lies there.
+
+        `push_to_hub` passes on what it is told for the hub.
 
         Args:
             details: as `runs.model_card.model_card` takes them.
         """
         if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(self.card(*args, **details))
+            out = Path(self.args.output_dir)
+            picture = PICTURE if Path(out, PICTURE).is_file() else None
+            Path(out, "README.md").write_text(self.card(*args, picture=picture, **details))
 
     def card(self, **details: Any) -> str:
         """The README of the model as it is now."""

@@ -11,6 +11,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import has_length
 
 from ..progress import progress_bar
+from .log_history import evaluation_prefix
 
 logger = logging.getLogger(__name__)
 _SHORT = {
@@ -29,7 +30,7 @@ def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
     """The main metrics of a log entry in one line; the rest is in the log history and where `report_to` sends it."""
     if "train_loss" in logs:
         return f"trained {step} steps in {logs['train_runtime']:.1f} s, mean loss {logs['train_loss']:.4g}"
-    prefix = next((name[: -len("loss")] for name in logs if name.endswith("_loss") and name != "aux_loss"), "")
+    prefix = evaluation_prefix(logs)
     what = f"{prefix.rstrip('_')} at step {step}" if prefix else f"step {step}/{max_steps}"
     shown = [f"{label} {logs[prefix + name]:.4g}" for name, label in _SHORT.items() if prefix + name in logs]
     return f"{what}: {', '.join(shown)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import TrainerState
 
 from ..config import TDPOConfig
 from ..options import USED_BY, card_options
+from .log_history import Entry, of_training
 
 CITATION = """@inproceedings{zeng2024tdpo,
   title     = {Token-level Direct Preference Optimization},
@@ -30,6 +31,7 @@ def model_card(
     data: str | None,
     pairs: int | None,
     processes: int,
+    picture: str | None = None,
     finetuned_from: str | None = None,
     tags: str | list[str] | None = None,
     dataset: str | list[str] | None = None,
@@ -43,6 +45,7 @@ def model_card(
         model: the policy, unwrapped.
         data, pairs: name and size of the training data, as far as they are known.
         processes: how many trained.
+        picture: a file beside the card, of the training's log.
         finetuned_from: the base model (default: the name in the model's configuration).
         tags, dataset, language, license, model_name: for a hub; `tags` are added to those of every such model.
     """
@@ -68,6 +71,7 @@ def model_card(
         f"{state.global_step} steps on {processes} process(es).",
         f"```yaml\n{yaml.safe_dump(options, sort_keys=False)}```",
         *_results(state.log_history),
+        *([] if picture is None else [f"![The log of the training]({picture})"]),
         "The method is that of [arXiv 2404.11999](https://arxiv.org/abs/2404.11999):",
         f"```bibtex\n{CITATION}\n```",
     ]
@@ -85,9 +89,9 @@ def _options(args: TDPOConfig) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _results(history: list[dict[str, float]]) -> Iterator[str]:
+def _results(history: Sequence[Entry]) -> Iterator[str]:
     """The last means of training, and a row for every evaluation: together the frontier of reward and KL."""
-    training = [entry for entry in history if "loss" in entry]
+    training = of_training(history)
     if training:
         yield "Last training step:"
         yield _table([_row(training[-1], "")])
@@ -98,7 +102,7 @@ def _results(history: list[dict[str, float]]) -> Iterator[str]:
         yield _table([_row(entry, "eval_") for entry in evaluations])
 
 
-def _row(entry: dict[str, float], prefix: str) -> dict[str, str]:
+def _row(entry: Entry, prefix: str) -> dict[str, str]:
     row = {"step": str(entry["step"])}
     return row | {name: f"{entry[prefix + name]:.4g}" for name in _METRICS if prefix + name in entry}
 

@@ -16,6 +16,10 @@ from transformers import TrainerCallback
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended the training, after its checkpoint was written."""
+
+
 class Terminated(SystemExit):
     """A SIGTERM ended the training, after its checkpoint was written; the exit status is the shell's for it."""
 
@@ -40,7 +44,7 @@ class StopAfterStep(TrainerCallback):
         """Handles the signals in this context; a received one is raised at its end.
 
         Raises:
-            KeyboardInterrupt, Terminated: a signal ended the training.
+            Interrupted, Terminated: a signal ended the training.
         """
         self.received = 0
         if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
@@ -56,7 +60,7 @@ class StopAfterStep(TrainerCallback):
             for kind, handler in before.items():
                 signal.signal(kind, handler)
         if self.received == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted
         if self.received == signal.SIGTERM:
             raise Terminated
 
