@@ -3,7 +3,7 @@
 import ast
 import re
 
-_FORMAT = re.compile(r"%[-+ #0]*[\d*]*(?:\.\d+)?[sdrgfe]")  # of a logger
+_FORMAT = re.compile(r"%[-+ #0]*[\d*]*(?:\.\d+)?[sdrgfe]|\{[a-z][a-z_.]*(?::[^{}]*)?\}")  # of a logger, of str.format
 
 
 def templates(source):
