@@ -124,6 +124,8 @@ def test_a_finished_run_is_uploaded_whole_and_again(hub, tmp_path, capsys):
     assert main(command) == 0
     ((_, files),) = hub.uploads
     assert {"adapter_model.safetensors", "run.json", "trainer_state.json", "merged/model.safetensors"} <= set(files)
+    assert files["training.png"].startswith(b"\x89PNG")
+    assert b"](training.png)" in files["README.md"]
     capsys.readouterr()
     assert main(command) == 0
     assert "nothing was trained or changed" in capsys.readouterr().out
