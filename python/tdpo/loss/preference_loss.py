@@ -107,22 +107,23 @@ class FusedLoss(PreferenceLoss):
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
         gather_without_forward(policy.model.get_output_embeddings())
 
-        def of_reference(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().to(dtype)
+        def of_reference(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype)
 
         reference = self.reference
-        with nullcontext((None, None)) if reference is None else reference.whole_head() as (ref_weight, ref_bias):
+        head = policy.head
+        with nullcontext() if reference is None else reference.whole_head() as ref_head:
             loss, chosen, rejected = linear_preference_loss(
                 self.objective,
                 hidden=hidden.to(dtype),
-                weight=policy.weight.to(dtype),
-                ref_hidden=of_reference(ref_hidden),
-                ref_weight=of_reference(ref_weight),
+                weight=[weight.to(dtype) for weight in head.weights],
+                ref_hidden=None if ref_hidden is None else of_reference(ref_hidden),
+                ref_weight=None if ref_head is None else list(map(of_reference, ref_head.weights)),
                 labels=batch["targets"],
                 cu_seqlens=batch["cu_seqlens"],
                 row_lengths=batch.get("row_lengths"),
-                bias=None if policy.bias is None else policy.bias.to(dtype),
-                ref_bias=of_reference(ref_bias),
+                bias=None if head.bias is None else head.bias.to(dtype),
+                ref_bias=None if ref_head is None or ref_head.bias is None else of_reference(ref_head.bias),
                 token_columns=batch.get("token_columns"),
                 softcap=policy.softcap,
                 logit_scale=policy.logit_scale,

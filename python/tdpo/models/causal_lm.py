@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .attention_masks import branch_masks
+from .heads import HeadParts, head_parts
 from .noise import evaluation_mode
-from .sharding import full_tensor, is_sharded
+from .sharding import full_tensor, is_sharded, is_tensor_parallel
 from .stand_ins import stand_in
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class ResponseRows(NamedTuple):
     """What a model gives for the response tokens of a batch.
 
     Attributes:
-        values: the hidden states that predict them, (R, D), or their logits, (R, V).
+        values: what the head's weights are multiplied by to predict them, (R, D): hidden states and, behind these, the
+            inputs of its adapters (`HeadParts.inputs`). Or their logits, (R, V).
         router_logits: of a mixture of experts, (B T, experts) of every layer; empty where it gives none.
     """
 
@@ -73,9 +75,11 @@ class CausalLM:
         model = unwrap_peft(model)
         probed = stand_in(model) if is_sharded(model) else model
         head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            adapted = hasattr(head, "base_layer")  # peft's layers are named as those inside them
-            reason = "its head has adapters" if adapted else f"its head is {type(head).__name__}, not a linear layer"
+        parts = head_parts(head)
+        if isinstance(parts, str):
+            return cls(model, fallback_reason=parts, probed=probed)
+        if not isinstance(head, nn.Linear) and (is_sharded(model) or is_tensor_parallel(model)):
+            reason = "its head has adapters, and its weights are spread over processes"
             return cls(model, fallback_reason=reason, probed=probed)
         found = _how_logits_are_made(cls(probed))
         if isinstance(found, str):
@@ -92,8 +96,10 @@ class CausalLM:
         return self._run(self.model, "logits", batch)[0]
 
     def hidden_rows(self, batch: dict[str, Any], **options: bool) -> ResponseRows:
-        """The hidden states that predict the response tokens of a batch; `options` are the model's."""
-        return _response_rows(*self._run(self.model.base_model, "last_hidden_state", batch, **options), batch["rows"])
+        """What the head's weights are multiplied by to predict a batch's response tokens; `options` are the model's."""
+        read = self._run(self.model.base_model, "last_hidden_state", batch, **options)
+        rows = _response_rows(*read, batch["rows"])
+        return rows._replace(values=self.head.inputs(rows.values))
 
     def logit_rows(self, batch: dict[str, Any], **options: bool) -> ResponseRows:
         """The logits of the response tokens of a batch."""
@@ -134,12 +140,27 @@ class CausalLM:
         return self.model.config.get_text_config().vocab_size
 
     @property
+    def head(self) -> HeadParts:
+        """The head as it is now.
+
+        Raises:
+            ValueError: it can't be fused.
+        """
+        parts = head_parts(self.model.get_output_embeddings())
+        if isinstance(parts, str):
+            raise ValueError(f"a head can't be fused: {parts}")
+        return parts
+
+    @property
     def weight(self) -> Tensor:  # (V, D)
-        return self.model.get_output_embeddings().weight
+        """Of the head, without what adapters add."""
+        head = self.model.get_output_embeddings()
+        parts = head_parts(head)
+        return head.weight if isinstance(parts, str) else parts.weights[0]
 
     @property
     def bias(self) -> Tensor | None:  # (V,)
-        return getattr(self.model.get_output_embeddings(), "bias", None)  # peft's wrapper of trained tokens has none
+        return self.head.bias
 
 
 @torch.no_grad()
@@ -149,16 +170,15 @@ def _how_logits_are_made(model: CausalLM) -> tuple[float | None, float] | str:
     The model's logits for two tokens are compared with those formed from its hidden states: as they are, and with the
     head's input multiplied, since a cap shows at large logits alone.
     """
-    weight, bias = full_tensor(model.weight), None if model.bias is None else full_tensor(model.bias)
     try:
         with evaluation_mode(model.model):
             batch = model.first_tokens(2)
-            hidden = model.hidden(**batch)
-            size = nn.functional.linear(hidden, weight).float().std()
+            hidden, head = model.hidden(**batch), _whole(model.head)
+            size = head.linear(hidden).float().std()
             factors = (hidden.new_tensor(_LOUDNESS) / size.to(hidden.dtype).clamp_min(1e-3)).clamp_min(1)
             with _multiplied_input(model.model.get_output_embeddings(), factors[:, None]):
                 actual = full_tensor(model.logits(**batch)).float()
-            linear = nn.functional.linear(hidden * factors[:, None], weight, bias)
+            linear = head.linear(hidden * factors[:, None])
     except (AttributeError, TypeError, RuntimeError) as error:
         return f"its backbone or its logits can't be tried on two tokens: {' '.join(str(error).split())}"
     tolerance = 2e-5 if linear.dtype in (torch.float32, torch.float64) else 2 * torch.finfo(linear.dtype).eps
@@ -172,6 +192,11 @@ def _how_logits_are_made(model: CausalLM) -> tuple[float | None, float] | str:
             if actual.shape == formed.shape and ((actual - formed).abs() <= allowed).all():
                 return softcap, scale
     return "its logits are not a linear (scaled, softcapped) function of its last hidden state"
+
+
+def _whole(head: HeadParts) -> HeadParts:
+    bias = None if head.bias is None else full_tensor(head.bias)
+    return replace(head, weights=tuple(map(full_tensor, head.weights)), bias=bias)
 
 
 @contextmanager

@@ -21,13 +21,13 @@ class LMHead:
     """A model's head, and what the model does to its output.
 
     Attributes:
-        weight: (V, D), with its gradient.
+        weight: (V, D), with its gradient; where adapters add to the head, several that lie side by side, (V, D_i).
         bias: (V,), or None.
         softcap: logits become softcap * tanh(logits / softcap); None if they don't.
         logit_scale: logits are multiplied by it before.
     """
 
-    weight: Tensor
+    weight: Tensor | tuple[Tensor, ...]
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
@@ -62,7 +62,8 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
 
     Returns:
         The hidden states, after the final norm: (R, D) of the response tokens, as `batch["targets"]` and
-        `batch["row_lengths"]` of `PreferenceCollator` have them; (B, T, D) of a batch of your own. And the head.
+        `batch["row_lengths"]` of `PreferenceCollator` have them; (B, T, D) of a batch of your own. Where adapters add
+        to the head, the inputs of their weights stand behind them. And the head.
 
     Raises:
         ValueError: the model's logits are no such function of its hidden states, or an engine has wrapped or spread it.
@@ -79,5 +80,7 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
         _SEEN[causal_lm] = found.softcap, found.logit_scale
     described = CausalLM(causal_lm, *_SEEN[causal_lm])
     inputs = dict(batch)
-    hidden = described.hidden_rows(inputs).values if "rows" in inputs else described.hidden(**inputs)
-    return hidden, LMHead(described.weight, described.bias, described.softcap, described.logit_scale)
+    head = described.head
+    hidden = described.hidden_rows(inputs).values if "rows" in inputs else head.inputs(described.hidden(**inputs))
+    weight = head.weights if len(head.weights) > 1 else head.weights[0]
+    return hidden, LMHead(weight, head.bias, described.softcap, described.logit_scale)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.causal_lm import CausalLM
+from ..models.heads import HeadParts
 from ..models.noise import evaluation_mode
 from ..models.parameter_values import ParameterValues, named_parameters
 from ..models.sharding import full_tensor, is_sharded
-from .reference import Head, Read, Reference
+from .reference import Read, Reference
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,20 @@ class AtStart(Reference):
 
     Attributes:
         initial: first values of the parameters that train; the others never change.
-        head: the names of the head's weight and bias; None for one that is not a parameter.
+        of_head: names of the head's bias and of its weights; None for what is not a parameter.
     """
 
     initial: ParameterValues = None  # type: ignore[assignment]
-    head: tuple[str | None, str | None] = (None, None)
+    of_head: tuple[str | None, ...] = ()
 
     @classmethod
     def of_policy(cls, policy: CausalLM, model: nn.Module) -> AtStart:
         """The reference of a policy that was not trained yet; `model`: with its adapters."""
         names = {id(parameter): name for name, parameter in named_parameters(model)}
-        head = (names.get(id(policy.weight)), names.get(id(policy.bias)))
-        return cls(**vars(policy), initial=ParameterValues(model), head=head)
+        of_head: tuple[str | None, ...] = ()
+        if policy.fallback_reason is None:
+            of_head = tuple(names.get(id(tensor)) for tensor in (policy.head.bias, *policy.head.weights))
+        return cls(**vars(policy), initial=ParameterValues(model), of_head=of_head)
 
     def running(self) -> AbstractContextManager[Any]:
         return self.initial.in_place()
@@ -55,10 +58,10 @@ class AtStart(Reference):
         return batch["ref_rows"] if "ref_rows" in batch else super().rows(batch, read)
 
     @contextmanager
-    def whole_head(self) -> Iterator[Head]:
-        weight, bias = self.head
-        values = self.initial.values
-        yield (
-            full_tensor(values[weight]) if weight in values else self.weight,
-            full_tensor(values[bias]) if bias in values else self.bias,
+    def whole_head(self) -> Iterator[HeadParts]:
+        values, head = self.initial.values, self.head
+        bias, *weights = (
+            full_tensor(values[name]) if name in values else now
+            for name, now in zip(self.of_head, (head.bias, *head.weights))
         )
+        yield replace(head, weights=tuple(weights), bias=bias)  # type: ignore[arg-type]

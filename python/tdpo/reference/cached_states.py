@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class _HeadAlone(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.config, self.head = model.config, copy.deepcopy(model.get_output_embeddings())
+        self.eval()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -49,11 +51,12 @@ class CachedStates(Reference):
         raise ValueError("precompute_reference: this dataset was not given to the trainer, so it has no cache")
 
     def rows(self, batch: dict[str, Any], read: Read = CausalLM.hidden_rows) -> Tensor:
-        """The hidden states that the collator has read from a cache, (R, D).
+        """The head's inputs for the hidden states that the collator has read from a cache, (R, D).
 
         Raises:
             ValueError: something else than hidden states is asked for.
         """
         if read is not CausalLM.hidden_rows:
             raise ValueError("a reference cache holds hidden states alone")
-        return batch["ref_hidden"]
+        with torch.no_grad():
+            return self.head.inputs(batch["ref_hidden"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.causal_lm import CausalLM, ResponseRows
+from ..models.heads import HeadParts
 from ..models.noise import evaluation_mode
 
 Read = Callable[[CausalLM, dict[str, Any]], ResponseRows]  # CausalLM.hidden_rows or CausalLM.logit_rows
-Head = tuple[Tensor, "Tensor | None"]  # weight (V, D) and bias (V,)
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,13 @@ class Reference(CausalLM):
 
     @torch.no_grad()
     def rows(self, batch: dict[str, Any], read: Read = CausalLM.hidden_rows) -> Tensor:
-        """What predicts the response tokens of a batch: hidden states, (R, D), or what else `read` takes of a model."""
+        """What predicts a batch's response tokens: the head's inputs, (R, D), or what else `read` takes of a model."""
         with self.running(), evaluation_mode(self.model):
             return read(self, batch).values
 
-    def whole_head(self) -> AbstractContextManager[Head]:
+    @contextmanager
+    def whole_head(self) -> Iterator[HeadParts]:
         """A context in which this process holds all that it needs of the head."""
-        return nullcontext((self.weight, self.bias))
+        with self.running():
+            head = self.head
+        yield head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..models.causal_lm import CausalLM
 from ..models.forward import patch_forward
+from ..models.heads import HeadParts
 from ..models.sharding import full_tensor, gathered, is_sharded, is_tensor_parallel
-from .reference import Head, Read, Reference
+from .reference import Read, Reference
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ class ShardedModel(SecondModel):
         return self.wrapper(preference=lambda: function(self.model))
 
     @contextmanager
-    def whole_head(self) -> Iterator[Head]:
-        with gathered(self.weight, self.bias):
-            yield full_tensor(self.weight), None if self.bias is None else full_tensor(self.bias)
+    def whole_head(self) -> Iterator[HeadParts]:
+        head = self.head
+        with gathered(*head.weights, head.bias):
+            bias = None if head.bias is None else full_tensor(head.bias)
+            yield replace(head, weights=tuple(map(full_tensor, head.weights)), bias=bias)
 
 
 def copy_of(model: Any) -> nn.Module:

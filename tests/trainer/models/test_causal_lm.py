@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from tdpo import CausalLM
 from tdpo.models.stand_ins import stand_in
 
@@ -94,11 +93,6 @@ def test_a_bias_and_a_scale():
     assert CausalLM.of(model).fallback_reason is None
     config = transformers.CohereConfig(**SMALL, logit_scale=0.5)
     assert CausalLM.of(transformers.AutoModelForCausalLM.from_config(config)).logit_scale == 0.5
-
-
-def test_why_an_adapted_head_is_not_fused_is_said():
-    model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["lm_head"]))
-    assert CausalLM.of(model).fallback_reason == "its head has adapters"
 
 
 def test_a_sharded_model_is_tried_on_a_stand_in(monkeypatch):
