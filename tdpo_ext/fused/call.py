@@ -60,6 +60,7 @@ def fused_loss(
         plan_inputs.sizes,
         plan_inputs.budget,
         can_defer=margin_loss is not None,
+        can_separate=inputs.wants_hidden_gradient_alone,
         device_type=inputs.device.type,
     )
     flat_columns = {name: column.reshape(-1) for name, column in columns.items()}

@@ -69,7 +69,7 @@ class HiddenGradient:
             for weight, piece in head.beside(values):
                 torch.mm(dz, weight, out=piece)
             if view is None:
-                self._put(block, values)
+                self.put(block.rows, values)
             return
         # In the logits' precision, so that it is rounded once.
         share = torch.empty(shape, dtype=self._inputs.logit_dtype, device=dz.device)
@@ -81,14 +81,15 @@ class HiddenGradient:
 
         if not self._inputs.sums_hidden_grad:
             multiply(share)
-            self._put(block, share)
+            self.put(block.rows, share)
             return
         total = self._inputs.exchange.start_sum(multiply, share)
-        self._pending = lambda: self._put(block, total())
+        self._pending = lambda: self.put(block.rows, total())
 
-    def _put(self, block: Block, values: Tensor) -> None:
+    def put(self, rows: slice | Tensor, values: Tensor) -> None:
+        """Sets the gradient of some rows, which are complete."""
         for target, piece in self._grad.pieces(values):
-            self._rows.put(target, block.rows, piece)
+            self._rows.put(target, rows, piece)
 
     def wait(self) -> None:
         """Completes what `add` has started."""

@@ -75,6 +75,12 @@ class FusedInputs(CallTensors):
         return self.ref_head.width if self.has_reference else 0
 
     @property
+    def wants_hidden_gradient_alone(self) -> bool:
+        """Whether head and bias are frozen, and the vocabulary is not sharded."""
+        frozen = not self.head.trained_width and (self.head.bias is None or not self.head.bias.requires_grad)
+        return frozen and self.exchange.shard is None
+
+    @property
     def sums_hidden_grad(self) -> bool:
         """Whether dhidden is summed over the ranks of a shard."""
         return self.exchange.shard is not None and self.exchange.shard.sum_hidden_grad

@@ -5,7 +5,7 @@ from collections import Counter
 from unittest import mock
 
 import tdpo_ext.fused.call
-from tdpo_ext.fused import chunked, streaming
+from tdpo_ext.fused import chunked, run, streaming
 from tdpo_ext.fused.planning.plan import LongPair
 
 
@@ -30,8 +30,8 @@ def counting(met: Counter[str]):
             lambda loss, *_: ["plan: streaming", *_kinds_of_heads(loss)],
         ),
         counted(chunked, "_whole_pairs", _kinds_of_whole_pairs),
-        counted(chunked, "_long_pair", _kinds_of_long_pair),
-        counted(chunked._Run, "flush", _kinds_of_flush),
+        counted(chunked, "long_pair", _kinds_of_long_pair),
+        counted(run.Run, "flush", _kinds_of_flush),
         counted(streaming, "_gradients", _kinds_of_streaming),
     ):
         yield
@@ -57,6 +57,7 @@ KINDS = {
     "long pair: dW summed apart",
     "long pair: dW scaled in place",
     "long pair: frozen head, dz of a block",
+    "long pair: any loss of a frozen head",
     "long pair: no gradient",
     "flush: one block",
     "flush: several blocks",
@@ -103,8 +104,10 @@ def _kinds_of_whole_pairs(run, chunk):
 
 
 def _kinds_of_long_pair(run, pair):
-    if not run.objective.differentiable:
+    if not run.wanted.any:
         return ["long pair: no gradient"]
+    if run.plan.separates:
+        return ["long pair: any loss of a frozen head"]
     if pair.count <= run.plan.dz_rows:
         return ["long pair: dz kept"]
     if not any(run.wanted.weights):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tdpo_ext.fused.chunked
 import tdpo_ext.fused.planning.plan
+import tdpo_ext.fused.run
 import tdpo_ext.fused.streaming
 import tdpo_ext.fused.weight_gradient
 from helpers.linear_cases import OBJECTIVES, Case, kind_of, loss_and_gradients, make_case, not_a_margin_loss
@@ -38,7 +38,7 @@ def objective_of(margin, plan):
 def host_looks(request, monkeypatch):
     """Whether the host looks at values, as on a CPU, to drop rows; on a GPU it would have to wait."""
     looks = request.param == "host looks"
-    for module in (tdpo_ext.fused.chunked, tdpo_ext.fused.streaming):
+    for module in (tdpo_ext.fused.run, tdpo_ext.fused.streaming):
         monkeypatch.setattr(module, "reading_is_free", lambda device: looks)
     return looks
 

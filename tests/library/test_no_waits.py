@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tdpo_ext.fused.chunked
 import tdpo_ext.fused.objective_gradient
 import tdpo_ext.fused.rows
+import tdpo_ext.fused.run
 import tdpo_ext.fused.streaming
 from helpers.linear_cases import OBJECTIVES, kind_of, make_case, not_a_margin_loss
 from tdpo_ext import linear_preference_loss, linear_token_divergence, per_token
@@ -31,7 +31,7 @@ def check_linear_on_a_device(objective, coefficients, others):
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
-    for module in (tdpo_ext.fused.rows, tdpo_ext.fused.chunked, tdpo_ext.fused.streaming):
+    for module in (tdpo_ext.fused.rows, tdpo_ext.fused.run, tdpo_ext.fused.streaming):
         monkeypatch.setattr(module, "reading_is_free", lambda device: False)
     monkeypatch.setattr(tdpo_ext.fused.objective_gradient, "check_linear", check_linear_on_a_device)
     monkeypatch.setattr(

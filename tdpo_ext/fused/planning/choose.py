@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from .costs import MachineRates, forward_work, rates_of, streaming_work
 from .cut import Cut, block_limits, ceil_div, chunk_limits, cut_pairs, kept_together
-from .plan import ChunkedPlan, StreamingPlan
+from .plan import ChunkedPlan, LongPair, StreamingPlan
 from .sizes import Sizes, row_pitch
 
 # Rows of a streaming block: enough for matrix products at full rate, few enough to leave room for the vocabulary.
@@ -30,7 +30,13 @@ _KEPT_PARTS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def make_plan(
-    pair_lengths: Sequence[int], sizes: Sizes, budget: int, *, can_defer: bool = False, device_type: str = "cpu"
+    pair_lengths: Sequence[int],
+    sizes: Sizes,
+    budget: int,
+    *,
+    can_defer: bool = False,
+    can_separate: bool = False,
+    device_type: str = "cpu",
 ) -> ChunkedPlan | StreamingPlan:
     """The plan for pairs of `pair_lengths` rows (both responses together) within `budget` bytes.
 
@@ -42,14 +48,15 @@ def make_plan(
 
     Args:
         can_defer: the objective is a `MarginLoss`.
+        can_separate: of the gradients only that of hidden is wanted, and the vocabulary is not sharded.
         device_type: whose rates the cost model takes.
     """
-    return _make_plan(tuple(pair_lengths), sizes, budget, can_defer, device_type)
+    return _make_plan(tuple(pair_lengths), sizes, budget, can_defer, can_separate, device_type)
 
 
 @functools.lru_cache(maxsize=256)
 def _make_plan(
-    pair_lengths: tuple[int, ...], sizes: Sizes, budget: int, can_defer: bool, device_type: str
+    pair_lengths: tuple[int, ...], sizes: Sizes, budget: int, can_defer: bool, can_separate: bool, device_type: str
 ) -> ChunkedPlan | StreamingPlan:
     rows = sum(pair_lengths)
     if rows * sizes.whole_row + sizes.weight_sum_of_one <= budget:
@@ -60,6 +67,8 @@ def _make_plan(
         ways = _ways_to_keep(pair_lengths, sizes)
         least = min(way.beside + max(pair_lengths) * way.row_bytes for way in ways)  # in which whole pairs fit
         forward += _deferred_plans(pair_lengths, sizes, min(budget, least - 1), why, _tile_rows(device_type))
+    elif can_separate:
+        forward += _separated_plans(pair_lengths, sizes, budget, why, _tile_rows(device_type))
     plan = _fastest(forward, streaming_plan(rows, sizes, budget, why), rows, sizes, rates_of(device_type, sizes))
     return replace(plan, budget=budget)
 
@@ -164,6 +173,26 @@ def _deferred_plans(
             yield _forward_plan(cut, sizes, budget, reason)
         if kept is not None and kept >= cut.rows and (kept >= cut.longest or len(cut.chunks) == 1):
             yield _forward_plan(cut, sizes, budget, reason, kept)
+
+
+def _separated_plans(
+    pair_lengths: tuple[int, ...], sizes: Sizes, budget: int, why: str, tile_rows: int
+) -> Iterator[ChunkedPlan]:
+    """Blocks of the pairs that are too long for the budget, for objectives that are no `MarginLoss`."""
+    longest = max(pair_lengths)
+    fewest = min(_MIN_BLOCK_ROWS, longest)
+    kept = 2 * longest * sizes.width * sizes.logit_bytes if sizes.needs_grad else 0
+    for limit in block_limits(longest, tile_rows):
+        if limit < fewest:
+            continue
+        cut = cut_pairs(pair_lengths, limit, tile_rows)
+        plan = _forward_plan(cut, sizes, budget, f"{why}; {cut.rows} rows at a time")
+        beside = kept + (0 if sizes.low_precision else cut.rows * sizes.dz_row)  # logits are read twice
+        long = [length for chunk, length in zip(cut.chunks, cut.lengths) if isinstance(chunk, LongPair)]
+        products = plan.steps.gradient_products + sum(ceil_div(length, cut.rows) for length in long)
+        steps = replace(plan.steps, gradient_products=products, separate_rows=sum(long))
+        if plan.bytes + beside <= budget:
+            yield replace(plan, bytes=plan.bytes + beside, steps=steps, separates=True)
 
 
 def _forward_plan(cut: Cut, sizes: Sizes, budget: int, reason: str, kept_rows: int | None = None) -> ChunkedPlan:

@@ -70,11 +70,13 @@ class ForwardSteps:
         blocks: of rows whose logits are there together.
         gradient_products: for dhidden and for dW, each of some rows whose dz is kept.
         pairs_apart: pairs whose dW is summed apart.
+        separate_rows: rows whose dhidden is formed in two parts, by two products.
     """
 
     blocks: int
     gradient_products: int
     pairs_apart: int
+    separate_rows: int = 0
 
 
 def forward_work(sizes: Sizes, rows: int, steps: ForwardSteps) -> Work:
@@ -83,7 +85,7 @@ def forward_work(sizes: Sizes, rows: int, steps: ForwardSteps) -> Work:
     weights = steps.blocks * heads
     products = rows * sizes.vocab * (sizes.width + sizes.ref_width)
     if sizes.needs_grad:
-        products += rows * sizes.vocab * sizes.width
+        products += (rows + steps.separate_rows) * sizes.vocab * sizes.width
         weights += steps.gradient_products * sizes.vocab * sizes.width * sizes.weight_bytes
     products += rows * sizes.vocab * sizes.grad_width
     return Work(products, weights, _moved_for_weight_gradient(sizes, steps))

@@ -82,6 +82,7 @@ class ChunkedPlan:
         steps: how often it takes its products, for the cost model.
         sums_weight: a low-precision dW is added to more than once, and so summed in float32.
         weight_apart: the dW of a long pair is summed apart from that of the other pairs.
+        separates: of long pairs, dhidden is kept in two parts until the loss is known (`long_pairs`).
     """
 
     chunks: tuple[WholePairs | LongPair, ...]
@@ -93,6 +94,7 @@ class ChunkedPlan:
     steps: ForwardSteps
     sums_weight: bool = False
     weight_apart: bool = False
+    separates: bool = False
 
     @property
     def deferred(self) -> bool:
