@@ -18,13 +18,20 @@ from pathlib import Path
 
 import numpy as np
 from common import RESULTS, save, text_table
-from tdpo.demo.report import Point, reward_at
+from tdpo.demo.evaluation import Point, reward_at
 from tdpo.demo.settings import DemoSettings, Method
 
 METHODS = {f"dpo-{beta:g}": Method("dpo", beta, 0.5) for beta in (0.05, 0.1, 0.3, 1.0)}
 METHODS |= {"tdpo1": Method("tdpo1", 0.1, 0.5)}
 METHODS |= {f"tdpo2-{alpha:g}": Method("tdpo2", 0.1, alpha) for alpha in (0.3, 0.5, 0.7, 1.0)}
-SETTINGS = {"prompts": 400, "steps": 32, "eval_every": 8, "eval_prompts": 512}
+SETTINGS = {
+    "prompts": 400,
+    "response_tokens": 24,
+    "steps": 32,
+    "eval_every": 8,
+    "eval_prompts": 512,
+    "kl_prompts": 256,
+}
 TINY = {"reviews": 1000, "prompts": 12, "steps": 2, "eval_every": 1, "eval_prompts": 4, "response_tokens": 6}
 LEVELS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # sequence KLs at which rewards are compared
 LAST_STEPS = 8  # averaged at the end of a training: a batch is 8 pairs
@@ -35,7 +42,7 @@ Runs = dict[str, dict[str, dict]]  # method -> seed -> {"frontier": [point], "kl
 
 def run(experiment, name: str) -> dict:
     """Trains a method unless that is done: its frontier, and the KL of its batches over the steps."""
-    frontier = experiment.train(name, METHODS[name])
+    frontier = [evaluation.point() for evaluation in experiment.train(name, METHODS[name])]
     log = json.loads((experiment.out / name / "log.json").read_text())
     keys = ("step", "kl/chosen", "kl/rejected", "kl/margin")
     return {"frontier": frontier, "kl": [{key: entry[key] for key in keys} for entry in log if "kl/chosen" in entry]}

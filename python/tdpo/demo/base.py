@@ -1,4 +1,4 @@
-"""The model that all methods start from, and sampling from it or from what became of it."""
+"""The model that all methods start from, and what became of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..files import save_model
@@ -16,8 +14,6 @@ from ..models.loading import load_gguf_model, load_gguf_tokenizer
 from .language_model import pretrain, train_tokenizer
 from .settings import FROM_SCRATCH, SMOLLM2, DemoSettings
 from .smollm2 import GGUF_FILE, smollm2_folder
-
-_SAMPLED_TOGETHER = 128
 
 
 def prepare_base(settings: DemoSettings, out: Path, texts: list[str]) -> Path:
@@ -55,32 +51,6 @@ def load_policy(base: Path, trained: Path | None = None, *, dtype: str = "auto")
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@torch.no_grad()
-def sample(model: PreTrainedModel, prompts: Tensor, tokens: int, seed: int, desc: str | None = None) -> Tensor:
-    """Responses sampled at temperature 1: prompts (n, P) -> (n, tokens). Equal seeds give equal responses."""
-    was_training = model.training
-    model.eval()
-    responses = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for part in tqdm(prompts.split(_SAMPLED_TOGETHER), desc=desc, disable=desc is None):
-            part = part.to(model.device)
-            sequences = model.generate(  # type: ignore[operator]
-                input_ids=part,
-                attention_mask=torch.ones_like(part),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                pad_token_id=0,  # never used: all responses have the same length
-            )
-            responses.append(sequences[:, part.shape[1] :].cpu())
-    model.train(was_training)
-    return torch.cat(responses)
 
 
 def _faster_dtype() -> torch.dtype:

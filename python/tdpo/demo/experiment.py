@@ -19,11 +19,16 @@ from ..config import TDPOConfig
 from ..files import save_model, write_json
 from ..runs.checkpoints import checkpoints_of
 from ..trainer import TDPOTrainer
-from .base import load_policy, prepare_base, sample
-from .judge import Example, FrontierCallback, Judge
+from .base import load_policy, prepare_base
+from .evaluation import Evaluation, load_evaluations
+from .judge import FrontierCallback, Judge
 from .report import report
+from .results import Results
 from .reviews import Reward, load_reviews, sentences
+from .sampling import sample
 from .settings import DemoSettings, Method
+
+EVALUATIONS = "evaluations.json"  # in the folder of a method
 
 
 def run(settings: DemoSettings) -> None:
@@ -32,7 +37,7 @@ def run(settings: DemoSettings) -> None:
     experiment = Experiment(settings)
     for method in settings.methods:
         experiment.train(method, settings.method(method))
-    report(settings, experiment.out, experiment.examples(), time.monotonic() - started)
+    report(settings, experiment.out, experiment.results(), time.monotonic() - started)
 
 
 class Experiment:
@@ -100,15 +105,15 @@ class Experiment:
                 rows[-1] |= {f"{name}_ids": ids.tolist() for name, ids in parts.items()}
         return rows
 
-    def train(self, name: str, method: Method) -> list[dict[str, float]]:
-        """Trains one method from the base model under `out`/`name`, unless that is done, and returns its frontier.
+    def train(self, name: str, method: Method) -> list[Evaluation]:
+        """Trains one method from the base model under `out`/`name`, unless that is done, and returns its evaluations.
 
         An interrupted training resumes from its last checkpoint.
         """
         home = self.out / name
         if not (home / "model").exists():
             self._train(home, method)
-        return json.loads((home / "frontier.json").read_text())
+        return load_evaluations(home / EVALUATIONS)
 
     def _train(self, home: Path, method: Method) -> None:
         settings = self.settings
@@ -128,12 +133,16 @@ class Experiment:
             seed=settings.seed,
             logging_steps=1,
             report_to=[],
+            audit="first" if home.name == settings.methods[0] else "never",
+            precompute_reference=True,  # once for all methods
+            reference_cache=str(self.out / "reference-cache"),
+            reference_dtype="float32",
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         interrupted = bool(checkpoints_of(args.output_dir))
         with tqdm(total=settings.steps, desc=f"Training {home.name.upper():5s}") as progress:
-            callback = FrontierCallback(self.judge, home / "frontier.json", settings.eval_every, progress)
+            callback = FrontierCallback(self.judge, home / EVALUATIONS, settings.eval_every, progress)
             trainer = TDPOTrainer(
                 self._start(),
                 args=args,
@@ -156,12 +165,10 @@ class Experiment:
         rank = self.settings.lora_r
         return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
 
-    def examples(self) -> dict[str, list[Example]]:
-        """A few prompts continued by the base model ("before") and by each trained policy."""
-        examples = {"before": self.judge.examples(self.judge.reference.model)}  # type: ignore[arg-type]
-        for method in self.settings.methods:
-            examples[method] = self.judge.examples(load_policy(self.base, self.out / method / "model"))
-        return examples
+    def results(self) -> Results:
+        """What the methods of this demo, which are trained, wrote and earned."""
+        evaluations = {name: load_evaluations(self.out / name / EVALUATIONS) for name in self.settings.methods}
+        return Results(self.judge.decode(self.judge.prompts), evaluations)
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], count: int, tokens: int) -> Tensor:

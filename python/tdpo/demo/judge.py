@@ -1,11 +1,10 @@
-"""Evaluation of a policy during and after training: its reward, its KL, and examples of what it writes."""
+"""Evaluation of a policy during and after training: what it writes, its reward and its KL."""
 
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from tdpo_ext import linear_token_divergence
 
-from ..files import write_json
 from ..models.causal_lm import CausalLM
-from .base import sample
+from .evaluation import Evaluation, load_evaluations, save_evaluations
 from .reviews import Reward
+from .sampling import sample
 from .settings import DemoSettings
 
 _SEQUENCES = 64  # of which hidden states are computed together
-_KL_SEQUENCES = 256  # of which the KL is measured: a sum of exact expectations, it needs fewer samples than the reward
-
-
-class Example(NamedTuple):
-    """A prompt's continuation and its reward."""
-
-    prompt: str
-    continuation: str
-    reward: float
 
 
 class Judge:
@@ -47,27 +37,32 @@ class Judge:
         self.reference = CausalLM.of(reference)
 
     @functools.cached_property
-    def before(self) -> dict[str, float]:
-        """The figures of the reference itself, which are those of every policy before it is trained."""
-        return self(self.reference.model)  # type: ignore[arg-type]
+    def before(self) -> Evaluation:
+        """The reference itself, as which every policy starts: its KL is 0."""
+        responses = self._respond(self.reference.model)  # type: ignore[arg-type]
+        return self._evaluation(0, responses, [0.0] * len(self.prompts[: self.settings.kl_prompts]))
 
     @torch.no_grad()
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Of samples: mean reward, its standard error, and mean sequence KL(reference || policy) in nats."""
-        responses = sample(model, self.prompts, self.settings.response_tokens, self.settings.seed + 2)
-        tokens = torch.cat([self.prompts, responses], 1)
+    def __call__(self, model: PreTrainedModel, step: int) -> Evaluation:
+        """What a policy writes after the prompts, with its rewards, and KLs for the first `kl_prompts` of them."""
+        responses = self._respond(model)
+        tokens = torch.cat([self.prompts, responses], 1)[: self.settings.kl_prompts]
         was_training = model.training
         model.eval()
         policy = CausalLM.of(model)
-        parts = tokens[:_KL_SEQUENCES].split(_SEQUENCES)
-        kl = torch.cat([self._sequence_kl(policy, part.to(model.device)) for part in parts])
+        kls = torch.cat([self._sequence_kl(policy, part.to(model.device)) for part in tokens.split(_SEQUENCES)])
         model.train(was_training)
-        rewards = self.reward(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
-        return {
-            "reward": float(rewards.mean()),
-            "reward_error": float(rewards.std() / len(rewards) ** 0.5),
-            "kl": kl.mean().item(),
-        }
+        return self._evaluation(step, responses, kls.tolist())
+
+    def _respond(self, model: PreTrainedModel) -> Tensor:
+        return sample(model, self.prompts, self.settings.response_tokens, self.settings.seed + 2)
+
+    def _evaluation(self, step: int, responses: Tensor, kls: list[float]) -> Evaluation:
+        whole = self.decode(torch.cat([self.prompts, responses], 1))
+        return Evaluation(step=step, texts=self.decode(responses), rewards=self.reward(whole).tolist(), kls=kls)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def _sequence_kl(self, policy: CausalLM, tokens: Tensor) -> Tensor:
         """(n,) of tokens (n, T)."""
@@ -88,19 +83,9 @@ class Judge:
         )
         return divergence.per_sequence().kl
 
-    def examples(self, model: PreTrainedModel, count: int = 4) -> list[Example]:
-        """The first `count` prompts, continued by a model."""
-        prompts = self.prompts[:count]
-        responses = sample(model, prompts, self.settings.response_tokens, self.settings.seed + 3)
-        whole, beginnings, endings = (
-            self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            for tokens in (torch.cat([prompts, responses], 1), prompts, responses)
-        )
-        return [Example(*parts) for parts in zip(beginnings, endings, self.reward(whole).tolist())]
-
 
 class FrontierCallback(TrainerCallback):
-    """Judges the policy every `every` steps and keeps the curve in a file beside the checkpoints."""
+    """Judges the policy every `every` steps and keeps the evaluations in a file beside the checkpoints."""
 
     def __init__(self, judge: Judge, path: Path, every: int, progress: tqdm):
         self.judge, self.path, self.every, self.progress = judge, path, every, progress
@@ -108,16 +93,16 @@ class FrontierCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.progress.update(state.global_step)
         if state.global_step == 0:
-            self._write(0, self.judge.before)
+            self._add(self.judge.before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.progress.update(1)
         if state.global_step % self.every == 0:
-            self._write(state.global_step, self.judge(model))
+            self._add(self.judge(model, state.global_step))
 
-    def _write(self, step: int, figures: dict[str, float]) -> None:
-        points = json.loads(self.path.read_text()) if self.path.exists() else []
-        earlier = [point for point in points if point["step"] < step]  # a resumed run repeats steps
-        point = {"step": step, **figures}
+    def _add(self, evaluation: Evaluation) -> None:
+        # A resumed run repeats steps.
+        earlier = [other for other in load_evaluations(self.path) if other.step < evaluation.step]
+        point = evaluation.point()
         self.progress.set_postfix(reward=f"{point['reward']:.3f}", kl=f"{point['kl']:.2f}")
-        write_json(self.path, [*earlier, point])
+        save_evaluations(self.path, [*earlier, evaluation])

@@ -1,101 +1,127 @@
-"""The results of the experiment: a table, a plot, a comparison at matched KL and a few samples."""
+"""The results of the experiment, printed, saved and drawn."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-import numpy as np
 
 from ..files import write_json
-from .judge import Example
-from .settings import METHODS, DemoSettings
+from .comparison import Difference
+from .examples import Example, differing
+from .results import EXAMPLES, Results
+from .settings import DemoSettings
+from .verdict import interval, shown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Point = dict[str, float]  # of a frontier: step, reward and kl
 
-
-def reward_at(points: list[Point], kl: float) -> float:
-    """Reward where a method's curve crosses a sequence KL, by interpolation between the nearest evaluations."""
-    ordered = sorted(points, key=lambda point: point["kl"])
-    return float(np.interp(kl, [point["kl"] for point in ordered], [point["reward"] for point in ordered]))
-
-
-def matched_kl(curves: dict[str, list[Point]]) -> list[dict[str, float]]:
-    """Rewards of all methods at sequence KLs that every curve reaches."""
-    reach = min(max(point["kl"] for point in points) for points in curves.values())
-    rows = []
-    for share in (0.5, 0.75, 1.0):
-        kl = share * reach
-        rows.append({"kl": kl, **{method: reward_at(points, kl) for method, points in curves.items()}})
-    return rows
-
-
-def _plot(curves: dict[str, list[Point]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for method, points in curves.items():
-        axes.plot([p["kl"] for p in points], [p["reward"] for p in points], marker="o", label=method.upper())
-    axes.set_xlabel("sequence KL(reference || policy), nats")
-    axes.set_ylabel("reward: P(positive)")
-    axes.set_title("Reward against KL, samples for held-out prompts")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def verdict(matched: list[dict[str, float]], error: float) -> str:
-    """What the rewards at the largest matched KL say of TDPO2 and DPO, in a sentence."""
-    last = matched[-1]
-    difference = last["tdpo2"] - last["dpo"]
-    how = "higher than" if difference > 0 else "not higher than"
-    size = "more" if abs(difference) > 2 * error else "less"
-    return (
-        f"At KL {last['kl']:.2f} the reward of TDPO2 is {how} that of DPO at the same beta ({difference:+.3f}), by "
-        f"{size} than two standard errors of the samples ({error:.3f} each)."
-    )
-
-
-def report(settings: DemoSettings, out: Path, examples: dict[str, list[Example]], seconds: float) -> None:
+def report(settings: DemoSettings, out: Path, results: Results, seconds: float) -> None:
     """Prints the results and writes results.json and frontier.png beside the models."""
-    curves = {method: json.loads((out / method / "frontier.json").read_text()) for method in settings.methods}
+    _print_curves(results)
+    _print_differences(results)
+    print(f"\nVerdict: {results.verdict}")
+    print("Intervals are over the prompts, of one training each: another seed trains other policies.")
+    _print_examples(results)
+    _plot(results, out / "frontier.png")
+    times = {"seconds": seconds, "processor_seconds": time.process_time()}
+    write_json(out / "results.json", {**results.saved(), **times})
+    print(f"\nSaved under {out}:")
+    print("  frontier.png, results.json; base/ (where all methods start from); pairs.json (the preference data);")
+    names = ", ".join(settings.methods)
+    print(f"  {names}: model/, checkpoints/, evaluations.json, log.json. {seconds:.0f} s in all.")
+
+
+def _print_curves(results: Results) -> None:
+    curves = results.curves
     print("\nReward (probability of a positive review) and sequence KL by step")
     header = "".join(f"{method.upper():>8s} reward      kl" for method in curves)
     print(f"{'step':>5s}{header}")
     for points in zip(*curves.values()):
         cells = "".join(f"{point['reward']:>15.3f}{point['kl']:>8.2f}" for point in points)
         print(f"{points[0]['step']:>5d}{cells}")
-
-    matched = matched_kl(curves)
     print("\nReward at matched KL (interpolated)")
-    for row in matched:
+    for row in results.matched_kl:
         cells = "   ".join(f"{method.upper()} {row[method]:.3f}" for method in curves)
         print(f"  KL {row['kl']:5.2f}   {cells}")
-    results: dict[str, Any] = {"curves": curves, "matched_kl": matched, "examples": examples}
-    results |= {"seconds": seconds, "processor_seconds": time.process_time()}
-    if {"dpo", "tdpo2"} <= curves.keys():
-        error = float(np.hypot(*(curves[method][-1]["reward_error"] for method in ("dpo", "tdpo2"))))
-        results["verdict"] = verdict(matched, error)
-        print(f"\n{results['verdict']}")
 
-    print("\nSamples, each with its reward")
-    for rows in zip(*examples.values()):
-        print(f"\n  {_one_line(rows[0].prompt)} ...")
-        for name, example in zip(examples, rows):
-            shown = name.upper() if name in METHODS else name
-            print(f"  {shown:>7s} {example.reward:.2f}  {_one_line(example.continuation)}")
 
-    _plot(curves, out / "frontier.png")
-    write_json(out / "results.json", results)
-    print(f"\nSaved under {out}:")
-    print("  frontier.png, results.json; base/ (where all methods start from); pairs.json (the preference data);")
-    print(f"  {', '.join(curves)}: model/, checkpoints/, frontier.json, log.json. {seconds:.0f} s in all.")
+def _print_differences(results: Results) -> None:
+    print(f"\nDifferences in reward on the same {len(results.prompts)} prompts and random numbers")
+    for method, gains in results.gains.items():
+        print(f"  {shown(method):>5s} - before, last step      {_figures(gains[-1])}")
+    for comparison in results.comparisons:
+        pair = f"{shown(comparison.method):>5s} - {shown(comparison.other)}"
+        print(f"  {pair}, last step".ljust(31) + _figures(comparison.reward))
+        print(f"  {pair}, KL {comparison.matched_kl:.2f}".ljust(31) + _figures(comparison.reward_at_equal_kl))
+
+
+def _figures(difference: Difference) -> str:
+    return (
+        f"{difference.value:+.3f}   {interval(difference)}   standard error {difference.error:.3f} "
+        f"(unpaired {difference.unpaired_error:.3f})"
+    )
+
+
+def _print_examples(results: Results) -> None:
+    differ, prompts = differing(results.examples), len(results.prompts)
+    print(f"\nSamples, each with its reward. The methods' texts differ for {differ} of {prompts} prompts; these first")
+    for example in results.examples[:EXAMPLES]:
+        print(f"\n  {_one_line(example.prompt)} ...")
+        for names, reward, text in _lines(example):
+            print(f"  {names:>{_width(results)}s} {reward:.2f}  {text}")
+
+
+def _lines(example: Example) -> list[tuple[str, float, str]]:
+    """The distinct continuations of a prompt, with the names of all who wrote them."""
+    return [(_together(each.names), each.reward, _one_line(each.text)) for each in example.continuations]
+
+
+def _width(results: Results) -> int:
+    """Of the names in the samples that are printed."""
+    return max(len(names) for example in results.examples[:EXAMPLES] for names, _, _ in _lines(example))
+
+
+def _together(names: list[str]) -> str:
+    return " = ".join(map(shown, names))
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _plot(results: Results, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for method, gains in results.gains.items():
+        kls = [point["kl"] for point in results.curves[method]]
+        line = left.plot(kls, [0, *(gain.value for gain in gains)], marker="o", label=shown(method))[0]
+        bars = [[gain.value - gain.low for gain in gains], [gain.high - gain.value for gain in gains]]
+        left.errorbar(kls[1:], [gain.value for gain in gains], bars, fmt="none", color=line.get_color(), capsize=3)
+    left.set(
+        xlabel="sequence KL(reference || policy), nats",
+        ylabel="gain in reward, P(positive)",
+        title="Gain over the start, held-out prompts",
+    )
+    left.legend()
+    rows = [
+        (f"{shown(each.method)} - {shown(each.other)}\n{where}", difference)
+        for each in results.comparisons
+        for where, difference in (
+            ("last step", each.reward),
+            (f"KL {each.matched_kl:.2f}", each.reward_at_equal_kl),
+        )
+    ]
+    for height, (_, each) in enumerate(rows):
+        right.plot([each.low, each.high], [height, height], color="black")
+        right.plot(each.value, height, marker="o", color="black" if each.clear else "white", markeredgecolor="black")
+    right.set_yticks(range(len(rows)), [name for name, _ in rows])
+    right.axvline(0, color="gray", linestyle="--")
+    right.set(xlabel="difference in reward", title="Differences (filled: the interval excludes 0)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=6)
+    figure.suptitle(f"95% intervals over {len(results.prompts)} prompts, equal random numbers", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
