@@ -31,6 +31,7 @@ SETTINGS = {
     "eval_every": 8,
     "eval_prompts": 512,
     "kl_prompts": 256,
+    "learning_rate": 1e-3,
 }
 TINY = {"reviews": 1000, "prompts": 12, "steps": 2, "eval_every": 1, "eval_prompts": 4, "response_tokens": 6}
 LEVELS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # sequence KLs at which rewards are compared

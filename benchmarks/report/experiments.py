@@ -7,28 +7,48 @@ from .pages import load, markdown, table
 
 @table
 def demo() -> str:
-    """The demo's rewards at matched KL."""
+    """The demo's rewards, their differences on equal prompts and random numbers, and its verdict."""
     results = load("demo")
-    methods = list(results["curves"])
-    rows = [[f"{row['kl']:.2f}", *(f"{row[method]:.3f}" for method in methods)] for row in results["matched_kl"]]
     start = next(iter(results["curves"].values()))[0]
-    table = markdown(
-        ["sequence KL", *map(str.upper, methods)], [["0 (before)", *[f"{start['reward']:.3f}"] * 3], *rows]
+    rows = [["before", f"{start['reward']:.3f}", "", "0"]]
+    for name, points in results["curves"].items():
+        gain, last = results["gains"][name][-1], points[-1]
+        rows.append([name.upper(), f"{last['reward']:.3f}", _with_interval(gain), f"{last['kl']:.2f}"])
+    methods = markdown(["", "reward", "gain, 95% interval", "sequence KL"], rows)
+    rows = []
+    for each in results["comparisons"]:
+        pair, at_equal_kl = f"{each['method'].upper()} - {each['other'].upper()}", each["reward_at_equal_kl"]
+        errors = f"{at_equal_kl['error']:.3f} ({at_equal_kl['unpaired_error']:.3f})"
+        equal = f"{_with_interval(at_equal_kl)} at {each['matched_kl']:.2f}"
+        rows.append([pair, _with_interval(each["reward"]), equal, errors])
+    columns = ["reward of", "after the last step", "at equal KL", "standard error of the latter (unpaired)"]
+    seconds = f"{results['processor_seconds'] / 60:.1f} minutes of processor time"
+    return (
+        f"{methods}\n\n{markdown(columns, rows)}\n\n"
+        f"{results['verdict']} One training each, {results['prompts']} prompts, {seconds}."
     )
-    minutes = results["processor_seconds"] / 60
-    return f"{table}\n\n{results['verdict']} This run took {minutes:.1f} minutes of processor time."
+
+
+def _with_interval(difference: dict[str, float]) -> str:
+    return f"{difference['value']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})"
 
 
 @table
 def demo_samples() -> str:
-    """What the demo's models write, with its reward."""
-    examples = load("demo")["examples"]
+    """What the demo's models write, with its reward; a text that several wrote stands there once."""
+    results = load("demo")
     rows = []
-    for name, continued in examples.items():
-        cells = [f"{' '.join(text.split())} ({reward:.2f})" for _, text, reward in continued[:2]]
-        rows.append([name if name == "before" else name.upper(), *cells])
-    prompts = [f"{' '.join(prompt.split())} ..." for prompt, _, _ in examples["before"][:2]]
-    return markdown(["", *prompts], rows)
+    for prompt, continuations in results["examples"][:2]:
+        for text, reward, names in continuations:
+            authors = ", ".join(name if name == "before" else name.upper() for name in names)
+            rows.append([_one_line(f"{prompt} ..."), authors, _one_line(text), f"{reward:.2f}"])
+    shown = markdown(["prompt", "written by", "continuation", "reward"], rows)
+    differ = results["prompts_with_differing_texts"]
+    return f"{shown}\n\nThe methods' texts differ for {differ} of {results['prompts']} prompts; such are shown first."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 @table

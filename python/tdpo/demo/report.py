@@ -66,8 +66,10 @@ def _figures(difference: Difference) -> str:
 
 
 def _print_examples(results: Results) -> None:
-    differ, prompts = differing(results.examples), len(results.prompts)
-    print(f"\nSamples, each with its reward. The methods' texts differ for {differ} of {prompts} prompts; these first")
+    print("\nSamples, each with its reward")
+    if results.comparisons:
+        differ, prompts = differing(results.examples), len(results.prompts)
+        print(f"The methods' texts differ for {differ} of {prompts} prompts; such are shown first.")
     for example in results.examples[:EXAMPLES]:
         print(f"\n  {_one_line(example.prompt)} ...")
         for names, reward, text in _lines(example):

@@ -62,7 +62,7 @@ class DemoSettings:
     eval_prompts: int = option(256, "held-out prompts that every policy continues at each evaluation")
     kl_prompts: int = option(64, "of them, those on whose responses the KL is measured (it is a sum of expectations)")
     batch_pairs: int = option(8, "preference pairs per step")
-    learning_rate: float = option(1e-3, "learning rate of each method")
+    learning_rate: float = option(2e-3, "learning rate of each method")
     beta: float = option(0.1, "strength of the KL constraint")
     alpha: float = option(0.5, "weight of the sequence-KL difference in tdpo2")
 
