@@ -22,6 +22,8 @@ using at::BFloat16;
 constexpr int64_t kTileRows = 128, kBlockColumns = 384, kBlockDepth = 512;
 // Blocks where `a` must be packed too: wider, so that it is packed less often.
 constexpr int64_t kWideColumns = 768, kWideDepth = 256;
+// Rows of `a` at a time where the operands are exchanged.
+constexpr int64_t kExchangedRows = 128;
 
 template <typename T>
 struct Matrix {
@@ -189,6 +191,72 @@ void pack_rows(const Matrix<T>& a, Range m, Range k, int64_t padded_depth, T* pa
     }
 }
 
+// A matrix of floats, transposed: out[i][j] = in[j][i] for `rows` rows of out and `columns` of its columns.
+template <int kBytes>
+__attribute__((always_inline)) inline void transpose_floats(const float* in, int64_t in_stride, int64_t rows,
+                                                            int64_t columns, float* out, int64_t out_stride) {
+  using Floats = Square<float, kBytes>;
+  int64_t i = 0;
+  for (; i + Floats::lanes <= rows; i += Floats::lanes) {
+    int64_t j = 0;
+    for (; j + Floats::lanes <= columns; j += Floats::lanes)
+      Floats::transpose(in + j * in_stride + i, in_stride * sizeof(float), out + i * out_stride + j, out_stride);
+    for (; j < columns; ++j)
+      for (int64_t lane = i; lane < i + Floats::lanes; ++lane) out[lane * out_stride + j] = in[j * in_stride + lane];
+  }
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) out[i * out_stride + j] = in[j * in_stride + i];
+}
+
+#ifdef TDPO_X86
+__attribute__((target("avx512f"))) void transpose_floats_avx512(const float* in, int64_t in_stride, int64_t rows,
+                                                                int64_t columns, float* out, int64_t out_stride) {
+  transpose_floats<64>(in, in_stride, rows, columns, out, out_stride);
+}
+#endif
+
+void transpose_floats(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
+                      int64_t out_stride) {
+#ifdef TDPO_X86
+  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
+  if (has_avx512) return transpose_floats_avx512(in, in_stride, rows, columns, out, out_stride);
+#endif
+  transpose_floats<16>(in, in_stride, rows, columns, out, out_stride);
+}
+
+// out = a @ b as the transpose of b^T @ a^T, where `b` is a transposed weight and `a` has few rows: the weight is read
+// as it lies, and `a` packed in its place. What costs is the transpose of the result, tile by tile, in the cache.
+template <typename T>
+void multiply_exchanged(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
+  const Matrix<T> weight(b.t()), rows(a.t());  // (columns, depth) and (depth, rows)
+  const int64_t depth = weight.columns, count = rows.columns, tiles = (weight.rows + kTileRows - 1) / kTileRows;
+  const int64_t bands = (count + kExchangedRows - 1) / kExchangedRows;
+  std::vector<T> packed(depth * count);
+  for (int64_t band = 0; band < bands; ++band)
+    for (int64_t k = 0; k < depth; k += kBlockDepth) {
+      const Range m{band * kExchangedRows, std::min(kExchangedRows, count - band * kExchangedRows)};
+      const Range block{k, std::min(kBlockDepth, depth - k)};
+      pack_transposed_block(rows, block, m, packed.data() + m.begin * depth + k * m.size);
+    }
+  float* const result = out.data_ptr<float>();
+  const int64_t out_stride = out.stride(0);
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> tile(kTileRows * kExchangedRows);
+    for (int64_t n = first * kTileRows; n < std::min(last * kTileRows, weight.rows); n += kTileRows) {
+      const int64_t width = std::min(kTileRows, weight.rows - n);
+      for (int64_t m = 0; m < count; m += kExchangedRows) {
+        const int64_t height = std::min(kExchangedRows, count - m);
+        for (int64_t k = 0; k < depth; k += kBlockDepth)
+          at::native::cpublas::brgemm(width, height, std::min(kBlockDepth, depth - k), weight.row_stride, height,
+                                      height, k > 0, weight.at(n, k), packed.data() + m * depth + k * height,
+                                      tile.data(), kPaired<T>);
+        transpose_floats(tile.data(), height, height, width, result + m * out_stride + n, out_stride);
+      }
+    }
+    at::native::cpublas::brgemm_release(true);
+  });
+}
+
 // out (+)= a @ b with brgemm, block by block.
 template <typename T>
 struct Product {
@@ -236,6 +304,10 @@ struct Product {
 
 template <typename T>
 void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
+  const bool transposed_weight = a.stride(1) == 1 && b.stride(0) == 1 && a.size(1) % 2 == 0;
+  // Where the result takes less memory than the weight, so that to transpose it costs less than to pack the weight.
+  const bool few_rows = a.size(0) * int64_t(sizeof(float)) <= a.size(1) * int64_t(sizeof(T));
+  if (transposed_weight && few_rows && !accumulate) return multiply_exchanged<T>(a, b, out);
   const Product<T> product{Matrix<T>(a), Matrix<T>(b), out.data_ptr<float>(), out.stride(0), accumulate};
   const int64_t rows = a.size(0), columns = b.size(1);
   // Threads share the columns, and the rows too where there are few columns.
