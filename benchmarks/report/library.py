@@ -221,3 +221,19 @@ def float16_gradients() -> str:
     for row in results:
         errors.setdefault(row["nats"], {})[row["candidate"]] = f"{row['dhidden']:.1e}; {row['dweight']:.1e}"
     return markdown(["nats", *names], [[str(nats), *(cells[name] for name in names)] for nats, cells in errors.items()])
+
+
+@table
+def distillation() -> str:
+    """Exact on-policy distillation beside its peers."""
+    rows = []
+    for step in load("bench_distillation")["steps"]:
+        case = f"{step['sequences'] * step['tokens']} x V {step['vocab']:,}, D {step['width']}, {step['dtype']}"
+        for row in step["candidates"]:
+            memory = f"{row['extra_mb']:,.0f}" if "extra_mb" in row else ""
+            ratio = f"{row['over_products']:.2f}"
+            rows.append(
+                [case, row["candidate"], f"{row['seconds']:.2f}", ratio, f"{row['multiply_adds']:.0f}", memory]
+            )
+    header = ["rows x vocabulary", "candidate", "s", "over products", "multiply-adds: rows x D x V", "extra MiB"]
+    return markdown(header, rows)
