@@ -232,8 +232,6 @@ def distillation() -> str:
         for row in step["candidates"]:
             memory = f"{row['extra_mb']:,.0f}" if "extra_mb" in row else ""
             ratio = f"{row['over_products']:.2f}"
-            rows.append(
-                [case, row["candidate"], f"{row['seconds']:.2f}", ratio, f"{row['multiply_adds']:.0f}", memory]
-            )
+            rows.append([case, row["candidate"], f"{row['seconds']:.2f}", ratio, f"{row['multiply_adds']:.0f}", memory])
     header = ["rows x vocabulary", "candidate", "s", "over products", "multiply-adds: rows x D x V", "extra MiB"]
     return markdown(header, rows)
