@@ -226,12 +226,11 @@ void transpose_floats(const float* in, int64_t in_stride, int64_t rows, int64_t 
 
 // out = a @ b as the transpose of b^T @ a^T, where `b` is a transposed weight and `a` has few rows: the weight is read
 // as it lies, and `a` packed in its place. What costs is the transpose of the result, tile by tile, in the cache.
-template <typename T>
 void multiply_exchanged(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
-  const Matrix<T> weight(b.t()), rows(a.t());  // (columns, depth) and (depth, rows)
+  const Matrix<float> weight(b.t()), rows(a.t());  // (columns, depth) and (depth, rows)
   const int64_t depth = weight.columns, count = rows.columns, tiles = (weight.rows + kTileRows - 1) / kTileRows;
   const int64_t bands = (count + kExchangedRows - 1) / kExchangedRows;
-  std::vector<T> packed(depth * count);
+  std::vector<float> packed(depth * count);
   for (int64_t band = 0; band < bands; ++band)
     for (int64_t k = 0; k < depth; k += kBlockDepth) {
       const Range m{band * kExchangedRows, std::min(kExchangedRows, count - band * kExchangedRows)};
@@ -249,7 +248,7 @@ void multiply_exchanged(const at::Tensor& a, const at::Tensor& b, const at::Tens
         for (int64_t k = 0; k < depth; k += kBlockDepth)
           at::native::cpublas::brgemm(width, height, std::min(kBlockDepth, depth - k), weight.row_stride, height,
                                       height, k > 0, weight.at(n, k), packed.data() + m * depth + k * height,
-                                      tile.data(), kPaired<T>);
+                                      tile.data(), false);
         transpose_floats(tile.data(), height, height, width, result + m * out_stride + n, out_stride);
       }
     }
@@ -304,10 +303,6 @@ struct Product {
 
 template <typename T>
 void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
-  const bool transposed_weight = a.stride(1) == 1 && b.stride(0) == 1 && a.size(1) % 2 == 0;
-  // Where the result takes less memory than the weight, so that to transpose it costs less than to pack the weight.
-  const bool few_rows = a.size(0) * int64_t(sizeof(float)) <= a.size(1) * int64_t(sizeof(T));
-  if (transposed_weight && few_rows && !accumulate) return multiply_exchanged<T>(a, b, out);
   const Product<T> product{Matrix<T>(a), Matrix<T>(b), out.data_ptr<float>(), out.stride(0), accumulate};
   const int64_t rows = a.size(0), columns = b.size(1);
   // Threads share the columns, and the rows too where there are few columns.
@@ -327,11 +322,19 @@ void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, const a
   });
 }
 
+// Logits of few rows: `b` is a transposed weight, and the result takes less memory than it, so that to transpose the
+// result costs less than to pack the weight. Of float32 alone: of bfloat16 it is not measured.
+bool is_better_exchanged(const at::Tensor& a, const at::Tensor& b) {
+  return a.size(0) <= a.size(1) && a.stride(1) == 1 && b.stride(0) == 1;
+}
+
 void brgemm(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
-  if (a.scalar_type() == at::kFloat)
-    multiply<float>(a, b, accumulate, out);
-  else
+  if (a.scalar_type() != at::kFloat)
     multiply<BFloat16>(a, b, accumulate, out);
+  else if (!accumulate && is_better_exchanged(a, b))
+    multiply_exchanged(a, b, out);
+  else
+    multiply<float>(a, b, accumulate, out);
 }
 
 bool has_brgemm_for(at::ScalarType dtype) {
