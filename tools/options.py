@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python")]
 
 from option_fates import OF_TDPO, OF_TRANSFORMERS, OF_TRL, TRIED, Entry, Fate  # noqa: E402
 from tdpo import refusals  # noqa: E402
+from tdpo.option_checks import NEEDED, NEEDED_BY_TRAIN  # noqa: E402
 
 HEAD = """# Options
 
@@ -59,6 +60,10 @@ def row(name: str, entry: Entry) -> list[str]:
         said += [next(iter(instead.values()))]
     else:
         said += [where + text for where, text in instead.items()]
+    if name in NEEDED:
+        said.append(f"refused without `{NEEDED[name]}`")
+    if name in NEEDED_BY_TRAIN:
+        said.append(f"`tdpo train` refuses it without `{NEEDED_BY_TRAIN[name]}`")
     return [f"`{name}`", entry.native.value, entry.trl.value, "; ".join(said)]
 
 

@@ -5,6 +5,7 @@ Free of torch and transformers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import Field, fields
 from os import PathLike
 from pathlib import Path
@@ -49,7 +50,11 @@ _OPTIM_ARGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_npu_fused", "adamw_torch_xla"), ()),
 }
 # Options that only work with another one, and that one.
-_NEEDED = {"reference_cache": "precompute_reference", "reference_dtype": "precompute_reference"}
+NEEDED = {"reference_cache": "precompute_reference", "reference_dtype": "precompute_reference"}
+# The same for `tdpo train` alone: who trains in Python may upload later, by `trainer.push_to_hub`.
+NEEDED_BY_TRAIN = dict.fromkeys(
+    ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"), "push_to_hub"
+)
 _OF_REWARDS = ("chosen", "rejected", "accuracies", "margins")
 # The metrics of an evaluation (tdpo.loss.metrics), and what transformers adds.
 EVALUATED = (
@@ -151,10 +156,14 @@ def check_needed(options: Any) -> None:
     Raises:
         ValueError: the message names both.
     """
-    defaults = {item.name: item.default for item in fields(TDPOOptions)}
-    for name, needed in _NEEDED.items():
+    check_alone(options, NEEDED, {item.name: item.default for item in fields(TDPOOptions)})
+
+
+def check_alone(options: Any, needed_by: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that is set without the one that it needs, which `needed_by` names."""
+    for name, needed in needed_by.items():
         value = getattr(options, name)
-        if value != defaults[name] and not getattr(options, needed):
+        if value not in (defaults[name], False) and not getattr(options, needed):
             raise ValueError(f"{name} is {value}, but {needed} is {getattr(options, needed)}: set {needed} too")
 
 

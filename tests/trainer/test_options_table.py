@@ -17,6 +17,7 @@ import transformers.trainer
 from datasets import Dataset
 from option_fates import REFUSED, WORKS
 from tdpo import TDPOConfig, TDPOTrainer
+from tdpo.option_checks import NEEDED, NEEDED_BY_TRAIN
 from tdpo.refusals import OF_TRANSFORMERS, OF_TRL, refuse
 from transformers import EarlyStoppingCallback, TrainingArguments
 
@@ -61,6 +62,12 @@ def test_what_is_refused_is_what_the_trainers_refuse():
 
 def test_the_page_is_that_of_the_table():
     assert (ROOT / "docs/options.md").read_text() == options_page.page()
+
+
+@pytest.mark.parametrize(("name", "needed"), {**NEEDED, **NEEDED_BY_TRAIN}.items())
+def test_the_page_says_what_an_option_needs(name, needed):
+    assert f"`{needed}`" in options_page.row(name, ALL[name])[-1]
+    assert needed in ALL
 
 
 @pytest.mark.parametrize("name", sorted(name for name, entry in ALL.items() if entry.shown))

@@ -13,6 +13,8 @@ from ..memory.sizes import bytes_of
 from ..models.loading import merges_adapters, trains_adapters
 from ..models.names import check_exists, check_gguf_exists, is_here, looks_like_path
 from ..option_checks import (
+    NEEDED_BY_TRAIN,
+    check_alone,
     check_best_metric,
     check_each,
     check_merging,
@@ -44,6 +46,7 @@ def check_command(command: str, given: Given) -> None:
         MissingExtra: a package that an option needs is not installed.
     """
     models, data = given.models, given.data
+    training = SimpleNamespace(**{**given.defaults, **given.training})
     for name in REQUIRED[command]:
         if name != "ref_model" or given.value("variant") not in REFERENCE_FREE:
             require(models if hasattr(models, name) else data, name)
@@ -52,15 +55,14 @@ def check_command(command: str, given: Given) -> None:
         check_output_dir(output_dir, {"model": models.model, "ref_model": models.ref_model})
         check_can_be_made(output_dir)
         check_evaluations(given)
-        check_uploads(given)
+        check_alone(training, NEEDED_BY_TRAIN, given.defaults)
     if command != "cache-reference":
-        check_needed(SimpleNamespace(**{**given.defaults, **given.training}))
+        check_needed(training)
     check_best_metric(given.value("metric_for_best_model"))
     if data.streaming and command == "cache-reference":
         raise ValueError("streaming is True, but a cache holds the hidden states of rows by number: leave it out")
     if data.streaming and command != "data":
-        trains = command in ("train", "audit")
-        check_stream_options(SimpleNamespace(**{**given.defaults, **given.training}), trains=trains)
+        check_stream_options(training, trains=command in ("train", "audit"))
     if is_here(str(models.model)):  # what adapters a hub's model has is known when it is loaded
         check_merging(models, trains_adapters=trains_adapters(models))
         check_precision_of_merged(models, merges=merges_adapters(models))
@@ -106,14 +108,6 @@ def check_evaluations(given: Given) -> None:
             raise ValueError(f"eval_split is {given.data.eval_split}, but eval_dataset is missing")
     if given.value("eval_samples") and strategy == "no" and not given.value("eval_on_start"):
         raise ValueError("eval_samples is set, but nothing is evaluated while training: set eval_strategy")
-
-
-def check_uploads(given: Given) -> None:
-    """Raises ValueError for options of uploads where nothing is uploaded."""
-    for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"):
-        asked = given.value(name) not in (given.defaults[name], False)
-        if asked and not given.value("push_to_hub"):
-            raise ValueError(f"{name} is {given.value(name)}, but push_to_hub is not set: nothing is uploaded")
 
 
 def check_can_be_made(output_dir: str) -> None:
