@@ -38,7 +38,12 @@ class StoredGradient:
     def rounded(self, factor: Tensor) -> Tensor:
         """The gradient times a number on the device; it is written over `values`."""
         operators.scale_unless_one(self.values, factor.to(operators.state_dtype(self.values.dtype)))
-        return self.values.view(self._shape)
+        return self._shaped()
+
+    def _shaped(self) -> Tensor:
+        """`values` themselves where they have the shape: to a view autograd adds nothing in place, so that the gradient
+        of a tied embedding and the sum of both would each have memory of their own."""
+        return self.values if self.values.shape == self._shape else self.values.view(self._shape)
 
 
 class ScaledGradient(StoredGradient):
@@ -61,7 +66,7 @@ class ScaledGradient(StoredGradient):
     def rounded(self, factor: Tensor) -> Tensor:
         for values, units in zip(self.values.split(ROUNDED_ROWS), self.units.split(ROUNDED_ROWS)):
             values.copy_(values.float().mul_(units * factor))
-        return self.values.view(self._shape)
+        return self._shaped()
 
 
 def stored(values: Tensor) -> StoredGradient:

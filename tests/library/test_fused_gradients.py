@@ -259,3 +259,15 @@ def test_a_long_pair_s_factor_is_not_that_of_the_pairs_before_it(plans):
     whole = loss_and_gradients(linear_preference_loss, packed, OBJECTIVES["tdpo1"], **options)
     assert kind_of(plans[-1]) == "one chunk"
     torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_tied_embedding_is_added_in_place(dtype):
+    """As autograd does where nothing else holds the memory of dW; their sum would be a third tensor of its size."""
+    weight, labels = torch.randn(300, 16, dtype=dtype).requires_grad_(), torch.randint(300, (12,))
+    hidden = torch.nn.functional.embedding(torch.randint(300, (12,)), weight)
+    reference = hidden.detach(), weight.detach()
+    loss, *_ = linear_preference_loss(everything, hidden, weight, *reference, labels, row_lengths=[6, 6])
+    memory = loss.grad_fn.gradients[2].values.data_ptr()
+    loss.backward()
+    assert weight.grad.data_ptr() == memory
