@@ -1,14 +1,16 @@
 """What `tdpo_ext.estimate` and `tdpo memory` say, against measured peaks.
 
-    python benchmarks/bench_memory.py [--parts loss steps]
+    python benchmarks/bench_memory.py [--parts loss steps] [--trainings NAME ...]
 
 loss: peak resident memory of one call of the fused loss, forward and backward, beyond its arguments and gradients,
 against the bytes of its plan; and of the published arithmetic, against seven float32 tensors. Heads of SmolLM2 (its
 weights; V 49,152, D 576) and Gemma 3 270M (its sizes with random weights; V 262,144, D 640).
 
-steps: two steps of a training of SmolLM2, in a process of its own: the peak beyond the models that it has loaded
-against what `tdpo memory` says of the same options, activations being a rough part of it. A training of a tiny model
-comes first, so that modules which the trainer imports late are not counted.
+steps: two steps of a training of SmolLM2 (its weights) or Gemma 3 270M (its sizes with random weights), in a process of
+its own: the peak beyond the models that it has loaded against what `tdpo memory` says of the same options, activations
+being a rough part of it. A training of a tiny model comes first, so that modules which the trainer imports late are not
+counted. With --trainings, the peaks of the others stay as they were measured, beside estimates that are made again:
+bfloat16 takes long on processors that don't multiply it.
 
 The script starts itself again with settings by which glibc gives blocks of 1 MiB and more back to the system when they
 are freed: otherwise it keeps smaller ones than 32 MiB for later.
@@ -41,11 +43,11 @@ import tdpo_ext
 
 MIB = 2**20
 OBJECTIVE = functools.partial(tdpo_ext.tdpo_loss, beta=0.1)
-GEMMA = {  # 270M, with 2 of its 18 layers
+GEMMA = {  # 270M
     "vocab_size": 262144,
     "hidden_size": 640,
     "intermediate_size": 2048,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 18,
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 256,
@@ -59,7 +61,7 @@ CALLS = (
 )
 PUBLISHED_ROWS = 256
 RETURNS_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": str(MIB)}
-# Of trainings of SmolLM2: 2 pairs of 64 and 192 tokens a batch.
+# Of trainings: 2 pairs of 64 and 192 tokens a batch.
 SETTINGS = {"max_length": 256, "max_prompt_length": 64, "per_device_train_batch_size": 2, "shared_prompts": "never"}
 STEPS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -67,6 +69,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "bf16, checkpointed": {"bf16": True, "activation_checkpointing": True},
     "bf16, two batches a step": {"bf16": True, "gradient_accumulation_steps": 2},
     "LoRA, bfloat16 weights": {"lora_r": 16, "dtype": "bfloat16", "bf16": True},
+    "Gemma 3, float32": {},
+    "Gemma 3, float32, checkpointed": {"activation_checkpointing": True},
+    "Gemma 3, LoRA, float32 weights": {"lora_r": 16, "dtype": "float32"},
 }
 
 
@@ -75,9 +80,9 @@ def not_a_margin_loss(chosen: Any, rejected: Any) -> Tensor:
     return OBJECTIVE(chosen, rejected)
 
 
-def gemma() -> Gemma3ForCausalLM:
+def gemma(**sizes: int) -> Gemma3ForCausalLM:
     torch.manual_seed(0)
-    return Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA, architectures=["Gemma3ForCausalLM"]))
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**GEMMA, **sizes}, architectures=["Gemma3ForCausalLM"]))
 
 
 def heads() -> dict[str, Tensor]:
@@ -85,7 +90,7 @@ def heads() -> dict[str, Tensor]:
     smollm2 = real_models.load("smollm2", torch.float32).model
     return {
         "smollm2": smollm2.get_output_embeddings().weight.detach().clone(),
-        "gemma3": gemma().get_output_embeddings().weight.detach().clone(),
+        "gemma3": gemma(num_hidden_layers=2).get_output_embeddings().weight.detach().clone(),
     }
 
 
@@ -161,47 +166,60 @@ def loss_part() -> list[dict]:
 # ---- whole steps ----
 
 
-def step(name: str) -> None:
-    """Two steps of a training, in this process; prints the report's bytes and the measured ones."""
+def step(name: str, *, measures: bool) -> None:
+    """The bytes that the report says of a training, in this process, and those of two steps of it; printed as JSON."""
     from tdpo import TDPOConfig, TDPOTrainer
     from tdpo.memory.report import report_of
     from tdpo.models.loading import load_policy, load_tokenizer, lora_config
     from tdpo.options import MemoryOptions, ModelOptions
 
     of_models = {key: value for key, value in STEPS[name].items() if key in ("lora_r", "dtype")}
-    models = ModelOptions(model=str(real_models.FOLDER / "smollm2"), **of_models)
     options = {key: value for key, value in STEPS[name].items() if key not in of_models}
-    draw = functools.partial(torch.randint, 1, 40000)
-    row = {"prompt_ids": (64,), "chosen_ids": (192,), "rejected_ids": (192,)}
-    data = Dataset.from_list([{column: draw(size).tolist() for column, size in row.items()} for _ in range(16)])
+    smollm2 = real_models.FOLDER / "smollm2"
     with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "gemma3") if name.startswith("Gemma") else smollm2
+        if model != smollm2:
+            gemma().save_pretrained(model)
+        models = ModelOptions(model=str(model), **of_models)
         settings = {**SETTINGS, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
         args = TDPOConfig(output_dir=folder, max_steps=2, audit="never", **{**settings, **options})
         report = report_of(models, MemoryOptions(), args)
+        found = {
+            "training": name,
+            "estimated_mb": (report.together["tdpo"] - report.weights - report.reference) / MIB,
+            "plan": report.plan.partition(":")[0],
+        }
 
         def trainer(policy: Any) -> TDPOTrainer:
-            given = {"train_dataset": data, "processing_class": load_tokenizer(models)}
+            tokenizer = load_tokenizer(ModelOptions(model=str(smollm2)))
+            given = {"train_dataset": made_up_pairs(), "processing_class": tokenizer}
             return TDPOTrainer(policy, None, args, **given, peft_config=lora_config(models))
 
-        trainer(LlamaForCausalLM(LlamaConfig(**TINY))).train()
-        measured = peak_extra_bytes(trainer(load_policy(models)).train)
-    held = report.weights + report.reference
-    print(
-        json.dumps(
-            {
-                "training": name,
-                **compared(report.together["tdpo"] - held, measured),
-                "plan": report.plan.partition(":")[0],
-            }
-        )
-    )
+        if measures:
+            trainer(LlamaForCausalLM(LlamaConfig(**TINY))).train()
+            found["measured_mb"] = peak_extra_bytes(trainer(load_policy(models)).train) / MIB
+            found["measured_with"] = tdpo_ext.build_info()["cpu_capability"]
+    print(json.dumps(found))
 
 
-def steps_part() -> list[dict]:
+def made_up_pairs() -> Dataset:
+    draw = functools.partial(torch.randint, 1, 40000)
+    row = {"prompt_ids": (64,), "chosen_ids": (192,), "rejected_ids": (192,)}
+    return Dataset.from_list([{column: draw(size).tolist() for column, size in row.items()} for _ in range(16)])
+
+
+def steps_part(before: list[dict], trainings: list[str]) -> list[dict]:
+    """Measures `trainings`; of the others, the peaks of `before` are kept."""
+    measured = {row["training"]: {key: row[key] for key in ("measured_mb", "measured_with")} for row in before}
     results = []
     for name in STEPS:
-        done = subprocess.run([sys.executable, __file__, "--step", name], capture_output=True, text=True, check=True)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        asked = ["--measures"] if name in trainings else []
+        if not asked and name not in measured:
+            continue
+        command = [sys.executable, __file__, "--step", name, *asked]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found = {**measured.get(name, {}), **json.loads(done.stdout.splitlines()[-1])}
+        results.append({**found, "measured_over": found["measured_mb"] / found["estimated_mb"]})
         print(text_table(results[-1:], list(results[-1])), flush=True)
     return results
 
@@ -210,17 +228,22 @@ def main() -> None:
     if not RETURNS_BLOCKS.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **RETURNS_BLOCKS})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"loss": loss_part, "steps": steps_part}
-    parser.add_argument("--parts", nargs="*", choices=list(parts), default=list(parts), help="what to measure")
+    parts = ("loss", "steps")
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts, help="what to measure")
+    parser.add_argument("--trainings", nargs="*", choices=list(STEPS), default=list(STEPS), help="of the steps")
     parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--measures", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        return step(arguments.step)
+        return step(arguments.step, measures=arguments.measures)
     path = Path(RESULTS / "bench_memory.json")
     results: dict = json.loads(path.read_text()) if path.exists() else {}
-    results.pop("machine", None)
-    for part in arguments.parts:
-        results[part] = parts[part]()
+    if "loss" in arguments.parts:
+        results.pop("machine", None)  # of steps, each says what it was measured with
+        results["loss"] = loss_part()
+        save("bench_memory", results)
+    if "steps" in arguments.parts:
+        results["steps"] = steps_part(results.get("steps", []), arguments.trainings)
         save("bench_memory", results)
 
 

@@ -21,7 +21,8 @@ _LENGTHS = (32, 64, 96)  # of the sequences that the model is tried on: as many 
 class Activations:
     """Bytes that autograd keeps of sequences of T tokens: `copies`, and for each sequence T * token + T² * square.
 
-    With activation checkpointing, `layers` inputs of `layer_input` bytes a token, and all of one layer, are kept.
+    With activation checkpointing, `layers` inputs of `layer_input` bytes a token are kept; the backward pass computes
+    the others again, a layer at a time.
 
     Attributes:
         copies: of weights, in the precision of autocast.
@@ -36,12 +37,15 @@ class Activations:
     layers: int
     layer_input: int
 
-    def bytes(self, sequences: int, length: int, *, checkpointed: bool) -> int:
-        """Of `sequences` of `length` tokens, without `copies`."""
-        kept = length * self.token + length**2 * self.square
+    def forward(self, sequences: int, length: int, *, checkpointed: bool) -> int:
+        """When the forward pass of `sequences` of `length` tokens is done, without `copies`."""
         if checkpointed:
-            kept = kept / self.layers + self.layers * length * self.layer_input
-        return round(sequences * kept)
+            return sequences * length * self.layers * self.layer_input
+        return round(sequences * (length * self.token + length**2 * self.square))
+
+    def recomputed(self, sequences: int, length: int, *, checkpointed: bool) -> int:
+        """What comes beside in the backward pass: one layer of them, recomputed."""
+        return self.forward(sequences, length, checkpointed=False) // self.layers if checkpointed else 0
 
 
 def activations_of(model: Any, autocast: torch.dtype | None) -> Activations | str:

@@ -70,10 +70,51 @@ class Device:
 
 @dataclass(frozen=True)
 class LossBytes:
-    """One way to the loss: bytes at its peak, and those of them that are still there when it is known."""
+    """One way to the loss.
+
+    Attributes:
+        peak: bytes while it is computed.
+        left: those that are still there when it is known: gradients that it returns, temporaries that are kept.
+        kept: those that are still there when every gradient is formed: temporaries for the next loss.
+    """
 
     peak: int
-    left: int
+    left: int = 0
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class HeadBytes:
+    """What a step holds for the policy's head, and for the embedding that it may share its weight with.
+
+    Attributes:
+        copies: both heads in the precision of autocast; 0 where they have it.
+        returned: dW as the loss returns it, in that precision; 0 for a frozen head.
+        gradient: dW in the weight's own precision, formed from it where autocast computes; else 0.
+        beside: gradients of the same weights that are there at the end of the backward pass beside the one that is
+            kept: the embedding's, if its weight is the head's, and that of the earlier batches of a step.
+    """
+
+    copies: int
+    returned: int
+    gradient: int
+    beside: int
+
+    @classmethod
+    def of(cls, policy: Any, ref_head: nn.Linear | None, dtype: torch.dtype, *, accumulates: bool) -> HeadBytes:
+        """Args: the policy with its adapters; the reference's head; what the loss computes in."""
+        head = _head("model", policy).weight
+        causal_lm: Any = unwrap_peft(policy)
+        embedding = causal_lm.get_input_embeddings().weight
+        others = [] if ref_head is None else [ref_head.weight]
+        cast = [weight.numel() for weight in (head, *others) if weight.dtype != dtype]
+        returned = head.numel() * dtype.itemsize if head.requires_grad else 0
+        return cls(
+            copies=sum(cast) * dtype.itemsize,
+            returned=returned,
+            gradient=head.nbytes if returned and head.dtype != dtype else 0,
+            beside=(embedding.nbytes if embedding.requires_grad else 0) * ((embedding is head) + accumulates),
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +127,8 @@ class Training:
         activations: or why they are not known.
         checkpointed: whether activations are recomputed.
         accumulates: gradients of earlier batches are there while a loss is computed.
-        head_copies: both heads in the precision of autocast.
+        head: of the policy.
+        cached: at most, of the copies that autocast keeps until its end, which are those of weights that train.
         device: that it runs on.
         estimate: of the loss of a batch.
     """
@@ -100,7 +142,8 @@ class Training:
     activations: Activations | str
     checkpointed: bool
     accumulates: bool
-    head_copies: int
+    head: HeadBytes
+    cached: int
     device: Device
     estimate: Callable[[Batch], tdpo_ext.Estimate]
 
@@ -118,7 +161,8 @@ class Training:
             )
         autocast = autocast_dtype(args)
         dtype = autocast or head.weight.dtype
-        cast = [h.weight.numel() for h in (head, ref_head) if h is not None and h.weight.dtype != dtype]
+        trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+        accumulates = args.gradient_accumulation_steps > 1
 
         def estimate(batch: Batch) -> tdpo_ext.Estimate:
             return tdpo_ext.estimate(
@@ -137,7 +181,7 @@ class Training:
 
         return cls(
             parameters=sum(parameter.numel() for parameter in policy.parameters()),
-            trained=sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad),
+            trained=trained,
             weights=weight_bytes(policy, in_4bit=models.load_in_4bit),
             gradients=gradient_bytes(policy),
             optimizer=optimizer_bytes(policy, args),
@@ -146,8 +190,9 @@ class Training:
             else HeldReference("none, which the loss does not read", 0),
             activations=activations_of(policy, autocast),
             checkpointed=bool(args.activation_checkpointing),
-            accumulates=args.gradient_accumulation_steps > 1,
-            head_copies=sum(cast) * dtype.itemsize,
+            accumulates=accumulates,
+            head=HeadBytes.of(policy, ref_head, dtype, accumulates=accumulates),
+            cached=trained * dtype.itemsize,
             device=device,
             estimate=estimate,
         )
@@ -157,19 +202,25 @@ class Training:
 
         TRL copies one slice of a head at a time; its float32 sums are the gradients where autocast computes in less.
         """
-        found = self.estimate(batch)
-        stays = min(found.temporaries, _KEPT_ON_CPU) if self.device.type == "cpu" else 0
+        found, head = self.estimate(batch), self.head
+        most = _KEPT_ON_CPU if self.device.type == "cpu" else 0
+        again = head.returned if head.gradient or self.accumulates else 0  # whose memory the next loss takes
         return {
-            "tdpo": LossBytes(found.temporaries + found.gradients + self.head_copies, found.gradients + stays),
-            "published": LossBytes(found.published + self.head_copies, 0),
-            "trl": LossBytes(found.trl + (0 if self.head_copies else found.gradients), 0),
+            "tdpo": LossBytes(
+                peak=found.temporaries + found.gradients + head.copies,
+                left=found.gradients + min(found.temporaries, most),
+                kept=min(found.temporaries + again, most),
+            ),
+            "published": LossBytes(found.published + head.copies),
+            "trl": LossBytes(found.trl + (0 if head.copies else found.gradients)),
         }
 
     def kept(self, batch: Batch, *, checkpointed: bool) -> int | None:
         """The bytes of activations; None where they are not known."""
         if isinstance(self.activations, str):
             return None
-        return self.activations.bytes(*batch.sequences, checkpointed=checkpointed)
+        found, sequences = self.activations, batch.sequences
+        return sum(bytes_of(*sequences, checkpointed=checkpointed) for bytes_of in (found.forward, found.recomputed))
 
     @property
     def copies(self) -> int:
@@ -177,19 +228,30 @@ class Training:
         return 0 if isinstance(self.activations, str) else self.activations.copies
 
     def together(self, batch: Batch) -> dict[str, int]:
-        """The peak of a step by every way; what is not known counts as 0.
+        """The peak of a step by every way: the most of its phases. What is not known counts as 0."""
+        return {way: max(self.phases(batch, loss).values()) for way, loss in self.loss(batch).items()}
 
-        Without accumulation, gradients come when most of the loss's bytes are gone: the larger counts.
+    def phases(self, batch: Batch, loss: LossBytes) -> dict[str, int]:
+        """The bytes of a step while its loss is computed, and at both ends of its backward pass.
+
+        Between these ends gradients come as activations go, a layer at a time. An optimizer's step has nothing that
+        the end of the backward pass has not. The forward pass has less than the loss.
         """
-        held = self.weights + (self.optimizer or 0) + self.reference.bytes + self.copies
-        held += self.kept(batch, checkpointed=self.checkpointed) or 0
-
-        def beside(loss: LossBytes) -> int:
-            if self.accumulates:
-                return self.gradients + loss.peak
-            return max(self.gradients + loss.left, loss.peak)
-
-        return {way: held + beside(loss) for way, loss in self.loss(batch).items()}
+        held = self.weights + (self.optimizer or 0) + self.reference.bytes
+        earlier = self.gradients if self.accumulates else 0
+        activations = layer = copies_of_layer = 0
+        copies_at_loss = copies = self.copies
+        if not isinstance(self.activations, str):
+            activations = self.activations.forward(*batch.sequences, checkpointed=self.checkpointed)
+            layer = self.activations.recomputed(*batch.sequences, checkpointed=self.checkpointed)
+            if self.checkpointed:
+                copies_at_loss = min(self.copies, self.cached)
+                copies = copies_of_layer = self.copies // self.activations.layers
+        return {
+            "loss": held + activations + copies_at_loss + earlier + loss.peak,
+            "backward": held + activations + copies + layer + earlier + loss.left + self.head.gradient,
+            "gradients": held + self.gradients + max(layer + copies_of_layer, self.head.beside) + loss.kept,
+        }
 
     def longest(self, batch: Batch, memory: int, way: str) -> int:
         """The most response tokens with which such a batch stays within `memory` bytes; 0 if none does."""
