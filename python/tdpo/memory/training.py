@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 import tdpo_ext
 from tdpo_ext.losses import margin_form
 
 from ..config import TDPOConfig
 from ..models.causal_lm import unwrap_peft
+from ..models.heads import head_parts
 from ..models.without_weights import empty_policy, empty_reference, weight_bytes
 from ..options import ModelOptions
 from ..precision import autocast_dtype
@@ -101,12 +102,12 @@ class HeadBytes:
     beside: int
 
     @classmethod
-    def of(cls, policy: Any, ref_head: nn.Linear | None, dtype: torch.dtype, *, accumulates: bool) -> HeadBytes:
-        """Args: the policy with its adapters; the reference's head; what the loss computes in."""
-        head = _head("model", policy).weight
+    def of(cls, policy: Any, ref_head: Tensor | None, dtype: torch.dtype, *, accumulates: bool) -> HeadBytes:
+        """Args: the policy with its adapters; the weight of the reference's head; what the loss computes in."""
+        head = _head_weight("model", policy)
         causal_lm: Any = unwrap_peft(policy)
         embedding = causal_lm.get_input_embeddings().weight
-        others = [] if ref_head is None else [ref_head.weight]
+        others = [] if ref_head is None else [ref_head]
         cast = [weight.numel() for weight in (head, *others) if weight.dtype != dtype]
         returned = head.numel() * dtype.itemsize if head.requires_grad else 0
         return cls(
@@ -151,27 +152,25 @@ class Training:
     def of(cls, models: ModelOptions, args: TDPOConfig, device: Device) -> Training:
         """Raises ValueError where a model can't be built from its configuration; the message names it."""
         policy, reference = empty_policy(models), empty_reference(models)
-        head, objective = _head("model", policy), args.trained_objective().objective
+        head, objective = _head_weight("model", policy), args.trained_objective().objective
         ref_head = None
         if needs_reference(objective, reference, args):
-            ref_head = _head("ref_model", policy if reference is None else reference)
-        if ref_head is not None and head.weight.shape[0] != ref_head.weight.shape[0]:
-            raise ValueError(
-                f"ref_model has a vocabulary of {ref_head.weight.shape[0]} but model has {head.weight.shape[0]}"
-            )
+            ref_head = _head_weight("ref_model", policy if reference is None else reference)
+        if ref_head is not None and len(head) != len(ref_head):
+            raise ValueError(f"ref_model has a vocabulary of {len(ref_head)} but model has {len(head)}")
         autocast = autocast_dtype(args)
-        dtype = autocast or head.weight.dtype
+        dtype = autocast or head.dtype
         trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
         accumulates = args.gradient_accumulation_steps > 1
 
         def estimate(batch: Batch) -> tdpo_ext.Estimate:
             return tdpo_ext.estimate(
                 [2 * batch.response] * batch.pairs,
-                vocab=head.weight.shape[0],
-                width=head.weight.shape[1],
-                ref_width=0 if ref_head is None else ref_head.weight.shape[1],
+                vocab=head.shape[0],
+                width=head.shape[1],
+                ref_width=0 if ref_head is None else ref_head.shape[1],
                 dtype=dtype,
-                frozen_head=not head.weight.requires_grad,
+                frozen_head=not head.requires_grad,
                 margin_loss=margin_form(objective) is not None,
                 logits_budget=args.logits_budget,
                 device_type=device.type,
@@ -269,10 +268,9 @@ class Training:
         return min(low, _LONGEST)
 
 
-def _head(name: str, model: Any) -> nn.Linear:
-    head = unwrap_peft(model).get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"the head of {name} is {type(head).__name__}, not a linear layer: its logits are materialised"
-        )
-    return head
+def _head_weight(name: str, model: Any) -> Tensor:
+    """Of a head, without what adapters add to it."""
+    parts = head_parts(unwrap_peft(model).get_output_embeddings())
+    if isinstance(parts, str):
+        raise ValueError(f"the logits of {name} are materialised: {parts}")
+    return parts.weights[0]

@@ -188,6 +188,12 @@ def test_no_weights_and_no_data_are_read(home, monkeypatch, capsys):
     assert sorted(home.rglob("*")) == before
 
 
+def test_an_adapted_head_is_a_frozen_one(home, capsys):
+    """It stays fused: no logits, and no dW of the size of W."""
+    found = counted(capsys, "--lora_r", "4", "--lora_target_modules", "q_proj", "lm_head")
+    assert found["plan"] == counted(capsys, "--lora_r", "4")["plan"]
+
+
 def test_flash_attention_is_counted_where_it_is_not_installed(home, capsys):
     flash, sdpa = (
         counted(capsys, "--attn_implementation", name)["activations"] for name in ("flash_attention_2", "sdpa")
