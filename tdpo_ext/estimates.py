@@ -98,7 +98,9 @@ def estimate(
     placed = rows if positions is None else checks.integer("positions", positions, least=rows)
     weight_entries = 0 if frozen_head else sizes.vocab * sizes.width
     return Estimate(
-        plan=make_plan(lengths, sizes, budget, can_defer=margin_loss, device_type=device_type),
+        plan=make_plan(
+            lengths, sizes, budget, can_defer=margin_loss, can_separate=frozen_head, device_type=device_type
+        ),
         gradients=(rows * sizes.width + weight_entries) * sizes.weight_bytes,
         published=_PUBLISHED_TENSORS * placed * sizes.vocab * _FLOAT32,
         trl=_trl_bytes(rows, sizes, weight_entries),

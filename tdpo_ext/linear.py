@@ -157,8 +157,8 @@ def linear_preference_loss(
     reach the head. The planner takes whole pairs at a time where their logits fit the budget and that is fastest:
     gradients are formed in the forward pass and nothing is recomputed (4 matrix products, 3 with a frozen head). A
     longer pair is taken a block of rows at a time where the objective is a `MarginLoss`, with as many products, or
-    where the head is frozen, with one more; else it is streamed over slices of the vocabulary, and logits are computed
-    twice. docs/math.md describes the plans.
+    where head and bias are frozen and not sharded, with one more; else it is streamed over slices of the vocabulary,
+    and logits are computed twice. docs/math.md describes the plans.
 
     Args:
         objective: `objective(chosen, rejected) -> (pairs,)` on per-sequence sums, such as

@@ -325,7 +325,7 @@ void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, const a
 // Logits of few rows: `b` is a transposed weight, and the result takes less memory than it, so that to transpose the
 // result costs less than to pack the weight. Of float32 alone: of bfloat16 it is not measured.
 bool is_better_exchanged(const at::Tensor& a, const at::Tensor& b) {
-  return a.size(0) <= a.size(1) && a.stride(1) == 1 && b.stride(0) == 1;
+  return a.size(0) <= a.size(1) && a.stride(1) == 1 && b.stride(0) == 1 && b.stride(1) >= b.size(0);
 }
 
 void brgemm(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {

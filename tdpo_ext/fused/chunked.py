@@ -25,7 +25,7 @@ from .weight_gradient import WholeWeightGradient
 def chunked_loss(loss: PairLoss, plan: ChunkedPlan, wanted: Wanted, wanted_columns: frozenset[str]) -> Outcome:
     """Loss, sums and gradients of a batch of pairs, chunk by chunk.
 
-    The objective is a MarginLoss where the plan has long pairs and a gradient is wanted.
+    The objective is a MarginLoss where the plan has long pairs, does not separate, and a gradient is wanted.
     """
     inputs = loss.inputs
     rows = loss.rows.in_chunks([chunk.pairs for chunk in plan.chunks])

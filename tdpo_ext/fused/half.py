@@ -9,6 +9,7 @@ forward pass. So
 * gradients wait for backward with a unit for every row (`stored.ScaledGradient`), and are rounded when the gradient of
   the loss has joined them.
 
+dW keeps the rows that are not below 2^-38 of a product's largest factor times hidden state: one unit serves all rows.
 bfloat16 has the exponents of float32, and needs none of this.
 """
 
@@ -23,11 +24,14 @@ from ..ops.operators import RowOptions
 
 _LARGEST_DZ, _LARGEST_OPERAND = 13, 14  # exponents of 2: float16 ends at 2^16, and these leave room for rounding
 _EXPONENTS = 100  # of 2, either way: a scale and what it multiplies stay within float32
+_EXPONENT_BITS = 0x7F800000  # of a float32: without the others it is a power of two
 
 
 def power_of_two(size: Tensor) -> Tensor:
-    """The largest power of two that is not above `size`; of 0, a tiny one."""
-    return torch.exp2(torch.log2(size).floor().clamp(-_EXPONENTS, _EXPONENTS))
+    """The largest power of two that is not above `size`, between 2^-100 and 2^100, float32; what is no number stays."""
+    size = size.float()
+    whole = size.contiguous().view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32)
+    return torch.where(size.isfinite(), whole.clamp(2.0**-_EXPONENTS, 2.0**_EXPONENTS), size)
 
 
 def dz_scales(logps_grad: Tensor, kl_grad: Tensor, kl: Tensor, options: RowOptions) -> Tensor:

@@ -231,6 +231,8 @@ class CallTensors:
             for name, weight in named.items():
                 own = width if len(named) == 1 else _size(weight, -1)
                 check(name, weight, (vocab, own), hidden, f"{beside}{prefix}hidden {tuple(hidden.shape)}")
+            if len(named) > 1 and 0 in head.widths:
+                raise ValueError(f"a part of {prefix}weight has no columns: their widths are {head.widths}")
             if head.width != width:
                 raise ValueError(
                     f"the widths of {prefix}weight, {head.widths}, do not add up to {prefix}hidden's, {width}"

@@ -88,10 +88,15 @@ def _separate_long_pair(run: Run, pair: Chunk, columns: Mapping[str, Tensor]) ->
             if scale is not None:
                 share /= scale
     upstream = run.objective.upstream(torch.cat(values, dim=1), pair, columns)
-    for gradient, grad in zip(apart, (upstream.logps_grad[:, None], upstream.kl_grad[:, None])):
-        gradient.masked_fill_(grad == 0, 0).mul_(grad)  # selected: a gradient that is not wanted may be no number
     assert isinstance(run.gradients.hidden, HiddenGradient)
-    run.gradients.hidden.put(pair.rows, apart[0].add_(apart[1]))
+    for rows in _blocks(run, pair):  # a block at a time: what is rounded has memory of its own
+        here = slice(rows.start - pair.rows.start, rows.stop - pair.rows.start)
+        by_logps, by_kl = (
+            # Selected: a gradient that is not wanted may be no number.
+            gradient[here].masked_fill_(grad[here, None] == 0, 0).mul_(grad[here, None])
+            for gradient, grad in zip(apart, (upstream.logps_grad, upstream.kl_grad))
+        )
+        run.gradients.hidden.put(rows, by_logps.add_(by_kl))
     return upstream
 
 

@@ -73,6 +73,7 @@ BAD = {
     "widths": (lambda parts: parts[:-1], r"widths of weight, \[3, 8\], do not add up to hidden's, 16"),
     "another vocabulary": (lambda parts: [*parts[:-1], parts[-1][:-1]], r"^weight\[2\] has shape"),
     "another dtype": (lambda parts: [*parts[:-1], parts[-1].double()], r"^weight\[2\] has dtype torch.float64"),
+    "no columns": (lambda parts: [*parts, parts[0][:, :0]], "a part of weight has no columns"),
     "a vector": (lambda parts: [*parts[:-1], parts[-1][0]], r"^weight\[2\] has shape"),
 }
 

@@ -11,6 +11,7 @@ from ..config import TDPOConfig
 from ..models.causal_lm import CausalLM
 from ..models.probes import choose_layout
 from ..models.routers import router_coefficient
+from ..models.sharding import will_be_spread
 from ..option_checks import check_without_reference
 from ..reference.cached_states import CachedStates
 from ..reference.choose import Datasets, choose_reference, needs_reference
@@ -45,7 +46,7 @@ def set_up_loss(
     Raises:
         ValueError: a model doesn't fit the others, the data or the options; the message names what.
     """
-    policy = CausalLM.of(model)
+    policy = CausalLM.of(model, will_be_spread=will_be_spread(args))
     reference = None
     if needs_reference(trained.objective, ref_model, args):
         reference = choose_reference(policy, model, ref_model, args, datasets, pad_token_id)

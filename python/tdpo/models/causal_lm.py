@@ -70,15 +70,20 @@ class CausalLM:
         return self if self.probed is None else replace(self, model=self.probed, probed=None)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """Inspects a model and, on two tokens, compares its own logits with those formed from its hidden states."""
+    def of(cls, model: nn.Module, *, will_be_spread: bool = False) -> Self:
+        """Inspects a model and, on two tokens, compares its own logits with those formed from its hidden states.
+
+        Args:
+            will_be_spread: an engine will spread its weights over processes.
+        """
         model = unwrap_peft(model)
         probed = stand_in(model) if is_sharded(model) else model
         head = model.get_output_embeddings()
         parts = head_parts(head)
         if isinstance(parts, str):
             return cls(model, fallback_reason=parts, probed=probed)
-        if not isinstance(head, nn.Linear) and (is_sharded(model) or is_tensor_parallel(model)):
+        spread = will_be_spread or is_sharded(model) or is_tensor_parallel(model)
+        if spread and not isinstance(head, nn.Linear):
             reason = "its head has adapters, and its weights are spread over processes"
             return cls(model, fallback_reason=reason, probed=probed)
         found = _how_logits_are_made(cls(probed))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class HeadParts:
 def head_parts(head: nn.Module) -> HeadParts | str:
     """The parts of a head as it is: of its adapters, those that are in use. Or why it is no linear function of them."""
     if "peft" in sys.modules:  # otherwise there are no adapters, and to import it takes seconds
-        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora import Linear as LoraLinear
         from peft.tuners.trainable_tokens import TrainableTokensLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
@@ -53,7 +54,7 @@ def head_parts(head: nn.Module) -> HeadParts | str:
             head = head.token_adapter
         if isinstance(head, TrainableTokensLayer):
             return _with_trained_tokens(head)
-        if isinstance(head, LoraLayer):
+        if isinstance(head, LoraLinear):
             return _with_lora(head)
         if isinstance(head, BaseTunerLayer):
             return f"its head has adapters of the kind {type(head).__module__.split('.')[-2]}"
@@ -85,7 +86,7 @@ def _with_lora(layer: Any) -> HeadParts | str:
         return lambda hidden: scaling * first(dropout(hidden.to(first.weight.dtype)))
 
     added = tuple(layer.lora_B[name].weight for name in names)
-    return HeadParts((*base.weights, *added), base.bias, tuple(map(inputs, names)))
+    return HeadParts((*base.weights, *added), base.bias, (*base.added, *map(inputs, names)))
 
 
 def _with_trained_tokens(layer: Any) -> HeadParts | str:
@@ -99,9 +100,26 @@ def _with_trained_tokens(layer: Any) -> HeadParts | str:
     ((name, *others), (weight,)) = layer.active_adapters, base.weights
     if others:
         return "its head has trained tokens of several adapters"
-    tokens = torch.as_tensor(layer.token_indices[name], device=weight.device)
+    tokens, chosen = _chosen_tokens(layer, tuple(layer.token_indices[name]), weight)
     rows = layer.trainable_tokens_delta[name]
-    chosen = torch.zeros(len(weight), len(tokens), dtype=weight.dtype, device=weight.device)
-    chosen[tokens, torch.arange(len(tokens), device=weight.device)] = 1
-    change = rows.to(weight.dtype) - weight[tokens]
-    return HeadParts((weight, chosen), None, (lambda hidden: hidden @ change.to(hidden.dtype).t(),))
+
+    def inputs(hidden: Tensor) -> Tensor:
+        return hidden @ (rows.to(hidden.dtype) - weight[tokens].to(hidden.dtype)).t()
+
+    return HeadParts((weight, chosen), None, (inputs,))
+
+
+_CHOSEN: WeakKeyDictionary[nn.Module, dict[Any, tuple[Tensor, Tensor]]] = WeakKeyDictionary()  # of layers
+
+
+def _chosen_tokens(layer: nn.Module, ids: tuple[int, ...], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids on the device, and (V, tokens), 1 where a column's token is; made once, as the host waits for it."""
+    made = _CHOSEN.setdefault(layer, {})
+    key = ids, weight.shape[0], weight.dtype, weight.device
+    if key not in made:
+        with torch.inference_mode(False):  # they are used again in training
+            tokens = torch.tensor(ids, device=weight.device)
+            chosen = torch.zeros(len(weight), len(ids), dtype=weight.dtype, device=weight.device)
+            chosen[tokens, torch.arange(len(ids), device=weight.device)] = 1
+        made[key] = tokens, chosen
+    return made[key]

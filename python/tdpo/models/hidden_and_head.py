@@ -82,5 +82,8 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     inputs = dict(batch)
     head = described.head
     hidden = described.hidden_rows(inputs).values if "rows" in inputs else head.inputs(described.hidden(**inputs))
-    weight = head.weights if len(head.weights) > 1 else head.weights[0]
+    weights = head.weights
+    if len(weights) > 1:  # peft keeps adapters in float32 beside weights in less
+        weights = tuple(weight.to(hidden.dtype) for weight in weights)
+    weight = weights if len(weights) > 1 else weights[0]
     return hidden, LMHead(weight, head.bias, described.softcap, described.logit_scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def is_partitioned(tensor: Any) -> bool:
@@ -20,6 +23,11 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether an engine has spread a model over data-parallel processes, so that only its wrapper can run it."""
     fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
     return fsdp or any(map(is_partitioned, model.parameters()))
+
+
+def will_be_spread(args: TrainingArguments) -> bool:
+    """Whether an engine spreads the weights over data-parallel processes when training begins: FSDP or ZeRO-3."""
+    return bool(args.fsdp or os.environ.get("ACCELERATE_USE_FSDP")) or is_deepspeed_zero3_enabled()
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:

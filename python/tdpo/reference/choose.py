@@ -13,7 +13,7 @@ from ..config import TDPOConfig
 from ..data.stream import PreferenceStream
 from ..models.adapters import has_adapters
 from ..models.causal_lm import CausalLM
-from ..models.sharding import is_sharded, whole_size
+from ..models.sharding import is_sharded, whole_size, will_be_spread
 from ..progress import shows_bars
 from .at_start import AtStart
 from .cache import ReferenceCache, cache_reference
@@ -52,7 +52,7 @@ def choose_reference(
     """
     if ref_model is not None and not is_sharded(ref_model):
         ref_model = ref_model.to(args.device)
-    start = policy if ref_model is None else CausalLM.of(ref_model)
+    start = policy if ref_model is None else CausalLM.of(ref_model, will_be_spread=will_be_spread(args))
     if policy.vocab_size != start.vocab_size:
         raise ValueError(f"ref_model has a vocabulary of {start.vocab_size} but model has {policy.vocab_size}")
     if args.precompute_reference:

@@ -36,7 +36,7 @@ from ..models.forward import patch_forward
 from ..models.noise import evaluation_mode
 from ..models.probes import depends_on_the_batch
 from ..models.routers import router_coefficient
-from ..models.sharding import is_sharded
+from ..models.sharding import is_sharded, will_be_spread
 from ..models.sizes import check_token_ids, embedded_ids
 from ..policy import check_needs_no_logits
 from ..precision import WarnOfCoarseWeights, autocast
@@ -132,7 +132,7 @@ class TDPOTrainer(WholeAdapters, DPOTrainer):
             check_token_ids(dataset, embedded_ids(model=self.model))
         self.add_callback(WarnOfCoarseWeights())
         with autocast(self.args):
-            policy = CausalLM.of(self.model)
+            policy = CausalLM.of(self.model, will_be_spread=will_be_spread(self.args))
             reference = self._reference(policy)
             for name, model_read in {"model": policy, "ref_model": reference}.items():
                 problem = depends_on_the_batch(model_read, self.args.max_length)

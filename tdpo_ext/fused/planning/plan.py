@@ -54,7 +54,7 @@ class WholePairs:
 
 @dataclass(frozen=True)
 class LongPair:
-    """One pair, taken a block of rows at a time: its gradients wait for a factor that belongs to this pair alone."""
+    """One pair, taken a block of rows at a time: its gradients wait for what its loss alone knows."""
 
     pair: int
 
@@ -69,7 +69,8 @@ class ChunkedPlan:
 
     A chunk of whole pairs that fits the budget is taken at once ("chunked"). A pair that does not is a chunk alone,
     taken `rows` rows at a time, with gradients that lack a factor until its loss is known ("deferred"): its dz is kept
-    until then where that takes no more memory than its dW; else its dW is summed apart.
+    until then where that takes no more memory than its dW; else its dW is summed apart. Or, for a frozen head, its
+    dhidden is kept in two parts, for one product more than with its three.
 
     Attributes:
         chunks: all pairs, in order.

@@ -95,7 +95,7 @@ class Sizes:
     @property
     def weight_sum(self) -> int:
         """Bytes beside dW of its float32 sum, which is needed where dW has low precision and is added to more than
-        once. The memory of dW itself holds as much of the sum as it can (`gradients.WholeWeightGradient`)."""
+        once. The memory of dW itself holds as much of the sum as it can (`weight_gradient.WholeWeightGradient`)."""
         if not self.low_precision:
             return 0
         return rows_beside(self.vocab, self.weight_bytes, self.logit_bytes) * self.grad_width * self.logit_bytes
