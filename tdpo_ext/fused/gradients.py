@@ -21,7 +21,7 @@ from torch import Tensor
 from ..ops.memory import Buffer
 from .blocks import NO_FACTORS, Block, Factors
 from .half import weighted_row_sum
-from .heads import Head
+from .heads import Head, columns_of_parts
 from .inputs import FusedInputs
 from .rows import ChunkedRows
 from .stored import StoredGradient, stored
@@ -65,6 +65,9 @@ class HiddenGradient:
         head, shape = self._inputs.head, (len(dz), self._inputs.head.width)
         if not (self._inputs.sums_hidden_grad or factors.any):
             view = self._rows.view(self._grad.values, block.rows)
+            if view is None and len(head.weights) == 1:
+                self.put(block.rows, torch.mm(dz, head.weights[0]))
+                return
             values = dz.new_empty(shape) if view is None else view
             for weight, piece in head.beside(values):
                 torch.mm(dz, weight, out=piece)
@@ -190,7 +193,7 @@ class Gradients:
             self.hidden.add(block, dz, factors)
         if self.bias is not None:
             self.bias.add(block.columns, dz, factors)
-        for weight, piece in zip(self.weights, hidden.split(self.widths, dim=1)):
+        for weight, piece in zip(self.weights, columns_of_parts(hidden, self.widths)):
             if weight is not None:
                 weight.add(block.columns, piece, dz, factors)
         if self.hidden is not None:
@@ -228,7 +231,7 @@ class DeferredGradients:
             gradients.hidden.add(block, dz, factors)
         if self._bias is not None:
             self._bias.add(block.columns, dz, factors)
-        for part, (weight, piece) in enumerate(zip(gradients.weights, hidden.split(gradients.widths, dim=1))):
+        for part, (weight, piece) in enumerate(zip(gradients.weights, columns_of_parts(hidden, gradients.widths))):
             if part in self._apart:
                 self._apart[part].add(piece, dz, factors)
             elif weight is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +73,7 @@ class Head:
 
     def beside(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every part, and its columns of some rows of hidden states or of their gradient, (n, D)."""
-        return list(zip(self.weights, rows.split(self.widths, dim=1)))
+        return list(zip(self.weights, columns_of_parts(rows, self.widths)))
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> Tensor:
         """Logits of some rows' hidden states over some columns, in the precision of `out`, which is returned."""
@@ -87,6 +88,11 @@ class Head:
         """out = dz @ weight[columns], or out += it, in the precision of `out`, (n, D)."""
         for weight, piece in self.beside(out):
             product(dz, weight[columns], piece, accumulate=accumulate)
+
+
+def columns_of_parts(rows: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+    """The columns, of some rows (n, D), of parts that lie side by side; of a single part without an operation."""
+    return [rows] if len(widths) == 1 else rows.split(list(widths), dim=1)
 
 
 @dataclass(frozen=True)
