@@ -1,5 +1,6 @@
 """Several processes (DDP and FSDP2; on gloo, but for real GPUs) train to the loss curve of one."""
 
+import itertools
 import json
 
 import pytest
@@ -45,7 +46,8 @@ def data(rows):
 
 def make():
     if adapted:
-        models = {"model": with_trained_adapters(make_model("llama"))}
+        of_head = {"target_modules": ["q_proj", "lm_head"]} if adapted == "head" else {}
+        models = {"model": with_trained_adapters(make_model("llama"), **of_head)}
     else:
         models = {"model": make_model("llama"), "ref_model": make_model("llama", 1)}
     return make_trainer(out, **models, train_dataset=data(rows), eval_dataset=data(37), **options)
@@ -110,10 +112,10 @@ def run(folder, processes, environment=None, **options):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The results of one process, with trained adapters and without any."""
+    """The results of one process: without adapters, with trained ones, and with one of them on the head."""
     return {
         adapters: run(tmp_path_factory.mktemp("alone"), 1, per_device_train_batch_size=4, adapters=adapters)
-        for adapters in (False, True)
+        for adapters in (False, True, "head")
     }
 
 
@@ -123,8 +125,14 @@ def assert_equal(two, one):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("kind", ["ddp", "ddp with a cache", "ddp of split batches", "fsdp2"])
+@pytest.mark.parametrize(
+    ("kind", "adapters"),
+    [
+        *itertools.product(["ddp", "ddp with a cache", "ddp of split batches", "fsdp2"], [False, True]),
+        ("ddp", "head"),
+        ("fsdp2", "head"),  # from logits: the engine spreads the adapters
+    ],
+)
 def test_two_processes_equal_one(kind, adapters, tmp_path, alone):
     options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     if kind == "ddp with a cache":
