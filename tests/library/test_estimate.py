@@ -12,6 +12,7 @@ import torch
 import tdpo_ext
 from tdpo_ext.fused import call
 from tdpo_ext.fused.planning.plan import cuda_budget
+from tdpo_ext.ops.matmul import _COPIED_SIDE, has_brgemm
 
 OBJECTIVE = functools.partial(tdpo_ext.tdpo_loss, beta=0.1)
 SHAPE = {"vocab": 3000, "width": 64}
@@ -85,7 +86,9 @@ def test_a_call_takes_the_memory_of_its_plan(objective, dtype):
     )
     assert (str(estimate.plan).startswith("streaming")) == (objective is not_a_margin_loss)
     measured = peak_resident() - before - arguments - gradients
-    assert measured == pytest.approx(estimate.temporaries, rel=0.1)
+    # Where the processor does not multiply bfloat16, blocks of both operands are copied to float32.
+    copies = 0 if dtype == torch.float32 or has_brgemm(dtype) else 2 * 4 * _COPIED_SIDE**2
+    assert 0.9 * estimate.temporaries < measured < 1.1 * estimate.temporaries + copies
 
 
 def test_budgets_of_a_gpu_follow_its_memory():

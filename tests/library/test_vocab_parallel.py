@@ -212,7 +212,7 @@ def dtensors(rank, world, device):
     close(
         ours.kl,
         token_divergence(logits, ref_logits, labels).kl.double(),
-        1e-6 if device == "cpu" else 5e-6,
+        5e-6,  # both are float32, summed in another order
         "kl of DTensor logits",
     )
     (grad,) = torch.autograd.grad(ours.kl.sum(), parts[0])
