@@ -127,20 +127,20 @@ void pack_block(const Matrix<BFloat16>& b, Range k, int64_t padded_depth, Range 
   }
 }
 
-// Transposes a matrix of 32-bit words in squares of kBytes wide; whatever is left over, word by word. `stride` in
-// bytes.
+// Transposes a matrix of 32-bit words in squares of kBytes wide, out[i][j] = source[j][i]; whatever is left over, word
+// by word. `stride` in bytes, `out_stride` in words.
 template <int kBytes>
 __attribute__((always_inline)) inline void transpose_words(const char* source, int64_t stride, int64_t words,
-                                                           int64_t columns, uint32_t* out) {
+                                                           int64_t columns, uint32_t* out, int64_t out_stride) {
   using Words = Square<uint32_t, kBytes>;
   const auto copy_word = [&](int64_t i, int64_t j) {
-    std::memcpy(out + i * columns + j, source + j * stride + i * sizeof(uint32_t), sizeof(uint32_t));
+    std::memcpy(out + i * out_stride + j, source + j * stride + i * sizeof(uint32_t), sizeof(uint32_t));
   };
   int64_t j = 0;
   for (; j + Words::lanes <= columns; j += Words::lanes) {
     int64_t i = 0;
     for (; i + Words::lanes <= words; i += Words::lanes)
-      Words::transpose(source + j * stride + i * sizeof(uint32_t), stride, out + i * columns + j, columns);
+      Words::transpose(source + j * stride + i * sizeof(uint32_t), stride, out + i * out_stride + j, out_stride);
     for (; i < words; ++i)
       for (int64_t lane = j; lane < j + Words::lanes; ++lane) copy_word(i, lane);
   }
@@ -151,23 +151,28 @@ __attribute__((always_inline)) inline void transpose_words(const char* source, i
 #ifdef TDPO_X86
 // With registers of 64 bytes, which fill a cache line at a time: twice as fast.
 __attribute__((target("avx512f"))) void transpose_words_avx512(const char* source, int64_t stride, int64_t words,
-                                                               int64_t columns, uint32_t* out) {
-  transpose_words<64>(source, stride, words, columns, out);
+                                                               int64_t columns, uint32_t* out, int64_t out_stride) {
+  transpose_words<64>(source, stride, words, columns, out, out_stride);
 }
 #endif
+
+void transpose_words(const void* source, int64_t stride, int64_t words, int64_t columns, void* out,
+                     int64_t out_stride) {
+  const auto* const in = static_cast<const char*>(source);
+  auto* const result = static_cast<uint32_t*>(out);
+#ifdef TDPO_X86
+  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
+  if (has_avx512) return transpose_words_avx512(in, stride, words, columns, result, out_stride);
+#endif
+  transpose_words<16>(in, stride, words, columns, result, out_stride);
+}
 
 // pack_block for a transposed operand (a weight) of even depth. What is contiguous in its columns, a float or a pair of
 // bfloat16, moves as one 32-bit word.
 template <typename T>
 void pack_transposed_block(const Matrix<T>& b, Range k, Range n, T* packed) {
-  const auto* source = reinterpret_cast<const char*>(b.at(k.begin, n.begin));
-  const int64_t stride = b.column_stride * sizeof(T), words = k.size * sizeof(T) / sizeof(uint32_t);
-  auto* const out = reinterpret_cast<uint32_t*>(packed);
-#ifdef TDPO_X86
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
-  if (has_avx512) return transpose_words_avx512(source, stride, words, n.size, out);
-#endif
-  transpose_words<16>(source, stride, words, n.size, out);
+  transpose_words(b.at(k.begin, n.begin), b.column_stride * sizeof(T), k.size * sizeof(T) / sizeof(uint32_t), n.size,
+                  packed, n.size);
 }
 
 // Packs rows `m` and columns `k` of `a` into dense rows of `padded_depth` entries, in squares that keep both sides in
@@ -189,39 +194,6 @@ void pack_rows(const Matrix<T>& a, Range m, Range k, int64_t padded_depth, T* pa
             packed[row * padded_depth + column] = *a.at(m.begin + row, k.begin + column);
       }
     }
-}
-
-// A matrix of floats, transposed: out[i][j] = in[j][i] for `rows` rows of out and `columns` of its columns.
-template <int kBytes>
-__attribute__((always_inline)) inline void transpose_floats(const float* in, int64_t in_stride, int64_t rows,
-                                                            int64_t columns, float* out, int64_t out_stride) {
-  using Floats = Square<float, kBytes>;
-  int64_t i = 0;
-  for (; i + Floats::lanes <= rows; i += Floats::lanes) {
-    int64_t j = 0;
-    for (; j + Floats::lanes <= columns; j += Floats::lanes)
-      Floats::transpose(in + j * in_stride + i, in_stride * sizeof(float), out + i * out_stride + j, out_stride);
-    for (; j < columns; ++j)
-      for (int64_t lane = i; lane < i + Floats::lanes; ++lane) out[lane * out_stride + j] = in[j * in_stride + lane];
-  }
-  for (; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) out[i * out_stride + j] = in[j * in_stride + i];
-}
-
-#ifdef TDPO_X86
-__attribute__((target("avx512f"))) void transpose_floats_avx512(const float* in, int64_t in_stride, int64_t rows,
-                                                                int64_t columns, float* out, int64_t out_stride) {
-  transpose_floats<64>(in, in_stride, rows, columns, out, out_stride);
-}
-#endif
-
-void transpose_floats(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
-                      int64_t out_stride) {
-#ifdef TDPO_X86
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f");
-  if (has_avx512) return transpose_floats_avx512(in, in_stride, rows, columns, out, out_stride);
-#endif
-  transpose_floats<16>(in, in_stride, rows, columns, out, out_stride);
 }
 
 // out = a @ b as the transpose of b^T @ a^T, where `b` is a transposed weight and `a` has few rows: the weight is read
@@ -249,7 +221,7 @@ void multiply_exchanged(const at::Tensor& a, const at::Tensor& b, const at::Tens
           at::native::cpublas::brgemm(width, height, std::min(kBlockDepth, depth - k), weight.row_stride, height,
                                       height, k > 0, weight.at(n, k), packed.data() + m * depth + k * height,
                                       tile.data(), false);
-        transpose_floats(tile.data(), height, height, width, result + m * out_stride + n, out_stride);
+        transpose_words(tile.data(), height * sizeof(float), height, width, result + m * out_stride + n, out_stride);
       }
     }
     at::native::cpublas::brgemm_release(true);

@@ -82,8 +82,7 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     inputs = dict(batch)
     head = described.head
     hidden = described.hidden_rows(inputs).values if "rows" in inputs else head.inputs(described.hidden(**inputs))
-    weights = head.weights
-    if len(weights) > 1:  # peft keeps adapters in float32 beside weights in less
-        weights = tuple(weight.to(hidden.dtype) for weight in weights)
-    weight = weights if len(weights) > 1 else weights[0]
+    weight: Tensor | tuple[Tensor, ...] = head.weights[0]
+    if len(head.weights) > 1:  # peft keeps adapters in float32 beside weights in less
+        weight = tuple(part.to(hidden.dtype) for part in head.weights)
     return hidden, LMHead(weight, head.bias, described.softcap, described.logit_scale)

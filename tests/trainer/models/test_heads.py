@@ -13,7 +13,7 @@ from tdpo.models.heads import head_parts
 
 import tdpo_ext
 from helpers.model_families import make_model
-from helpers.trainer_cases import losses, make_trainer
+from helpers.trainer_cases import change_what_trains, losses, make_trainer
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 16}
 
@@ -25,10 +25,7 @@ def adapted(family="llama", **options):
 
 
 def randomised(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    change_what_trains(model)
     return model
 
 
