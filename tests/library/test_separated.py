@@ -75,17 +75,19 @@ def test_losses_of_sequences_alone(plans):
     assert (grad - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_what_is_no_number_reaches_no_other_row(plans):
-    """Where the reference's logits are infinite, so is the KL, which the chosen side does not read."""
+@pytest.mark.parametrize(("direction", "masked"), [("forward", "bias"), ("reverse", "ref_bias")])
+def test_a_kl_that_is_not_read_may_be_no_number(direction, masked, plans):
+    """A token has no probability under one model: the KL is infinite and, of the reverse one, so is its gradient."""
     case, tensors = frozen_case(torch.float32, bias=True)
-    tensors["bias"] = tensors["bias"].clone()
-    tensors["bias"][-1] = -torch.inf  # no probability, where the reference has some: the KL is infinite
+    tensors[masked] = tensors[masked].clone()
+    tensors[masked][-1] = -torch.inf
 
     def without_kl(chosen, rejected):
         return (chosen.logratio - rejected.logratio - 1.0) ** 2
 
-    labels = tensors["labels"].clamp(max=len(case.weight) - 2)
-    _, grad = hidden_gradient(linear_preference_loss, tensors | {"labels": labels}, without_kl, logits_budget=BUDGET)
+    tensors["labels"] = tensors["labels"].clamp(max=len(case.weight) - 2)
+    options = {"logits_budget": BUDGET, "kl_direction": direction}
+    _, grad = hidden_gradient(linear_preference_loss, tensors, without_kl, **options)
     assert plans[-1].separates
     assert grad.isfinite().all()
 
