@@ -69,8 +69,8 @@ class ChunkedPlan:
 
     A chunk of whole pairs that fits the budget is taken at once ("chunked"). A pair that does not is a chunk alone,
     taken `rows` rows at a time, with gradients that lack a factor until its loss is known ("deferred"): its dz is kept
-    until then where that takes no more memory than its dW; else its dW is summed apart. Or, for a frozen head, its
-    dhidden is kept in two parts, for one product more than with its three.
+    until then where that takes no more memory than its dW; else its dW is summed apart. Where the head is frozen, the
+    dhidden of a pair under any objective is kept in two parts instead ("separated"), which takes a fourth product.
 
     Attributes:
         chunks: all pairs, in order.
