@@ -50,7 +50,7 @@ def measure(dtype: torch.dtype, repeats: int) -> dict:
         hidden = torch.randn(rows, WIDTH).to(dtype)
         runs = {
             "logits": lambda hidden=hidden: product(hidden, weight.t(), logits[: len(hidden)]),
-            "dhidden": lambda hidden=hidden: torch.mm(dz[: len(hidden)], weight),
+            "dhidden": lambda hidden=hidden: product(dz[: len(hidden)], weight, torch.empty_like(hidden)),
             "dW": lambda hidden=hidden: product(dz[: len(hidden)].t(), hidden, total, accumulate=True),
         }
         for name, run in runs.items():

@@ -38,7 +38,7 @@ struct GradientParams {
   const void* states;      // (rows, kRowStateSize)
   const void* logps_grad;  // (rows), dL/dlogps
   const void* kl_grad;     // (rows), dL/dkl
-  RowView out;             // dL/dlogits; may be the logits' own memory
+  RowView out;             // dL/dlogits; may be the logits' own memory, on a CPU also of a narrower dtype
   DType out_dtype;
 };
 

@@ -92,6 +92,7 @@ def estimate(
         logit_bytes=state_dtype(dtype).itemsize,
         needs_weight_grad=not frozen_head,
         is_half=dtype == torch.float16,
+        dz_in_place=device_type == "cpu",
     )
     rows = sum(lengths)
     budget = _budget(logits_budget, device_type, device_memory)

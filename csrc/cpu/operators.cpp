@@ -32,9 +32,10 @@ const CpuKernels& kernels() {
 struct Tasks {
   int64_t rows, vocab, slices;
 
-  explicit Tasks(const DivergenceParams& params) : rows(params.rows), vocab(params.vocab), slices(1) {
+  explicit Tasks(const DivergenceParams& params, bool whole_rows = false)
+      : rows(params.rows), vocab(params.vocab), slices(1) {
     const int64_t threads = torch::stable::get_num_threads(), wanted = 4 * threads;
-    if (rows > 0 && rows < wanted && threads > 1)
+    if (!whole_rows && rows > 0 && rows < wanted && threads > 1)
       slices = std::max<int64_t>(1, std::min((wanted + rows - 1) / rows, vocab / kMinSlice));
   }
 
@@ -123,12 +124,13 @@ void logit_gradient_out(const Tensor& logits, const Tensor& ref_logits, const Te
                                    {vocab_start, vocab_size, ignore_index, temperature, softcap, reverse_kl});
   check_label_range(inputs.params);
   const auto gradient = check_gradient(logits, ref_logits, labels, states, logps_grad, kl_grad, out);
+  const bool narrows = narrows_in_place(out, logits);  // then a slice would overwrite what another has yet to read
   const bool streaming_stores =
-      !same_memory(out, logits) && out.numel() * static_cast<int64_t>(out.element_size()) > kStreamingBytes;
+      !narrows && !same_memory(out, logits) && out.numel() * static_cast<int64_t>(out.element_size()) > kStreamingBytes;
   const auto write = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
     kernels().logit_gradient(inputs.params, gradient.params, streaming_stores, row, begin, end);
   };
-  Tasks(inputs.params).run(write, /*backwards=*/true);
+  Tasks(inputs.params, /*whole_rows=*/narrows).run(write, /*backwards=*/true);
 }
 
 }  // namespace

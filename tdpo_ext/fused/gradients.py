@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.matmul import product
 from ..ops.memory import Buffer
 from .blocks import NO_FACTORS, Block, Factors
 from .half import weighted_row_sum
@@ -65,12 +66,9 @@ class HiddenGradient:
         head, shape = self._inputs.head, (len(dz), self._inputs.head.width)
         if not (self._inputs.sums_hidden_grad or factors.any):
             view = self._rows.view(self._grad.values, block.rows)
-            if view is None and len(head.weights) == 1:
-                self.put(block.rows, torch.mm(dz, head.weights[0]))
-                return
             values = dz.new_empty(shape) if view is None else view
             for weight, piece in head.beside(values):
-                torch.mm(dz, weight, out=piece)
+                product(dz, weight, piece)
             if view is None:
                 self.put(block.rows, values)
             return

@@ -20,6 +20,8 @@ from .planning.plan import resolved_budget
 from .planning.sizes import Sizes
 from .rows import Rows, Sequences, reading_is_free
 
+# Entries that torch's products in tiles (AMX) may read behind a row of dz, against zeros, of which a NaN makes NaN.
+_READ_BEHIND = 64
 # ref_logps and kl, among the fields of TokenDivergence; and kl alone.
 _REFERENCE_FIELDS, _KL = slice(1, 3), 2
 
@@ -65,6 +67,15 @@ class FusedInputs(CallTensors):
         return operators.state_dtype(self.weight_dtype)
 
     @property
+    def dz_in_place(self) -> bool:
+        """Whether dz can be written over the logits of its rows."""
+        return self.weight_dtype == self.logit_dtype or self.device.type == "cpu"
+
+    def dz_over(self, z: Tensor) -> Tensor:
+        """Memory for dz in that of the logits, (rows, columns)."""
+        return z if z.dtype == self.weight_dtype else operators.narrowed(z, self.weight_dtype)
+
+    @property
     def is_half(self) -> bool:
         """Whether dz and the gradients are float16, whose rows then have scales of their own (`half`)."""
         return self.weight_dtype == torch.float16
@@ -105,6 +116,33 @@ class FusedInputs(CallTensors):
         if self.has_reference:
             self.ref_head.logits(rows.ref_hidden, columns, out=r)
         return operators.row_states(z, r, rows.labels, self.options.from_column(columns.start))
+
+    def write_dz(
+        self,
+        z: Tensor,
+        r: Tensor,
+        labels: Tensor,
+        states: Tensor,
+        *,
+        logps_grad: Tensor,
+        kl_grad: Tensor,
+        first_column: int,
+        out: Tensor,
+    ) -> None:
+        """dz of some rows from their logits over some columns, (rows, columns), written into `out`."""
+        operators.logit_gradient_out(
+            z,
+            r,
+            labels,
+            states,
+            logps_grad=logps_grad,
+            kl_grad=kl_grad,
+            options=self.options.from_column(first_column),
+            out=out,
+        )
+        columns = out.shape[1]
+        if out.dtype != z.dtype and out.data_ptr() == z.data_ptr() and columns % _READ_BEHIND:
+            z.view(out.dtype)[:, columns : columns + _READ_BEHIND - columns % _READ_BEHIND] = 0
 
     def merge_over_ranks(self, rows: int, local_states: Callable[[], Tensor]) -> Tensor:
         """The states that `local_states` computes of `rows` rows over this rank's vocabulary, merged over all ranks."""
@@ -269,4 +307,5 @@ def _sizes(inputs: FusedInputs, vocab: int, trained_width: int) -> Sizes:
         needs_grad=needs_grad,
         needs_weight_grad=needs_grad and trained_width > 0,
         trained_width=trained_width or None,
+        dz_in_place=inputs.dz_in_place,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops import memory, operators
+from ..ops import memory
 from ..ops.memory import Buffer
 from ..vocab_parallel import Exchange
 from .blocks import Block, Factors, slices
@@ -32,7 +32,8 @@ class Buffers:
 
     Attributes:
         z, r: policy and reference logits of a block; the same where there is no reference.
-        dz: of the rows whose dz is kept; `z` itself where those are a block's and have its dtype.
+        dz: of the rows whose dz is kept; in the memory of `z` where those are a block's.
+        dz_in_place: whether it is there.
         weight_rests: of each part of the head that wants a gradient, by its place, what the memory of a low-precision
             dW does not hold of its sum; empty where it is not summed.
         pair_weights: of each such part, dW of a pair that is summed apart; empty where none is.
@@ -41,6 +42,7 @@ class Buffers:
     z: Tensor
     r: Tensor
     dz: Tensor
+    dz_in_place: bool
     weight_rests: Mapping[int, Tensor]
     pair_weights: Mapping[int, Tensor]
 
@@ -48,9 +50,8 @@ class Buffers:
     def allocate(cls, inputs: FusedInputs, plan: ChunkedPlan, wanted: Wanted) -> Buffers:
         pitch, vocab = row_pitch(inputs.vocab), inputs.vocab
         logits = Buffer((plan.rows, vocab), inputs.logit_dtype, pitch)
-        dz = None
-        if wanted.any and (inputs.weight_dtype != inputs.logit_dtype or plan.keeps_dz or plan.separates):
-            dz = Buffer((plan.dz_rows, vocab), inputs.weight_dtype, pitch)
+        in_place = inputs.dz_in_place and not (plan.keeps_dz or plan.separates)
+        dz = None if in_place or not wanted.any else Buffer((plan.dz_rows, vocab), inputs.weight_dtype, pitch)
         rests: dict[int, Buffer] = {}
         pairs: dict[int, Buffer] = {}
         if plan.sums_weight:
@@ -73,7 +74,8 @@ class Buffers:
         return cls(
             z=z,
             r=found.get("r", z),
-            dz=found.get("dz", z),
+            dz=found["dz"] if "dz" in found else inputs.dz_over(z),
+            dz_in_place=in_place,
             weight_rests={part: found[f"rest of part {part}"] for part in rests},
             pair_weights={part: found[f"part {part} of a pair"] for part in pairs},
         )
@@ -169,8 +171,7 @@ class Run:
 
     def make_room(self, rows: int, pair: DeferredGradients | None = None) -> None:
         """Before the forward pass of rows whose dz will be kept: forms the gradients of the others, where needed."""
-        overwritten = self.buffers.dz is self.buffers.z
-        if overwritten or self.kept_rows + rows > self.plan.dz_rows:
+        if self.buffers.dz_in_place or self.kept_rows + rows > self.plan.dz_rows:
             self.flush(pair)
 
     def keep_dz(self, block: ForwardBlock, logps_grad: Tensor, kl_grad: Tensor) -> None:
@@ -199,14 +200,14 @@ class Run:
             of_rows = self.inputs.dz_scales(logps_grad, kl_grad, block.values)
             logps_grad, kl_grad, scale = logps_grad * of_rows, kl_grad * of_rows, of_rows[:, None]
         self.exchange.run(
-            lambda: operators.logit_gradient_out(
+            lambda: self.inputs.write_dz(
                 self.buffers.z[:count],
                 self.buffers.r[:count],
                 block.gathered.labels,
                 block.states,
                 logps_grad=logps_grad,
                 kl_grad=kl_grad,
-                options=self.inputs.options,
+                first_column=0,
                 out=dz,
             ),
             lambda: None,

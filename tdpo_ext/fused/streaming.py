@@ -237,8 +237,8 @@ class _GradientRows:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """Scratch memory of both passes for a block: both logits, dz (`z` itself where it has its dtype), and the float32
-    sums of a slice of a low-precision dW, of each part of the head that wants a gradient, by its place."""
+    """Scratch memory of both passes for a block: both logits, dz (in the memory of `z` where it can be), and the
+    float32 sums of a slice of a low-precision dW, of each part of the head that wants a gradient, by its place."""
 
     z: Tensor
     r: Tensor
@@ -247,9 +247,8 @@ class _Buffers:
 
     @classmethod
     def allocate(cls, inputs: FusedInputs, plan: StreamingPlan, wanted: Wanted) -> _Buffers:
-        low_precision = inputs.weight_dtype != inputs.logit_dtype
-        dz, sums = low_precision and wanted.any, {}
-        if low_precision:
+        sums: dict[int, Buffer] = {}
+        if inputs.weight_dtype != inputs.logit_dtype:
             sums = wanted.buffers(inputs.head, plan.columns, inputs.logit_dtype)
         shape, pitch = (plan.rows, plan.columns), row_pitch(plan.columns)
         logits = Buffer(shape, inputs.logit_dtype, pitch)
@@ -258,14 +257,17 @@ class _Buffers:
             {
                 "z": logits,
                 "r": logits if inputs.has_reference else None,
-                "dz": Buffer(shape, inputs.weight_dtype, pitch) if dz else None,
+                "dz": Buffer(shape, inputs.weight_dtype, pitch) if wanted.any and not inputs.dz_in_place else None,
                 **{f"part {part}": buffer for part, buffer in sums.items()},
             },
             plan.budget,
         )
         z = found["z"]
         return cls(
-            z=z, r=found.get("r", z), dz=found.get("dz", z), weight_sums={part: found[f"part {part}"] for part in sums}
+            z=z,
+            r=found.get("r", z),
+            dz=found["dz"] if "dz" in found else inputs.dz_over(z),
+            weight_sums={part: found[f"part {part}"] for part in sums},
         )
 
     def z_of(self, rows: int, columns: slice) -> Tensor:
@@ -329,14 +331,14 @@ def _form_dz(
     r = z  # not read where the KL has no gradient
     if block.start < rows.with_kl:
         r = inputs.ref_head.logits(gathered.ref_hidden, columns, out=buffers.r_of(count, columns))
-    operators.logit_gradient_out(
+    inputs.write_dz(
         z,
         r,
         gathered.labels,
         rows.states[block],
         logps_grad=rows.logps_grad[block],
         kl_grad=rows.kl_grad[block],
-        options=inputs.options.from_column(columns.start),
+        first_column=columns.start,
         out=buffers.dz_of(count, columns),
     )
 

@@ -46,15 +46,13 @@ def product(
     `full_precision`.
     """
     if a.dtype == out.dtype:
-        if accumulate:
-            return out.addmm_(a, b)
         if a.device.type == "cpu":
-            if a.dtype == torch.bfloat16 and _rounds_faster():
-                return _rounded_product(a, b, out)
-            if a.dtype == torch.float32 and has_brgemm(a.dtype) and b.stride(0) == 1 and a.stride(1) == 1:
-                operators.matmul_float32(a, b, accumulate=False, out=out)  # logits: `b` is a transposed weight
+            if a.dtype == torch.float32 and has_brgemm(a.dtype):
+                operators.matmul_float32(a, b, accumulate=accumulate, out=out)
                 return out
-        return torch.mm(a, b, out=out)
+            if a.dtype == torch.bfloat16 and not accumulate and _rounds_faster():
+                return _rounded_product(a, b, out)
+        return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     if not _has_out_dtype(a.device.type, a.dtype):
         operators.matmul_float32(a, b, accumulate=accumulate, out=out)
         return out

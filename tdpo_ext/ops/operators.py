@@ -114,8 +114,13 @@ def logit_gradient_out(
     options: RowOptions,
     out: Tensor,  # (..., V), of the logits' dtype or, for float32 logits, bfloat16 or float16
 ) -> None:
-    """`logit_gradient` written into `out`, which may be `logits` itself."""
+    """`logit_gradient` written into `out`, which may be `logits` itself or, on a CPU, `narrowed(logits, dtype)`."""
     _ops.logit_gradient_out(logits, ref_logits, labels, states, logps_grad, kl_grad, **options.as_keywords(), out=out)
+
+
+def narrowed(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a narrower dtype, (..., V), each row of which begins where that of the logits does."""
+    return logits.view(dtype)[..., : logits.shape[-1]]
 
 
 def scale_unless_one(tensor: Tensor, factor: Tensor) -> None:

@@ -13,10 +13,20 @@ import torch
 from tdpo.loss.objectives import OBJECTIVES as NAMED
 from tdpo.loss.objectives import ObjectiveOptions
 
+from helpers.device import DEVICE
 from helpers.paths_met import counting
 from helpers.planning import plans_of_large_calls
-from tdpo_ext import TokenDivergence, TokenRows, VocabShard, eager, linear_preference_loss, per_token
-from tdpo_ext.losses import is_reference_free, sees_tokens
+from tdpo_ext import (
+    MarginLoss,
+    TokenDivergence,
+    TokenRows,
+    VocabShard,
+    eager,
+    linear_preference_loss,
+    linear_token_loss,
+    per_token,
+)
+from tdpo_ext.losses import is_reference_free, reference_free, sees_tokens
 
 
 def squared_margin(chosen, rejected):
@@ -31,23 +41,47 @@ def bounded_tokens(chosen, rejected):
     return torch.nn.functional.softplus(-0.2 * (sides[0] - sides[1]))
 
 
+def bounded_kl(sequences):
+    """Of one sequence alone, and no MarginLoss."""
+    return sequences.kl.log1p()
+
+
+@per_token
+def mean_kl(sequences):
+    return sequences.mean(sequences.kl)
+
+
+@reference_free
+@per_token
+def weighted_logps(sequences):
+    return -sequences.mean(sequences.columns["weight"] * sequences.logps)
+
+
+# Of sequences alone: these are given to linear_token_loss.
+UNPAIRED = {
+    "bounded KL": bounded_kl,
+    "mean KL": MarginLoss(mean_kl, lambda mean: mean),
+    "weighted log-probabilities": MarginLoss(weighted_logps, torch.nn.functional.softplus),
+}
 OBJECTIVES = {name: named.build(ObjectiveOptions()) for name, named in NAMED.items()}
 OBJECTIVES["squared margin"] = squared_margin
 OBJECTIVES["bounded tokens"] = bounded_tokens
+OBJECTIVES |= UNPAIRED
 
 # Relative errors that rounding explains: of a sequence's dhidden and of dW.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-# By which a float16 loss is multiplied, as a GradScaler does, and its gradients divided again.
-_LOSS_SCALES = {torch.float16: 2.0**10}
+# What a GradScaler brings the largest of a float16 loss's gradients to, about; and half of what their rounding is at
+# least.
+_SCALED_GRADIENT, _LEAST_ROUNDING = 2.0**12, 2.0**-25
 
 
 @dataclass
 class Batch:
-    """2B sequences, chosen before rejected, in rows one after the other.
+    """2B sequences, chosen before rejected unless each is alone, in rows one after the other.
 
     Attributes:
         lengths: rows of each sequence, ignored ones among them.
-        tensors: the arguments of linear_preference_loss, packed: hidden (N, D), labels (N,), ...
+        tensors: the arguments of the fused loss, packed: hidden (N, D), labels (N,), ...
         trained: names of the tensors that require a gradient.
         layout: "padded", "cu_seqlens" or "row_lengths".
         has_reference: whether the fused loss gets the reference, which an objective may not read.
@@ -69,8 +103,9 @@ class Batch:
     frozen: int
 
     @property
-    def pairs(self) -> int:
-        return len(self.lengths) // 2
+    def sides(self) -> int:
+        """Of what the objective takes together: two of a pair, or one."""
+        return 1 if self.objective in UNPAIRED else 2
 
     @property
     def vocab(self) -> int:
@@ -90,9 +125,9 @@ def draw_batch(draw) -> Batch:
     torch.manual_seed(draw.randrange(1 << 30))
     dtype = draw.choice([torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16])
     ref_dtype = draw.choice([dtype, dtype, torch.float32, torch.bfloat16])
-    vocab, width = draw.choice([(2, 8), (97, 400), (97, 400), (97, 400), (300, 8), (300, 200), (1100, 32)])
+    vocab, width = draw.choice([(2, 8), (97, 400), (97, 400), (97, 400), (300, 8), (300, 200), (1100, 32), (1100, 32)])
     ref_width = draw.choice([width, 24])
-    longest = draw.choice([6, 60, 60, 60])
+    longest = draw.choice([6, 60, 60, 150])
     pairs = draw.choice([1, draw.randint(2, 8), draw.randint(2, 8)])
     ratio = draw.choice([50, 50, 2])  # of the longest to the shortest, about
     lengths = [int(longest / ratio ** draw.random()) for _ in range(2 * pairs)]
@@ -120,13 +155,20 @@ def draw_batch(draw) -> Batch:
     options = {"kl_direction": draw.choice(["forward", "reverse"])}
     if draw.random() < 0.3:
         options |= {"temperature": 1.3, "softcap": 5.0, "logit_scale": 0.7, "ref_logit_scale": 0.6}
-    row_bytes = vocab * (16 if dtype == torch.float64 else 11) + 8 * (2 * width + ref_width)
+    row_bytes = vocab * (16 if dtype == torch.float64 else 9 if DEVICE == "cpu" else 11) + 8 * (2 * width + ref_width)
     budget = int((rows * row_bytes + 1000) * 10 ** draw.uniform(-3.5, 0.5)) + 1
-    longest_pair = max(map(sum, zip(lengths[: len(lengths) // 2], lengths[len(lengths) // 2 :])))
+    any_of_frozen = trained == ["hidden"] and draw.random() < 0.7  # a long pair's dhidden is kept in two parts
+    objective = draw.choice(
+        list(OBJECTIVES) if not any_of_frozen else ["squared margin", "bounded tokens", "bounded KL"]
+    )
+    longest_pair = max(lengths)  # or sequence, where each is alone
+    if objective not in UNPAIRED:
+        longest_pair = max(map(sum, zip(lengths[: len(lengths) // 2], lengths[len(lengths) // 2 :])))
     if draw.random() < 0.7:  # room for some rows, but hardly for more than the longest pair
         fewest = min(66, longest_pair)
         budget = row_bytes * draw.choice([fewest, draw.randint(fewest, longest_pair)]) + 1
-    objective = draw.choice(list(OBJECTIVES))
+    if any_of_frozen:  # room for both, and for dz beside the logits
+        budget = 66 * (row_bytes + vocab * 8) + longest_pair * width * (16 if dtype == torch.float64 else 8)
     first = draw.randint(1, width - 1)
     parts = draw.choice([[width], [width], [first, width - first]])
     return Batch(
@@ -147,14 +189,14 @@ def draw_batch(draw) -> Batch:
 
 @dataclass
 class Result:
-    """Loss, sums of the chosen and the rejected sequences, and gradients by name; that of hidden is packed, (N, D).
+    """Loss, sums of the chosen and the rejected sequences or of all, and gradients; that of hidden is packed, (N, D).
 
     `summed` are the root sums of squares of the rows' shares of dW and dbias: rows may cancel, but the rounding of each
     does not.
     """
 
     loss: torch.Tensor
-    sides: tuple[TokenDivergence, TokenDivergence]
+    sides: tuple[TokenDivergence, ...]
     gradients: dict[str, torch.Tensor]
     summed: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -171,11 +213,9 @@ def float64_result(batch: Batch) -> Result:
     values = eager.token_divergence(logits, ref_logits, tensors["labels"], **options)
     of_sequences = list(zip(*(value.split(batch.lengths) for value in values)))
     weights = batch.weights.double().split(batch.lengths)
-    sums = TokenDivergence._make(torch.stack([field.sum() for field in fields]) for fields in zip(*of_sequences)).chunk(
-        2
-    )
-    objective = OBJECTIVES[batch.objective]
-    sides = sums
+    sums = TokenDivergence._make(torch.stack([field.sum() for field in fields]) for fields in zip(*of_sequences))
+    objective, pairs = OBJECTIVES[batch.objective], len(batch.lengths) // batch.sides
+    sides = sums = sums.chunk(batch.sides)
     if sees_tokens(objective):
         sides = [
             TokenRows(
@@ -183,7 +223,7 @@ def float64_result(batch: Batch) -> Result:
                 columns={"weight": torch.cat(weights[half])},
                 rows_of_pair=torch.tensor(batch.lengths[half]),
             )
-            for half in (slice(0, batch.pairs), slice(batch.pairs, None))
+            for half in (slice(first, first + pairs) for first in range(0, len(batch.lengths), pairs))
         ]
     loss = objective(*sides).mean()
     grads, summed = dict.fromkeys(leaves), {}
@@ -195,8 +235,11 @@ def float64_result(batch: Batch) -> Result:
     return Result(loss.detach(), tuple(side.detach() for side in sums), grads, summed)
 
 
-def fused_result(batch: Batch, shard: VocabShard | None = None) -> Result:
-    """Of `linear_preference_loss`; with a shard, this rank's rows of the heads."""
+def fused_result(batch: Batch, shard: VocabShard | None = None, loss_scale: float = 1.0) -> Result:
+    """Of `linear_preference_loss` or `linear_token_loss`; with a shard, this rank's rows of the heads.
+
+    The loss is multiplied by `loss_scale`, as a GradScaler does, and its gradients are divided again.
+    """
     tensors = dict(batch.tensors)
     if shard is not None:
         for name in tensors:
@@ -224,7 +267,7 @@ def fused_result(batch: Batch, shard: VocabShard | None = None) -> Result:
     if not batch.has_reference:
         arguments |= {"ref_hidden": None, "ref_weight": None, "ref_bias": None}
         options = {name: value for name, value in options.items() if name not in ("kl_direction", "ref_logit_scale")}
-    loss, *sides = linear_preference_loss(
+    loss, *sides = (linear_preference_loss if batch.sides == 2 else linear_token_loss)(
         OBJECTIVES[batch.objective],
         **arguments,
         **layout,
@@ -233,11 +276,10 @@ def fused_result(batch: Batch, shard: VocabShard | None = None) -> Result:
         logits_budget=batch.budget,
         shard=shard,
     )
-    by = _LOSS_SCALES.get(arguments["hidden"].dtype, 1.0)
     grads = {}
     if leaves:
-        scaled = torch.autograd.grad(by * loss, list(leaves.values()))
-        grads = {name: grad.double() / by for name, grad in zip(leaves, scaled)}
+        scaled = torch.autograd.grad(loss_scale * loss, list(leaves.values()))
+        grads = {name: grad.double() / loss_scale for name, grad in zip(leaves, scaled)}
         of_parts = [grads.pop(name) for name in list(grads) if name.startswith("weight[")]
         if of_parts:
             grads["weight"] = torch.cat(of_parts, dim=1)
@@ -256,10 +298,12 @@ def _padded(rows, lengths, value):
 
 def check(batch: Batch, shard: VocabShard | None = None) -> None:
     """Raises AssertionError where the fused loss is not that of float64."""
-    truth = float64_result(batch)
+    truth, dtype, loss_scale = float64_result(batch), batch.tensors["hidden"].dtype, 1.0
+    largest_entry = max((float(grad.abs().max()) for grad in truth.gradients.values() if grad.numel()), default=0.0)
+    if dtype == torch.float16 and largest_entry > 0:
+        loss_scale = 2.0 ** round(math.log2(_SCALED_GRADIENT / largest_entry))
     with plans_of_large_calls(batch.streaming_rows):
-        ours = fused_result(batch, shard)
-    dtype = batch.tensors["hidden"].dtype
+        ours = fused_result(batch, shard, loss_scale)
     exact = dtype == torch.float64
     scale = 1 + max(value.abs().max().item() for side in truth.sides for value in side)  # of what the loss is made of
     assert abs(ours.loss.double() - truth.loss) <= (1e-10 if exact else 1e-5) * scale, (ours.loss, truth.loss)
@@ -287,6 +331,8 @@ def check(batch: Batch, shard: VocabShard | None = None) -> None:
         largest = torch.maximum(expected.norm(), 50 * truth.summed.get(name, expected.new_zeros(())))
         for what, got, right in parts:
             floor = 1e-2 * tolerance * largest
+            if dtype == torch.float16:
+                floor = floor + _LEAST_ROUNDING / loss_scale * right.numel() ** 0.5
             assert (got - right).norm() <= tolerance * right.norm() + floor, (
                 f"d{what}: error {(got - right).norm():.2e} beside {right.norm():.2e}"
             )

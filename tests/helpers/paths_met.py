@@ -55,6 +55,7 @@ KINDS = {
     "whole pairs: without rows",
     "long pair: dz kept",
     "long pair: dW summed apart",
+    "long pair: dW summed apart, several blocks at a time",
     "long pair: dW scaled in place",
     "long pair: frozen head, dz of a block",
     "long pair: any loss of a frozen head",
@@ -66,12 +67,14 @@ KINDS = {
     "flush: blocks with and without a factor",
     "flush: rows without gradient dropped",
     "flush: into the sums of one pair",
+    "flush: dz over wider logits",
     "flush: float16",
     "flush: float16 into the sums of one pair",
     "streaming: one slice",
     "streaming: several slices",
     "streaming: several blocks",
     "streaming: rows without KL",
+    "streaming: dz over wider logits",
     "streaming: float16",
     "streaming: no rows",
 }
@@ -112,7 +115,9 @@ def _kinds_of_long_pair(run, pair):
         return ["long pair: dz kept"]
     if not any(run.wanted.weights):
         return ["long pair: frozen head, dz of a block"]
-    return ["long pair: dW scaled in place" if not run.buffers.pair_weights else "long pair: dW summed apart"]
+    if not run.buffers.pair_weights:
+        return ["long pair: dW scaled in place"]
+    return ["long pair: dW summed apart" + ", several blocks at a time" * run.plan.keeps_dz]
 
 
 def _kinds_of_flush(run, pair=None):
@@ -126,6 +131,9 @@ def _kinds_of_flush(run, pair=None):
     kinds += ["flush: blocks with and without a factor"] * (bool(given) and None in factors)
     kinds += ["flush: rows without gradient dropped"] * any(kept.counted is not None for kept in run.kept)
     kinds += ["flush: into the sums of one pair"] * (pair is not None)
+    kinds += ["flush: dz over wider logits"] * (
+        run.buffers.dz_in_place and run.inputs.weight_dtype != run.inputs.logit_dtype
+    )
     kinds += ["flush: float16"] * run.inputs.is_half
     kinds += ["flush: float16 into the sums of one pair"] * (run.inputs.is_half and pair is not None)
     return kinds
@@ -136,6 +144,7 @@ def _kinds_of_streaming(inputs, rows, plan, wanted, buffers):
         return ["streaming: no rows"]
     kinds = ["streaming: one slice" if plan.columns >= inputs.vocab else "streaming: several slices"]
     kinds += ["streaming: several blocks"] * (len(rows.blocks(plan.rows)) > 2)
+    kinds += ["streaming: dz over wider logits"] * (inputs.dz_in_place and inputs.weight_dtype != inputs.logit_dtype)
     kinds += ["streaming: float16"] * inputs.is_half
     kinds += ["streaming: rows without KL"] * (rows.with_kl < len(rows.index))
     return kinds

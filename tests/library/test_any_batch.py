@@ -11,6 +11,7 @@ from tdpo_ext import VocabShard
 
 # Ranks of a shard exchange rows, so that they drop none; nor does a GPU, where the host would wait.
 ROWS_DROPPED = {"flush: rows without gradient dropped", "streaming: no rows"}
+ON_CPU = ROWS_DROPPED | {"flush: dz over wider logits", "streaming: dz over wider logits"}
 NOT_SHARDED = ROWS_DROPPED | {"long pair: any loss of a frozen head"}
 
 
@@ -19,9 +20,9 @@ def assert_all_met(counts, kinds):
 
 
 def test_gradients_of_any_batch_are_those_of_float64():
-    """600 batches, and ten times as many in `make test-nightly`."""
-    kinds = KINDS if DEVICE == "cpu" else KINDS - ROWS_DROPPED
-    assert_all_met(checked_batches(range(3 * hypothesis.settings().max_examples)), kinds)
+    """1,000 batches, and ten times as many in `make test-nightly`."""
+    kinds = KINDS if DEVICE == "cpu" else KINDS - ON_CPU
+    assert_all_met(checked_batches(range(5 * hypothesis.settings().max_examples)), kinds)
 
 
 def any_sharded_batch(rank, world, device):
@@ -32,7 +33,7 @@ def any_sharded_batch(rank, world, device):
         bounds = [0, middle, batch.vocab]
         return VocabShard(bounds[rank], bounds[rank + 1], dist.group.WORLD)
 
-    assert_all_met(checked_batches(range(3 * hypothesis.settings().max_examples), shard_of), KINDS - NOT_SHARDED)
+    assert_all_met(checked_batches(range(5 * hypothesis.settings().max_examples), shard_of), KINDS - NOT_SHARDED)
 
 
 def test_gradients_of_any_sharded_batch_are_those_of_float64(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.logit_cases import REFUSED, random_rows
-from tdpo_ext.ops import matmul, operators
+from tdpo_ext.ops import operators
 from tdpo_ext.ops.operators import RowOptions
 
 TESTS = Path(__file__).parent.parent
@@ -77,6 +77,26 @@ def test_gradient_in_place_and_narrowed(out_dtype):
     assert torch.equal(out, expected.to(out_dtype))
 
 
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "vocab", "pitch"), [(5, 507, 507), (5, 507, 512), (1, 40_000, 40_000), (3, 1, 1)])
+@pytest.mark.parametrize("same_reference", [False, True])
+def test_a_narrower_gradient_over_the_logits(out_dtype, rows, vocab, pitch, same_reference):
+    """Rows that begin where those of the logits do, which are read while they are overwritten; `narrowed`."""
+    logits, ref_logits, labels = random_rows(rows, vocab, ignored=[1][: rows - 1])
+    memory = torch.full((rows, pitch), torch.nan)
+    memory[:, :vocab] = logits
+    z = memory[:, :vocab]
+    r, reference = (z, logits) if same_reference else (ref_logits, ref_logits)
+    options = RowOptions(vocab_start=0, vocab_size=vocab)
+    states = operators.row_states(logits, reference, labels, options)
+    upstream = {"logps_grad": torch.randn(rows), "kl_grad": torch.randn(rows)}
+    expected = operators.logit_gradient(logits, reference, labels, states, **upstream, options=options)
+    out = operators.narrowed(z, out_dtype)
+    assert out.data_ptr() == memory.data_ptr()
+    operators.logit_gradient_out(z, r, labels, states, **upstream, options=options, out=out)
+    assert torch.equal(out, expected.to(out_dtype))
+
+
 def test_reference_is_not_read_without_a_kl_gradient():
     logits, ref_logits, labels = random_rows(3, 100)
     options = RowOptions(vocab_start=0, vocab_size=100)
@@ -86,65 +106,6 @@ def test_reference_is_not_read_without_a_kl_gradient():
     nothing = torch.full_like(ref_logits, torch.nan)
     unread = operators.logit_gradient(logits, nothing, labels, states, **upstream, options=options)
     assert torch.equal(expected, unread)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("m", [1, 5, 131])
-@pytest.mark.parametrize("k", [1, 64, 2051])
-@pytest.mark.parametrize("n", [3, 500])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("brgemm", [True, False])
-def test_matmul_float32(dtype, m, k, n, transposed, brgemm, monkeypatch):
-    """With the optional module, where it works for the dtype, and without."""
-    if not brgemm:
-        monkeypatch.setattr(matmul, "has_brgemm", lambda dtype: False)
-    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    if transposed:
-        a, b = a.t().contiguous().t(), b.t().contiguous().t()
-    truth = a.double() @ b.double()
-    out = torch.full((m, n), torch.nan)
-    operators.matmul_float32(a, b, accumulate=False, out=out)
-    tolerance = 4e-6 * k**0.5
-    torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
-    operators.matmul_float32(a, b, accumulate=True, out=out)
-    torch.testing.assert_close(out.double(), 2 * truth, rtol=tolerance, atol=2 * tolerance)
-
-
-@pytest.mark.parametrize("rows", [8192, 8200])
-def test_rounded_products_of_many_rows(rows, monkeypatch):
-    """bfloat16 products (dW) are rounded a block of rows at a time."""
-    monkeypatch.setattr(matmul, "_rounds_faster", lambda: True)
-    a, b = torch.randn(3, rows).bfloat16().t(), torch.randn(3, 5).bfloat16()
-    out = matmul.product(a, b, torch.full((rows, 5), torch.nan, dtype=torch.bfloat16))
-    torch.testing.assert_close(out, (a.double() @ b.double()).bfloat16())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_products_of_one_dtype_without_the_optional_module(dtype, monkeypatch):
-    monkeypatch.setattr(matmul, "has_brgemm", lambda dtype: False)
-    a, b = torch.randn(70, 9).to(dtype), torch.randn(9, 33).to(dtype)
-    out = matmul.product(a, b, torch.full((70, 33), torch.nan, dtype=dtype))
-    torch.testing.assert_close(out, (a.double() @ b.double()).to(dtype))
-    matmul.product(a, b, out, accumulate=True)
-    torch.testing.assert_close(out, (2 * (a.double() @ b.double())).to(dtype))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"a": torch.ones(4, 5)}, "are not matrices that can be multiplied"),
-        ({"a": torch.ones(4, 3, dtype=torch.float64)}, "a has dtype"),
-        ({"b": torch.ones(3, 2)}, "both must be"),
-        ({"out": torch.ones(4, 3)}, "out has shape"),
-        ({"out": torch.ones(2, 4).t()}, "out has shape"),
-        ({"out": torch.ones(4, 2).bfloat16()}, "out has dtype"),
-    ],
-)
-def test_products_refuse_what_they_cannot_take(wrong, message):
-    good = {"a": torch.ones(4, 3).bfloat16(), "b": torch.ones(3, 2).bfloat16(), "out": torch.ones(4, 2)}
-    operators.matmul_float32(**good, accumulate=False)
-    with pytest.raises((TypeError, ValueError), match=message):
-        operators.matmul_float32(**{**good, **wrong}, accumulate=False)
 
 
 def test_scale_unless_one():
@@ -233,6 +194,14 @@ def test_operators_refuse_overlapping_outputs():
     ):
         with pytest.raises(REFUSED, match=message):
             gradient_call(logits, ref_logits, labels, out=out)
+    for message, out in (
+        ("out overlaps ref_logits", operators.narrowed(ref_logits, torch.bfloat16)),
+        ("out overlaps logits", logits.view(torch.bfloat16)[:, 1:65]),
+        ("out overlaps logits", logits.view(torch.bfloat16).view(-1)[:256].view(4, 64)),  # of other rows
+    ):
+        with pytest.raises(REFUSED, match=message):
+            gradient_call(logits, ref_logits, labels, out=out)
+    gradient_call(logits, ref_logits, labels, out=operators.narrowed(logits, torch.bfloat16))
     gradient_call(logits, ref_logits, labels, out=logits)  # in place
     square = torch.randn(8, 8)
     for name, a, b in (("a", square, torch.randn(8, 8)), ("b", torch.randn(8, 8), square)):

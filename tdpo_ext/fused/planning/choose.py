@@ -59,7 +59,7 @@ def _make_plan(
     pair_lengths: tuple[int, ...], sizes: Sizes, budget: int, can_defer: bool, can_separate: bool, device_type: str
 ) -> ChunkedPlan | StreamingPlan:
     rows = sum(pair_lengths)
-    if rows * sizes.whole_row + sizes.weight_sum_of_one <= budget:
+    if rows == 0 or rows * sizes.whole_row + sizes.weight_sum_of_one <= budget:
         return _forward_plan(cut_pairs(pair_lengths, rows), sizes, budget, f"all {rows} rows fit the budget at once")
     why = _why_not_at_once(pair_lengths, sizes, budget)
     forward = list(_plans_of_whole_pairs(pair_lengths, sizes, budget))
@@ -153,7 +153,8 @@ def _deferred_plans(
 ) -> Iterator[ChunkedPlan]:
     """Chunks of whole pairs, and blocks of the pairs that are too long for that; none below a few rows.
 
-    The candidates differ in the rows whose dz is kept: those of a block, within the budget, or as many as fit beside.
+    The candidates differ in the rows whose dz is kept: those of a block or of several, within the budget, or as many as
+    fit beside it.
     """
     rows, longest = sum(pair_lengths), max(pair_lengths)
     fewest = min(_MIN_BLOCK_ROWS, longest)
@@ -171,6 +172,9 @@ def _deferred_plans(
         reason = f"{why}; {cut.rows} rows at a time"
         if max(limit, fewest) * sizes.whole_row <= budget:
             yield _forward_plan(cut, sizes, budget, reason)
+        several = min(rows, (budget - cut.rows * sizes.row_without_dz) // sizes.dz_row)
+        if several >= min(rows, 2 * cut.rows):
+            yield _forward_plan(cut, sizes, budget, reason, several)
         if kept is not None and kept >= cut.rows and (kept >= cut.longest or len(cut.chunks) == 1):
             yield _forward_plan(cut, sizes, budget, reason, kept)
 
@@ -187,7 +191,8 @@ def _separated_plans(
             continue
         cut = cut_pairs(pair_lengths, limit, tile_rows)
         plan = _forward_plan(cut, sizes, budget, f"{why}; {cut.rows} rows at a time")
-        beside = kept + (0 if sizes.low_precision else cut.rows * sizes.dz_row)  # logits are read twice
+        # Logits are read twice, so that dz does not overwrite them.
+        beside = kept + cut.rows * (sizes.row_without_dz + sizes.dz_row - sizes.whole_row)
         long = [length for chunk, length in zip(cut.chunks, cut.lengths) if isinstance(chunk, LongPair)]
         products = plan.steps.gradient_products + sum(ceil_div(length, cut.rows) for length in long)
         steps = replace(plan.steps, gradient_products=products, separate_rows=sum(long))

@@ -32,8 +32,8 @@ class MachineRates:
 # the rate of memory is that of the bfloat16 fit: in float32 its cost is lost in the noise.
 # GPU: an H100's data sheet; float32 products as bfloat16 ones in TF32, at half the rate.
 RATES = {
-    ("cpu", True): MachineRates(products=205e9, weights=19e9, memory=50e9),
-    ("cpu", False): MachineRates(products=100e9, weights=15e9, memory=50e9),
+    ("cpu", True): MachineRates(products=486e9, weights=39e9, memory=46e9),
+    ("cpu", False): MachineRates(products=222e9, weights=43e9, memory=46e9),
     ("cuda", True): MachineRates(products=350e12, weights=3e12, memory=3e12),
     ("cuda", False): MachineRates(products=175e12, weights=3e12, memory=3e12),
 }

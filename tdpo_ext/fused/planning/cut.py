@@ -24,13 +24,19 @@ class Cut:
 
     def steps(self, dz_rows: int) -> ForwardSteps:
         """How often the products are taken where dz of at most `dz_rows` rows is kept."""
+        products = apart = kept = 0
+        for length in self.lengths:
+            if length > dz_rows:  # a long pair, whose sums are its own
+                products += (kept > 0) + ceil_div(length, dz_rows // self.rows * self.rows)
+                apart += len(self.lengths) > 1
+                kept = 0
+            elif dz_rows > self.rows and kept + length <= dz_rows:
+                kept += length
+            else:
+                products += kept > 0
+                kept = length
         blocks = sum(ceil_div(length, self.rows) for length in self.lengths if length)
-        if dz_rows <= self.rows:
-            apart = sum(isinstance(chunk, LongPair) for chunk in self.chunks) if len(self.chunks) > 1 else 0
-            return ForwardSteps(blocks, blocks, apart)
-        if self.longest > dz_rows:
-            return ForwardSteps(blocks, ceil_div(sum(self.lengths), dz_rows), 0)
-        return ForwardSteps(blocks, len(kept_together(self.lengths, dz_rows)), 0)
+        return ForwardSteps(blocks, products + (kept > 0), apart)
 
 
 @functools.lru_cache(maxsize=1024)

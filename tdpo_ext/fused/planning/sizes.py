@@ -33,6 +33,8 @@ class Sizes:
         ref_width: of the reference's hidden states; 0 where there is no reference.
         trained_width: of the parts of the policy's weight that want a gradient; None: `width`.
         is_half: the weights are float16, whose gradients are always summed in float32 (`half`).
+        dz_in_place: dz can be written over the logits of its rows, though they are wider; where they are not, it always
+            can.
     """
 
     vocab: int
@@ -44,6 +46,7 @@ class Sizes:
     needs_grad: bool = True
     trained_width: int | None = None
     is_half: bool = False
+    dz_in_place: bool = False
 
     @property
     def grad_width(self) -> int:
@@ -54,13 +57,14 @@ class Sizes:
 
     @property
     def low_precision(self) -> bool:
-        """Whether logits are wider than weights, so that dz and sums need memory of their own."""
+        """Whether logits are wider than weights, so that sums need memory of their own."""
         return self.weight_bytes != self.logit_bytes
 
     @property
     def entry(self) -> int:
         """Bytes of a vocabulary entry of a row: both models' logits, and dz where it can't overwrite them."""
-        return self.logits_entry + (self.weight_bytes if self.needs_grad and self.low_precision else 0)
+        beside = self.needs_grad and self.low_precision and not self.dz_in_place
+        return self.logits_entry + (self.weight_bytes if beside else 0)
 
     @property
     def logits_entry(self) -> int:
