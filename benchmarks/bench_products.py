@@ -1,16 +1,17 @@
-"""Logits of few rows: this library's products beside torch.mm.
+"""The matrix products of the fused losses on a CPU: this library's beside torch.mm.
 
     python benchmarks/bench_products.py [--rounds 7] [--output FOLDER]
 
-hidden (rows, D) times the transposed weight (V, D), in float32. Where there are no more rows than D, the operands are
-exchanged: the weight is read as it lies, and the result transposed. CPU seconds over threads, the least of interleaved
-rounds. Results go to bench_products.json.
+logits: hidden (rows, D) times the transposed weight (V, D), into float32. dhidden: dz (rows, V) times the weight. dW:
+the transposed dz times hidden, and the same added to a float32 dW. torch.mm multiplies in the operands' dtype, and for
+the last adds to a dW of it. CPU seconds over threads, the least of interleaved rounds. Results go to
+bench_products.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,31 +20,62 @@ from common import RESULTS, save, text_table
 
 from tdpo_ext.ops.matmul import describe_brgemm, product
 
-SHAPES = ((262_144, 512), (262_144, 640), (50_257, 2048))  # vocabulary, width
-ROWS = (64, 128, 256, 512, 1024)
+HEADS = ((262_144, 512), (50_257, 2048))  # vocabulary, width
+ROWS = (64, 128, 512, 1024)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
-    before = os.times()
+    start = time.process_time()
     function()
-    after = os.times()
-    return (after.user + after.system - before.user - before.system) / torch.get_num_threads()
+    return (time.process_time() - start) / torch.get_num_threads()
 
 
-def measured(vocab: int, width: int, rows: int, rounds: int) -> dict:
-    torch.manual_seed(0)
-    weight, hidden, logits = torch.randn(vocab, width), torch.randn(rows, width), torch.empty(rows, vocab)
-    candidates = {
-        "tdpo_ext": lambda: product(hidden, weight.t(), logits),
-        "torch.mm": lambda: torch.mm(hidden, weight.t(), out=logits),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+class Operands:
+    """Of the products for `rows` rows."""
+
+    def __init__(self, vocab: int, width: int, rows: int, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.weight, self.hidden = torch.randn(vocab, width).to(dtype), torch.randn(rows, width).to(dtype)
+        self.dz = torch.randn(rows, vocab).to(dtype)
+        self.logits, self.total = torch.empty(rows, vocab), torch.zeros(vocab, width)
+        self.dhidden, self.dweight = torch.empty_like(self.hidden), torch.zeros_like(self.weight)
+        self.torch_logits = torch.empty_like(self.dz)
+
+    def candidates(self) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+        """Ours and torch's, by the name of the product."""
+        weight, hidden, dz = self.weight, self.hidden, self.dz
+        return {
+            "logits": (
+                lambda: product(hidden, weight.t(), self.logits),
+                lambda: torch.mm(hidden, weight.t(), out=self.torch_logits),
+            ),
+            "dhidden": (lambda: product(dz, weight, self.dhidden), lambda: torch.mm(dz, weight, out=self.dhidden)),
+            "dW": (lambda: product(dz.t(), hidden, self.dweight), lambda: torch.mm(dz.t(), hidden, out=self.dweight)),
+            "sum of dW": (
+                lambda: product(dz.t(), hidden, self.total, accumulate=True),
+                lambda: self.dweight.addmm_(dz.t(), hidden),
+            ),
+        }
+
+
+def measured(vocab: int, width: int, rows: int, dtype: torch.dtype, rounds: int) -> dict:
+    """Seconds of each product, ours and torch's, and ours over torch's."""
+    candidates = Operands(vocab, width, rows, dtype).candidates()
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in candidates}
     for _ in range(rounds):
-        for name, function in candidates.items():
-            seconds[name].append(cpu_seconds(function))
-    least = {name: min(found) for name, found in seconds.items()}
-    case = {"vocab": vocab, "width": width, "rows": rows, "exchanged": rows <= width}
-    return {**case, **least, "ratio": least["tdpo_ext"] / least["torch.mm"]}
+        for name, pair in candidates.items():
+            for series, run in zip(seconds[name], pair):
+                series.append(cpu_seconds(run))
+    least = {name: [min(series) for series in pair] for name, pair in seconds.items()}
+    return {
+        "vocab": vocab,
+        "width": width,
+        "rows": rows,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": least,
+        "ratios": {name: ours / theirs for name, (ours, theirs) in least.items()},
+    }
 
 
 def main() -> None:
@@ -52,11 +84,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     results: list[dict] = []
-    for vocab, width in SHAPES:
-        for rows in ROWS:
-            results.append(measured(vocab, width, rows, arguments.rounds))
-            save("bench_products", {"products": describe_brgemm(), "results": results}, arguments.output)
-    print(text_table(results, ["vocab", "width", "rows", "exchanged", "tdpo_ext", "torch.mm", "ratio"]))
+    for dtype in DTYPES:
+        for vocab, width in HEADS:
+            for rows in ROWS:
+                results.append(measured(vocab, width, rows, dtype, arguments.rounds))
+                save("bench_products", {"products": describe_brgemm(), "results": results}, arguments.output)
+    shown = [{**result, **result["ratios"]} for result in results]
+    print(text_table(shown, ["dtype", "vocab", "width", "rows", *results[0]["ratios"]]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@
 namespace tdpo {
 namespace {
 
-// Rows of a tile of `out`, and columns and depth of a block of `b` that is packed; a pair of them fits the L2 cache.
+// Rows of a tile of `out`, and columns and depth of a block of `b` that is packed: with its operands a tile fits the L2
+// cache.
 constexpr int64_t kTileRows = 128, kBlockColumns = 384, kBlockDepth = 512;
 // Columns of a block of `b` where its depth is shared among threads (multiply_deep).
 constexpr int64_t kDeepColumns = 512;
@@ -167,26 +168,24 @@ void multiply_transposed(const Product<T>& product, bool accumulate) {
 // as it lies, and `a` packed in its place. What costs is the transpose of the result, tile by tile, in the cache.
 void multiply_exchanged(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
   const Matrix<float> weight(b.t()), rows(a.t());  // (columns, depth) and (depth, rows)
-  const int64_t depth = weight.columns, count = rows.columns, tiles = (weight.rows + kTileRows - 1) / kTileRows;
-  const int64_t bands = (count + kExchangedRows - 1) / kExchangedRows;
-  std::vector<float> packed(depth * count);
-  for (int64_t band = 0; band < bands; ++band)
-    for (int64_t k = 0; k < depth; k += kBlockDepth) {
-      const Range m{band * kExchangedRows, std::min(kExchangedRows, count - band * kExchangedRows)};
-      const Range block{k, std::min(kBlockDepth, depth - k)};
-      pack_block(rows, block, m, packed.data() + m.begin * depth + k * m.size);
+  const Range columns{0, weight.rows}, depth{0, weight.columns}, count{0, rows.columns};
+  std::vector<float> packed(depth.size * count.size);
+  for (int64_t m = 0; m < count.size; m += kExchangedRows)
+    for (int64_t k = 0; k < depth.size; k += kBlockDepth) {
+      const Range band = part_of(count, m, kExchangedRows);
+      pack_block(rows, part_of(depth, k, kBlockDepth), band, packed.data() + m * depth.size + k * band.size);
     }
   float* const result = out.data_ptr<float>();
   const int64_t out_stride = out.stride(0);
-  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, (columns.size + kTileRows - 1) / kTileRows, 1, [&](int64_t first, int64_t last) {
     std::vector<float> tile(kTileRows * kExchangedRows);
-    for (int64_t n = first * kTileRows; n < std::min(last * kTileRows, weight.rows); n += kTileRows) {
-      const int64_t width = std::min(kTileRows, weight.rows - n);
-      for (int64_t m = 0; m < count; m += kExchangedRows) {
-        const int64_t height = std::min(kExchangedRows, count - m);
-        for (int64_t k = 0; k < depth; k += kBlockDepth)
-          at::native::cpublas::brgemm(width, height, std::min(kBlockDepth, depth - k), weight.row_stride, height,
-                                      height, k > 0, weight.at(n, k), packed.data() + m * depth + k * height,
+    for (int64_t n = first * kTileRows; n < std::min(last * kTileRows, columns.size); n += kTileRows) {
+      const int64_t width = part_of(columns, n, kTileRows).size;
+      for (int64_t m = 0; m < count.size; m += kExchangedRows) {
+        const int64_t height = part_of(count, m, kExchangedRows).size;
+        for (int64_t k = 0; k < depth.size; k += kBlockDepth)
+          at::native::cpublas::brgemm(width, height, part_of(depth, k, kBlockDepth).size, weight.row_stride, height,
+                                      height, k > 0, weight.at(n, k), packed.data() + m * depth.size + k * height,
                                       tile.data(), false);
         transpose_words(tile.data(), height * sizeof(float), height, width, result + m * out_stride + n, out_stride);
       }
@@ -195,19 +194,21 @@ void multiply_exchanged(const at::Tensor& a, const at::Tensor& b, const at::Tens
   });
 }
 
-// Logits of few rows: `b` is a transposed weight, and the result takes less memory than it, so that to transpose the
-// result costs less than to pack the weight. Of float32 alone: of bfloat16 it is not measured.
+// Logits of few rows: `b` is a transposed weight, and the result takes so much less memory than it that to transpose
+// the result costs less than to pack the weight. Of float32 alone: bfloat16 packs half as much, and gains nothing.
 bool is_better_exchanged(const at::Tensor& a, const at::Tensor& b) {
-  return a.size(0) <= a.size(1) && a.stride(1) == 1 && b.stride(0) == 1 && b.stride(1) >= b.size(0);
+  return 4 * a.size(0) <= a.size(1) && a.stride(1) == 1 && b.stride(0) == 1 && b.stride(1) >= b.size(0);
 }
 
 template <typename T>
 void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
   const Product<T> product{Matrix<T>(a), Matrix<T>(b), out.data_ptr<float>(), out.stride(0)};
-  const int64_t threads = at::get_num_threads(), result = a.size(0) * b.size(1);
+  const int64_t threads = at::get_num_threads(), depth = a.size(1), columns = b.size(1);
+  const int64_t sum_bytes = a.size(0) * columns * static_cast<int64_t>(sizeof(float));
+  const bool is_deep = depth > columns && depth >= threads * kBlockDepth;
   if (a.stride(1) != 1)
     multiply_transposed(product, accumulate);
-  else if (a.size(1) >= threads * kBlockDepth && (threads - 1) * result * int64_t{sizeof(float)} <= kDeepBytes)
+  else if (is_deep && (threads - 1) * sum_bytes <= kDeepBytes)
     multiply_deep(product, accumulate, threads);
   else
     multiply_wide(product, accumulate);
