@@ -166,6 +166,23 @@ def long_pairs() -> str:
 
 
 @table
+def products() -> str:
+    """Products of the fused losses over torch.mm."""
+    results = load("bench_products")["results"]
+    names = list(results[0]["ratios"])
+    rows = [
+        [
+            f"{row['vocab']:,} x {row['width']}",
+            row["dtype"],
+            f"{row['rows']:,}",
+            *(f"{row['ratios'][name]:.2f}" for name in names),
+        ]
+        for row in results
+    ]
+    return markdown(["V x D", "dtype", "rows", *names], rows)
+
+
+@table
 def rates() -> str:
     """The constants of the planner's cost model."""
     rows = [

@@ -1,4 +1,5 @@
-// Packs operands of matrix products for brgemm (brgemm.cpp): `b` in blocks, rows of `a` where they are not contiguous.
+// Packs operands of matrix products for brgemm (brgemm.cpp): `b` in blocks, rows of `a` where they are not contiguous;
+// and rounds what comes of them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -36,6 +37,8 @@ struct Range {
 inline Range part_of(const Range& whole, int64_t begin, int64_t size) {
   return {begin, std::min(size, whole.end() - begin)};
 }
+
+inline int64_t ceil_div(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
 // The bfloat16 kernels read `b` in pairs of rows ("VNNI" layout), so their depth is padded to an even number.
 template <typename T>
@@ -126,6 +129,17 @@ __attribute__((always_inline)) inline void interleave_pairs(const BFloat16* rows
   }
 }
 
+// out[j] = values[j], rounded to the nearest, ties to even; as BFloat16's constructor rounds, but for the bits of a
+// NaN.
+__attribute__((always_inline)) inline void round_entries(const float* values, int64_t count, BFloat16* out) {
+  for (int64_t j = 0; j < count; ++j) {
+    uint32_t bits;
+    std::memcpy(&bits, values + j, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    out[j].x = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+  }
+}
+
 #ifdef TDPO_X86
 // With registers of 64 bytes, which fill a cache line at a time: twice as fast.
 __attribute__((target("avx512f"))) inline void transpose_words_avx512(const char* source, int64_t stride, int64_t words,
@@ -137,6 +151,10 @@ __attribute__((target("avx512f,avx512bw"))) inline void interleave_pairs_avx512(
                                                                                 int64_t pairs, int64_t columns,
                                                                                 BFloat16* out) {
   interleave_pairs<64>(rows, stride, pairs, columns, out);
+}
+__attribute__((target("avx512f,avx512bw"))) inline void round_entries_avx512(const float* values, int64_t count,
+                                                                             BFloat16* out) {
+  round_entries(values, count, out);
 }
 inline bool has_avx512() {
   static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
@@ -159,6 +177,13 @@ inline void interleave_pairs(const BFloat16* rows, int64_t stride, int64_t pairs
   if (has_avx512()) return interleave_pairs_avx512(rows, stride, pairs, columns, out);
 #endif
   interleave_pairs<16>(rows, stride, pairs, columns, out);
+}
+
+inline void round_to_bfloat16(const float* values, int64_t count, BFloat16* out) {
+#ifdef TDPO_X86
+  if (has_avx512()) return round_entries_avx512(values, count, out);
+#endif
+  round_entries(values, count, out);
 }
 
 // Packs rows `k` and columns `n` of `b`: dense for float, pairs of rows interleaved for bfloat16, the last of an odd

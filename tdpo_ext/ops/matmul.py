@@ -104,7 +104,10 @@ def _rounds_faster() -> bool:
 
 
 def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """The float32 product, rounded block by block: faster than torch's own where `a` is transposed, as for dW."""
+    """The float32 product, rounded once: by the module, tile by tile, where `a` is transposed, as for dW."""
+    if has_brgemm(a.dtype) and a.stride(0) == 1 and a.shape[1] > 0 and out.stride(1) == 1 and out.numel() > 0:
+        _ops.brgemm(a, b, accumulate=False, out=out)
+        return out
     block = torch.empty(min(_BLOCK_ROWS, len(a)), b.shape[1], dtype=torch.float32, device=a.device)
     for rows, result in zip(a.split(_BLOCK_ROWS), out.split(_BLOCK_ROWS)):
         exact = block[: len(rows)]

@@ -123,7 +123,7 @@ def test_without_gradients_nothing_is_recomputed_by_either_plan(plans):
 
 
 # (width, budget, pairs): dz of a pair is kept until its factor is known; its dW is summed apart, or alone in dW.
-WAYS = {"kept": (300, 700_000, 3), "apart": (16, 500_000, 3), "alone": (16, 500_000, 1)}
+WAYS = {"kept": (300, 700_000, 3), "apart": (16, 200_000, 3), "alone": (16, 200_000, 1)}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -140,7 +140,7 @@ def test_every_way_to_wait_for_the_factor_equals_the_oracle(way, dtype, options,
     _, sides, grads = loss_and_gradients(linear_preference_loss, case, objective, logits_budget=budget, **options)
     assert plans[-1].deferred
     assert plans[-1].weight_apart == (way == "apart")
-    assert plans[-1].keeps_dz == (way == "kept")
+    assert (plans[-1].dz_rows < 200) == (way != "kept")
     _, true_sides, true_grads = loss_and_gradients(
         eager.linear_preference_loss, case, objective, dtype=torch.float64, **options
     )

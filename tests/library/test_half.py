@@ -17,9 +17,9 @@ LOSS_SCALE = 65536.0  # a GradScaler's
 # (budget, (tokens, width), kind of plan); a wide dW leaves room to keep the dz of a long pair.
 PLANS = {
     "one chunk": (1 << 30, (60, 16), "one chunk"),
-    "several chunks": (700_000, (60, 16), "several chunks"),
+    "several chunks": (600_000, (60, 16), "several chunks"),
     "long pairs, dz kept": (330_000, (60, 400), "deferred"),
-    "long pairs, dW summed apart": (300_000, (150, 16), "deferred"),
+    "long pairs, dW summed apart": (200_000, (150, 16), "deferred"),
     "streamed": (150_000, (60, 16), "streamed"),
 }
 # e^-x is the slope of the loss where a pair is separated by 10 x nats, at beta 0.1.

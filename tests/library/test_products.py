@@ -65,13 +65,22 @@ def test_large_products(dtype, shape, threads, pitch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rows", [8192, 8200])
-def test_rounded_products_of_many_rows(rows, monkeypatch):
-    """bfloat16 products (dW) are rounded a block of rows at a time."""
+@pytest.mark.parametrize(("m", "k", "n"), [(8192, 3, 5), (8200, 3, 5), (1030, 150, 530), (300, 1500, 2300)])
+@pytest.mark.parametrize("brgemm", [True, False])
+def test_bfloat16_products_are_rounded_once(m, k, n, brgemm, monkeypatch):
+    """dW: by the module tile by tile, without it a block of rows at a time."""
     monkeypatch.setattr(matmul, "_rounds_faster", lambda: True)
-    a, b = torch.randn(3, rows).bfloat16().t(), torch.randn(3, 5).bfloat16()
-    out = matmul.product(a, b, torch.full((rows, 5), torch.nan, dtype=torch.bfloat16))
-    torch.testing.assert_close(out, (a.double() @ b.double()).bfloat16())
+    if not brgemm:
+        monkeypatch.setattr(matmul, "has_brgemm", lambda dtype: False)
+    a, b = torch.randn(k, m).bfloat16().t(), torch.randn(k, n).bfloat16()
+    a[1, 0], a[2, 0], a[3, 0] = torch.inf, torch.nan, 3e38
+    exact = torch.full((m, n), torch.nan)
+    operators.matmul_float32(a, b, accumulate=False, out=exact)
+    out = matmul.product(a, b, torch.full((m, n + 9), 7.0, dtype=torch.bfloat16)[:, :n])
+    if k <= 1024 and n <= 530:  # sums of the same parts
+        torch.testing.assert_close(out, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(out, exact.bfloat16(), equal_nan=True)
+    assert torch.equal(out._base[:, n:], torch.full((m, 9), 7.0).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -4,8 +4,10 @@
 """
 
 STATE = "csrc/row_state.h"
-OPS, PEAKED, REVERSE = ([f"library/test_{name}.py"] for name in ("ops", "peaked_rows", "reverse_kl"))
-ROWS = "csrc/cpu/row_kernels.cpp"
+OPS, PEAKED, REVERSE, PRODUCTS = (
+    [f"library/test_{name}.py"] for name in ("ops", "peaked_rows", "reverse_kl", "products")
+)
+ROWS, BRGEMM, PACKING = (f"csrc/cpu/{name}" for name in ("row_kernels.cpp", "brgemm.cpp", "packing.h"))
 
 MUTATIONS = [
     (
@@ -66,11 +68,43 @@ MUTATIONS = [
         "  const auto gradient",
         OPS,
     ),
-    ("blocks of a product overwritten", "csrc/cpu/brgemm.cpp", "accumulate || k.begin > 0", "accumulate", OPS),
+    (
+        "blocks of a product overwritten",
+        BRGEMM,
+        "out.at(m.begin, n.begin, k > 0)",
+        "out.at(m.begin, n.begin, false)",
+        PRODUCTS,
+    ),
+    ("a thread's share of a product lost", BRGEMM, "thread < threads; ++thread)", "thread < 1; ++thread)", PRODUCTS),
+    ("depths of dhidden overwritten", BRGEMM, "sum.at(0, n, block > first)", "sum.at(0, n, false)", PRODUCTS),
+    ("depths of dW overwritten", BRGEMM, "out.at(m.begin, 0, k > 0)", "out.at(m.begin, 0, false)", PRODUCTS),
+    ("blocks of dW overwritten", BRGEMM, "out.at(0, 0, i > 0)", "out.at(0, 0, false)", PRODUCTS),
+    (
+        "the last odd row of a block left out",
+        PACKING,
+        "i + 1 < k.size ? *b.at(k.begin + i + 1, n.begin + j) : T(0)",
+        "T(0)",
+        PRODUCTS,
+    ),
+    ("rounded towards zero", PACKING, "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16", PRODUCTS),
+    (
+        "slices of a row that is overwritten",
+        "csrc/cpu/operators.cpp",
+        "Tasks(inputs.params, /*whole_rows=*/narrows)",
+        "Tasks(inputs.params)",
+        OPS,
+    ),
+    (
+        "rows of a narrower output elsewhere",
+        "csrc/checks.h",
+        "out.size(dim) == 1 || out.stride(dim)",
+        "true || out.stride(dim)",
+        OPS,
+    ),
     (
         "partly overlapping output accepted",
         "csrc/checks.h",
-        "check_value(same_memory(out, logits) || !may_overlap(out, logits),",
+        "check_value(in_place || !may_overlap(out, logits),",
         "check_value(true,",
         OPS,
     ),
