@@ -250,7 +250,7 @@ void multiply(const at::Tensor& a, const at::Tensor& b, Sum out) {
     multiply_wide(operands, out);
 }
 
-// `out` is float32, or bfloat16 where it is not added to and the operands are bfloat16 and `a` transposed.
+// `out` is float32; or bfloat16, as the operands, where `a` is transposed and nothing is added to it.
 void brgemm(const at::Tensor& a, const at::Tensor& b, bool accumulate, const at::Tensor& out) {
   if (out.scalar_type() == at::kBFloat16) {
     TORCH_CHECK(!accumulate && a.scalar_type() == at::kBFloat16, "a bfloat16 product is rounded once");

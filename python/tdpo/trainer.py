@@ -385,6 +385,7 @@ class TDPOTrainer(WholeAdapters, HubUploads, Inputs, ScheduledRates):
             self.args,
             self.accelerator.unwrap_model(self.model),
             self.state,
+            own_objective=self._own_objective is not None,
             data=self.data_name,
             pairs=len(self.train_dataset) if has_length(self.train_dataset) else None,
             processes=self.accelerator.num_processes,

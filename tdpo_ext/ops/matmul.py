@@ -13,7 +13,7 @@ from . import operators
 from ._load import load_brgemm
 
 _ops = torch.ops.tdpo_ext
-_BLOCK_ROWS = 8192  # a float32 block of so many rows is rounded as soon as it is complete
+_BLOCK_ROWS = 8192  # rows of a product that are rounded together, where that is not done tile by tile
 _COPIED_SIDE = 2048  # side of the square blocks that are copied to float32
 _without_brgemm = load_brgemm()
 
@@ -47,11 +47,10 @@ def product(
     """
     if a.dtype == out.dtype:
         if a.device.type == "cpu":
-            if a.dtype == torch.float32 and has_brgemm(a.dtype):
+            is_rounded = a.dtype == torch.bfloat16 and not accumulate and _rounds_faster()
+            if is_rounded or (a.dtype == torch.float32 and has_brgemm(a.dtype)):
                 operators.matmul_float32(a, b, accumulate=accumulate, out=out)
                 return out
-            if a.dtype == torch.bfloat16 and not accumulate and _rounds_faster():
-                return _rounded_product(a, b, out)
         return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     if not _has_out_dtype(a.device.type, a.dtype):
         operators.matmul_float32(a, b, accumulate=accumulate, out=out)
@@ -103,23 +102,10 @@ def _rounds_faster() -> bool:
     return has_brgemm(torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """The float32 product, rounded once: by the module, tile by tile, where `a` is transposed, as for dW."""
-    if has_brgemm(a.dtype) and a.stride(0) == 1 and a.shape[1] > 0 and out.stride(1) == 1 and out.numel() > 0:
-        _ops.brgemm(a, b, accumulate=False, out=out)
-        return out
-    block = torch.empty(min(_BLOCK_ROWS, len(a)), b.shape[1], dtype=torch.float32, device=a.device)
-    for rows, result in zip(a.split(_BLOCK_ROWS), out.split(_BLOCK_ROWS)):
-        exact = block[: len(rows)]
-        operators.matmul_float32(rows, b, accumulate=False, out=exact)
-        result.copy_(exact)
-    return out
-
-
 # ---- the kernel of the operator tdpo_ext::matmul_float32 ----
 
 
-def _check_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _check_product(a: Tensor, b: Tensor, accumulate: bool, out: Tensor) -> None:
     """Raises TypeError or ValueError naming the tensor that a float32 product can't take."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} are not matrices that can be multiplied")
@@ -127,8 +113,10 @@ def _check_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         raise TypeError(f"a has dtype {a.dtype} and b {b.dtype}; both must be bfloat16, float16 or float32")
     if out.shape != (a.shape[0], b.shape[1]) or out.stride(1) != 1:
         raise ValueError(f"out has shape {tuple(out.shape)} and strides {out.stride()}")
-    if out.dtype != torch.float32:
-        raise TypeError(f"out has dtype {out.dtype}; it must be float32")
+    if out.dtype != torch.float32 and (out.dtype != torch.bfloat16 or a.dtype != out.dtype or accumulate):
+        raise TypeError(
+            f"out has dtype {out.dtype}; it must be float32, or bfloat16 as both operands where nothing is added to it"
+        )
     for name, operand in (("a", a), ("b", b)):
         if _may_overlap(out, operand):
             raise ValueError(f"out overlaps {name}")
@@ -150,15 +138,27 @@ def _may_overlap(x: Tensor, y: Tensor) -> bool:
 
 @torch.library.impl("tdpo_ext::matmul_float32", "default")
 def _matmul_float32(a: Tensor, b: Tensor, *, accumulate: bool, out: Tensor) -> None:
-    _check_product(a, b, out)
+    _check_product(a, b, accumulate, out)
     if out.numel() == 0:
         return
-    if a.device.type == "cpu" and has_brgemm(a.dtype) and a.shape[1] > 0:
+    by_module = a.device.type == "cpu" and has_brgemm(a.dtype) and a.shape[1] > 0
+    if out.dtype == torch.bfloat16 and not (by_module and a.stride(0) == 1):  # which it rounds tile by tile, as for dW
+        _multiply_rounded(a, b, out)
+    elif by_module:
         _ops.brgemm(a, b, accumulate=accumulate, out=out)
     elif a.dtype == torch.float32:
         out.addmm_(a, b, beta=1 if accumulate else 0)
     else:
         _multiply_copies(a, b, accumulate, out)
+
+
+def _multiply_rounded(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b from float32 blocks of its rows."""
+    block = torch.empty(min(_BLOCK_ROWS, len(a)), b.shape[1], dtype=torch.float32, device=a.device)
+    for rows, result in zip(a.split(_BLOCK_ROWS), out.split(_BLOCK_ROWS)):
+        exact = block[: len(rows)]
+        operators.matmul_float32(rows, b, accumulate=False, out=exact)
+        result.copy_(exact)
 
 
 def _multiply_copies(a: Tensor, b: Tensor, accumulate: bool, out: Tensor) -> None:

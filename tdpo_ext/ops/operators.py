@@ -133,9 +133,9 @@ def matmul_float32(
     b: Tensor,  # (K, N)
     *,
     accumulate: bool,
-    out: Tensor,  # (M, N), float32
+    out: Tensor,  # (M, N), float32; or bfloat16, as the operands, if it is not added to
 ) -> None:
-    """out = a @ b, or out += a @ b, in float32 (the kernel is in `tdpo_ext.ops.matmul`)."""
+    """out = a @ b, or out += a @ b, in float32, rounded once (the kernel is in `tdpo_ext.ops.matmul`)."""
     _ops.matmul_float32(a, b, accumulate=accumulate, out=out)
 
 

@@ -101,11 +101,14 @@ def test_products_of_one_dtype_without_the_optional_module(dtype, monkeypatch):
         ({"b": torch.ones(3, 2)}, "both must be"),
         ({"out": torch.ones(4, 3)}, "out has shape"),
         ({"out": torch.ones(2, 4).t()}, "out has shape"),
-        ({"out": torch.ones(4, 2).bfloat16()}, "out has dtype"),
+        ({"out": torch.ones(4, 2).half()}, "out has dtype"),
+        ({"out": torch.ones(4, 2).bfloat16(), "accumulate": True}, "out has dtype"),
+        ({"a": torch.ones(4, 3), "b": torch.ones(3, 2), "out": torch.ones(4, 2).bfloat16()}, "out has dtype"),
     ],
 )
 def test_products_refuse_what_they_cannot_take(wrong, message):
     good = {"a": torch.ones(4, 3).bfloat16(), "b": torch.ones(3, 2).bfloat16(), "out": torch.ones(4, 2)}
     operators.matmul_float32(**good, accumulate=False)
+    operators.matmul_float32(**{**good, "out": torch.ones(4, 2).bfloat16()}, accumulate=False)
     with pytest.raises((TypeError, ValueError), match=message):
-        operators.matmul_float32(**{**good, **wrong}, accumulate=False)
+        operators.matmul_float32(**{"accumulate": False, **good, **wrong})

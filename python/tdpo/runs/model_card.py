@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainerState
 
 from ..config import TDPOConfig
+from ..loss.objectives import OBJECTIVES
 from ..options import USED_BY, card_options
 from .log_history import Entry, of_training
 
@@ -20,6 +21,7 @@ CITATION = """@inproceedings{zeng2024tdpo,
   booktitle = {International Conference on Machine Learning},
   year      = {2024}
 }"""
+_PAPER = "2404.11999"
 _METRICS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected")
 
 
@@ -28,6 +30,7 @@ def model_card(
     model: Any,
     state: TrainerState,
     *,
+    own_objective: bool,
     data: str | None,
     pairs: int | None,
     processes: int,
@@ -39,10 +42,11 @@ def model_card(
     license: str | None = None,
     model_name: str | None = None,
 ) -> str:
-    """Markdown: the base model, the data, the options, the final metrics, and the paper to cite.
+    """Markdown: the base model, the data, the options, the final metrics, and the loss with its source.
 
     Args:
         model: the policy, unwrapped.
+        own_objective: the loss was given to the trainer, so that `variant` was not read.
         data, pairs: name and size of the training data, as far as they are known.
         processes: how many trained.
         picture: a file beside the card, of the training's log.
@@ -50,7 +54,8 @@ def model_card(
         tags, dataset, language, license, model_name: for a hub; `tags` are added to those of every such model.
     """
     base = finetuned_from or model.config._name_or_path or None
-    options, all_adapters = dict(_options(args)), getattr(model, "peft_config", {})
+    title, method = _method(args, own_objective)
+    options, all_adapters = dict(_options(args, own_objective)), getattr(model, "peft_config", {})
     for adapters in all_adapters.values():
         options |= {"adapters": type(adapters).__name__, "rank": getattr(adapters, "r", None)}
     front = ModelCardData(
@@ -66,22 +71,36 @@ def model_card(
     rows = "" if pairs is None else f" ({pairs:,} pairs)"
     parts = [
         f"---\n{front.to_yaml()}\n---",
-        "# A model aligned by token-level direct preference optimization",
+        f"# {title}",
         f"Trained from `{base or 'a model given in memory'}` on `{data}`{rows} with tdpo_ext, for "
         f"{state.global_step} steps on {processes} process(es).",
         f"```yaml\n{yaml.safe_dump(options, sort_keys=False)}```",
         *_results(state.log_history),
         *([] if picture is None else [f"![The log of the training]({picture})"]),
-        "The method is that of [arXiv 2404.11999](https://arxiv.org/abs/2404.11999):",
-        f"```bibtex\n{CITATION}\n```",
+        *method,
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _options(args: TDPOConfig) -> Iterator[tuple[str, Any]]:
+def _method(args: TDPOConfig, own_objective: bool) -> tuple[str, list[str]]:
+    """The card's title, and paragraphs about the loss."""
+    if own_objective:
+        return "A model aligned on preferences", ["The loss is an objective that was given in memory."]
+    source = OBJECTIVES[args.variant].source
+    if _PAPER not in source:
+        return f"A model aligned on preferences by {args.variant}", [f"The loss is that of {source}."]
+    return "A model aligned by token-level direct preference optimization", [
+        f"The method is that of [arXiv {_PAPER}](https://arxiv.org/abs/{_PAPER}):",
+        f"```bibtex\n{CITATION}\n```",
+    ]
+
+
+def _options(args: TDPOConfig, own_objective: bool) -> Iterator[tuple[str, Any]]:
     """The options that differ from their defaults, and the most telling ones, as a person writes them."""
     defaults = {field.name: field.default for field in fields(TDPOConfig)}
     for name, shown in card_options().items():
+        if own_objective and name in ("variant", "alpha"):
+            continue
         value, default = (getattr(of, "value", of) for of in (getattr(args, name), defaults[name]))
         if name == "alpha" and "alpha" not in USED_BY[args.variant]:
             continue

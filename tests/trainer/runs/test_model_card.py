@@ -8,6 +8,7 @@ from helpers.trainer_cases import make_trainer
 
 
 def test_model_cards(tmp_path):
+    sources = {"tdpo2": "2404.11999", "tdpo1": "2404.11999", "dpo": "2305.18290"}
     for variant, own in {"tdpo2": {"alpha": 0.7}, "tdpo1": {}, "dpo": {}}.items():
         trainer = make_trainer(tmp_path, variant=variant, beta=0.2, warmup_steps=3, **own)
         trainer.save_model()
@@ -18,7 +19,8 @@ def test_model_cards(tmp_path):
         schedule = {"learning_rate": 0.001, "warmup_steps": 3, "optim": "adamw_torch_fused"}
         # Others, such as weight_decay, are at their defaults.
         assert options == {"variant": variant, "beta": 0.2, **own, **schedule, **lengths}
-        assert "2404.11999" in card
+        assert {source for source in sources.values() if source in card} == {sources[variant]}
+        assert ("aligned by token-level direct" in card) == variant.startswith("tdpo")
         assert "base_model" not in card
         assert "given in memory` on `preference pairs given in memory` (24 pairs)" in card
     trainer.model.config._name_or_path, trainer.data_name = "some/base", "some/data"
@@ -26,6 +28,15 @@ def test_model_cards(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "base_model: some/base" in card
     assert "from `some/base` on `some/data`" in card
+
+
+def test_the_card_of_an_objective_of_ones_own(tmp_path):
+    trainer = make_trainer(tmp_path, objective=lambda chosen, rejected: rejected.logps - chosen.logps)
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "The loss is an objective that was given in memory." in card
+    assert "variant" not in card
+    assert "2404.11999" not in card
 
 
 def rows_of_table(markdown):
