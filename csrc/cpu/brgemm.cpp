@@ -175,8 +175,8 @@ struct PackedWhole {
   }
 };
 
-// dW = dz^T @ hidden, where `a` must be packed: each of its tiles once, beside a `b` that is packed whole. Threads
-// share the rows of the result, each of which is read and written once.
+// dW = dz^T @ hidden, where `a` must be packed: each of its tiles once, beside a `b` that is packed whole, kPackedDepth
+// at a time. Threads share the rows of the result; a tile of them is added to while it is in the cache.
 template <typename T>
 void multiply_transposed(const Operands<T>& operands, Sum out) {
   const Range rows = operands.rows(), depth = operands.depth();
@@ -242,7 +242,7 @@ void multiply(const at::Tensor& a, const at::Tensor& b, Sum out) {
   const int64_t threads = at::get_num_threads(), depth = a.size(1), columns = b.size(1);
   const int64_t sum_bytes = a.size(0) * columns * static_cast<int64_t>(sizeof(float));
   const bool is_deep = depth > columns && depth >= threads * kBlockDepth;
-  if (a.stride(1) != 1)
+  if (a.stride(1) != 1 && a.size(0) >= columns)  // the result is as large as what is packed, at least
     multiply_transposed(operands, out);
   else if (is_deep && (threads - 1) * sum_bytes <= kDeepBytes)
     multiply_deep(operands, out, threads);

@@ -190,7 +190,7 @@ inline void round_to_bfloat16(const float* values, int64_t count, BFloat16* out)
 // number with zeros.
 template <typename T>
 void pack_block(const Matrix<T>& b, Range k, Range n, T* packed) {
-  if (b.row_stride == 1 && k.size % 2 == 0) {
+  if (b.row_stride == 1 && k.size == padded_depth<T>(k.size)) {
     // A transposed weight. What is contiguous in its columns, a float or a pair of bfloat16, moves as one 32-bit word.
     transpose_words(b.at(k.begin, n.begin), b.column_stride * sizeof(T), k.size * sizeof(T) / sizeof(uint32_t), n.size,
                     packed, n.size);

@@ -2,7 +2,7 @@
 
 A preference loss couples only the rows of one pair, so a chunk of whole pairs can be taken from hidden states to
 finished gradients at once: logits, row states, the objective's own small autograd for dL/dlogps and dL/dkl, dz (written
-over the logits where it has their dtype), then dhidden = dz W and dW += dz^T hidden.
+over the logits where it can be), then dhidden = dz W and dW += dz^T hidden.
 
 A pair that is too long for the budget is taken a block of rows at a time (`long_pairs`).
 """

@@ -51,6 +51,11 @@ class Wanted(NamedTuple):
         return {part: Buffer((rows, width), dtype) for part, (width, wanted) in enumerate(widths) if wanted}
 
 
+def zeros_of(hidden: Tensor) -> Tensor:
+    """Memory for dhidden, (N, D), in rows, however hidden lies."""
+    return torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+
+
 class HiddenGradient:
     """dhidden, (N, D), of rows that are complete after one block: its columns are the whole vocabulary.
 
@@ -59,7 +64,7 @@ class HiddenGradient:
 
     def __init__(self, inputs: FusedInputs, rows: ChunkedRows):
         self._inputs, self._rows = inputs, rows
-        self._grad = stored(torch.zeros_like(inputs.hidden))
+        self._grad = stored(zeros_of(inputs.hidden))
         self._pending: Callable[[], object] | None = None
 
     def add(self, block: Block, dz: Tensor, factors: Factors = NO_FACTORS) -> None:
@@ -136,7 +141,7 @@ class PartialHiddenGradient:
             sums *= self._factors.of_rows()
         if self._inputs.sums_hidden_grad:
             sums = self._inputs.exchange.start_sum(lambda _: None, sums)()
-        grad = stored(torch.zeros_like(self._inputs.hidden))
+        grad = stored(zeros_of(self._inputs.hidden))
         for target, piece in grad.pieces(sums):
             target.index_copy_(0, self._index, piece)
         return grad

@@ -14,6 +14,7 @@ from ._load import load_brgemm
 
 _ops = torch.ops.tdpo_ext
 _BLOCK_ROWS = 8192  # rows of a product that are rounded together, where that is not done tile by tile
+_PACKED_ENTRIES = 1 << 24  # of the second operand, 32 MiB, which is packed whole where tiles are rounded
 _COPIED_SIDE = 2048  # side of the square blocks that are copied to float32
 _without_brgemm = load_brgemm()
 
@@ -106,7 +107,7 @@ def _rounds_faster() -> bool:
 
 
 def _check_product(a: Tensor, b: Tensor, accumulate: bool, out: Tensor) -> None:
-    """Raises TypeError or ValueError naming the tensor that a float32 product can't take."""
+    """Raises TypeError or ValueError naming the tensor that the product can't take."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} are not matrices that can be multiplied")
     if a.dtype != b.dtype or a.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -142,7 +143,8 @@ def _matmul_float32(a: Tensor, b: Tensor, *, accumulate: bool, out: Tensor) -> N
     if out.numel() == 0:
         return
     by_module = a.device.type == "cpu" and has_brgemm(a.dtype) and a.shape[1] > 0
-    if out.dtype == torch.bfloat16 and not (by_module and a.stride(0) == 1):  # which it rounds tile by tile, as for dW
+    rounds_tiles = by_module and a.stride(0) == 1 and b.numel() <= _PACKED_ENTRIES  # as for dW
+    if out.dtype == torch.bfloat16 and not rounds_tiles:
         _multiply_rounded(a, b, out)
     elif by_module:
         _ops.brgemm(a, b, accumulate=accumulate, out=out)

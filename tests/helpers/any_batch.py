@@ -87,6 +87,7 @@ class Batch:
         has_reference: whether the fused loss gets the reference, which an objective may not read.
         parts: widths of the parts that the fused loss gets of the policy's weight.
         frozen: columns of the weight whose part gets no gradient.
+        column_major: matrices lie column after column.
     """
 
     lengths: list[int]
@@ -101,6 +102,7 @@ class Batch:
     has_reference: bool
     parts: list[int]
     frozen: int
+    column_major: bool
 
     @property
     def sides(self) -> int:
@@ -116,7 +118,7 @@ class Batch:
         return (
             f"lengths {self.lengths}, {tensors}, gradients of {self.trained}, {self.objective}, {self.layout}, "
             f"{self.options}, logits_budget {self.budget}, streaming rows {self.streaming_rows}, parts {self.parts}, "
-            f"frozen {self.frozen}"
+            f"frozen {self.frozen}, column major {self.column_major}"
         )
 
 
@@ -184,6 +186,7 @@ def draw_batch(draw) -> Batch:
         has_reference=draw.random() < 0.5 or not is_reference_free(OBJECTIVES[objective]),
         parts=parts,
         frozen=draw.choice([0, first]) if len(parts) > 1 and "weight" in trained else 0,
+        column_major=draw.random() < 0.2,
     )
 
 
@@ -245,6 +248,8 @@ def fused_result(batch: Batch, shard: VocabShard | None = None, loss_scale: floa
         for name in tensors:
             if name.endswith(("weight", "bias")):
                 tensors[name] = tensors[name][shard.start : shard.stop]
+    if batch.column_major:
+        tensors = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in tensors.items()}
     leaves = {name: tensors[name].clone().requires_grad_() for name in batch.trained}
     arguments = {**tensors, **leaves}
     if len(batch.parts) > 1:

@@ -91,12 +91,13 @@ def test_plans_cover_all_pairs_within_the_budget():
         lengths = [draw.randint(0, draw.choice([20, longest])) for _ in range(draw.randint(1, 12))]
         low_precision = draw.random() < 0.5
         sizes = Sizes(
-            vocab=1000,
+            vocab=draw.choice([1000, 1100]),  # without a pitch, and with one
             width=draw.choice([64, 600]),
             ref_width=32,
             weight_bytes=2 if low_precision else 4,
             logit_bytes=4,
             needs_weight_grad=draw.random() < 0.7,
+            is_half=low_precision and draw.random() < 0.5,
             dz_in_place=draw.random() < 0.5,
         )
         can_defer = draw.random() < 0.8

@@ -1,8 +1,8 @@
 """Chooses how a fused loss cuts its work, so that logits and other temporaries stay within a budget of bytes.
 
 All plans that fit, and those that `make_plan` allows a `MarginLoss`, are compared by the cost model of `costs.py`; the
-fastest is taken. Equal calls make equal plans: nothing depends on what happens to be free. More budget never makes a
-plan that is slower by the model.
+fastest is taken. Equal calls make equal plans: nothing depends on what happens to be free. Where a plan fits the budget,
+more of it never makes one that is slower by the model.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _deferred_plans(
     kept: int | None = None
     if sizes.dz_row <= sizes.accumulated_weight:
         kept = min(rows, sizes.accumulated_weight // sizes.dz_row)
-        if kept < rows:  # then dW is added to more than once
+        if kept < rows or sizes.is_half:  # then dW has a sum beside it
             kept = (sizes.accumulated_weight - sizes.weight_sum) // sizes.dz_row
     if budget < fewest * sizes.row_without_dz:
         return
@@ -192,7 +192,9 @@ def _separated_plans(
         cut = cut_pairs(pair_lengths, limit, tile_rows)
         plan = _forward_plan(cut, sizes, budget, f"{why}; {cut.rows} rows at a time")
         # Logits are read twice, so that dz does not overwrite them.
-        beside = kept + cut.rows * (sizes.row_without_dz + sizes.dz_row - sizes.whole_row)
+        beside = kept
+        if sizes.needs_grad:
+            beside += cut.rows * (sizes.row_without_dz + sizes.dz_row - sizes.whole_row)
         long = [length for chunk, length in zip(cut.chunks, cut.lengths) if isinstance(chunk, LongPair)]
         products = plan.steps.gradient_products + sum(ceil_div(length, cut.rows) for length in long)
         steps = replace(plan.steps, gradient_products=products, separate_rows=sum(long))
@@ -240,8 +242,9 @@ def streaming_plan(rows: int, sizes: Sizes, budget: int, reason: str) -> Streami
     summed = sizes.grad_width * 4 if sizes.low_precision else 0
     column_bytes = block * sizes.entry + summed
     fixed = block * sizes.row + (rows * sizes.width * 4 if sizes.low_precision and sizes.needs_grad else 0)
-    columns = min(sizes.vocab, max(_MIN_COLUMNS, (budget - fixed) // column_bytes))
-    if _ALIGNED_FROM <= columns < sizes.vocab:
+    most = max(_MIN_COLUMNS, (budget - fixed) // column_bytes)
+    columns = min(sizes.vocab, most)
+    if _ALIGNED_FROM <= columns and (columns < sizes.vocab or row_pitch(columns) > most):
         columns = columns // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE
     return StreamingPlan(
         rows=block,
