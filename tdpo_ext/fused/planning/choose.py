@@ -1,8 +1,8 @@
 """Chooses how a fused loss cuts its work, so that logits and other temporaries stay within a budget of bytes.
 
 All plans that fit, and those that `make_plan` allows a `MarginLoss`, are compared by the cost model of `costs.py`; the
-fastest is taken. Equal calls make equal plans: nothing depends on what happens to be free. Where a plan fits the budget,
-more of it never makes one that is slower by the model.
+fastest is taken. Equal calls make equal plans: nothing depends on what happens to be free. Where a plan fits the
+budget, more of it never makes one that is slower by the model.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def streaming_plan(rows: int, sizes: Sizes, budget: int, reason: str) -> Streami
     fixed = block * sizes.row + (rows * sizes.width * 4 if sizes.low_precision and sizes.needs_grad else 0)
     most = max(_MIN_COLUMNS, (budget - fixed) // column_bytes)
     columns = min(sizes.vocab, most)
-    if _ALIGNED_FROM <= columns and (columns < sizes.vocab or row_pitch(columns) > most):
+    if columns >= _ALIGNED_FROM and (columns < sizes.vocab or row_pitch(columns) > most):
         columns = columns // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE
     return StreamingPlan(
         rows=block,
