@@ -88,7 +88,7 @@ struct Square {
 };
 
 // Transposes a matrix of 32-bit words in squares of kBytes wide, out[i][j] = source[j][i]; whatever is left over, word
-// by word. `stride` in bytes, `out_stride` in words.
+// by word. `stride` in bytes, `out_stride` in words. Rows are fetched two squares ahead.
 template <int kBytes>
 __attribute__((always_inline)) inline void transpose_words(const char* source, int64_t stride, int64_t words,
                                                            int64_t columns, uint32_t* out, int64_t out_stride) {
@@ -99,8 +99,11 @@ __attribute__((always_inline)) inline void transpose_words(const char* source, i
   int64_t j = 0;
   for (; j + Words::lanes <= columns; j += Words::lanes) {
     int64_t i = 0;
-    for (; i + Words::lanes <= words; i += Words::lanes)
-      Words::transpose(source + j * stride + i * sizeof(uint32_t), stride, out + i * out_stride + j, out_stride);
+    for (; i + Words::lanes <= words; i += Words::lanes) {
+      const char* const square = source + j * stride + i * sizeof(uint32_t);
+      for (int64_t row = 0; row < Words::lanes; ++row) __builtin_prefetch(square + (2 * Words::lanes + row) * stride);
+      Words::transpose(square, stride, out + i * out_stride + j, out_stride);
+    }
     for (; i < words; ++i)
       for (int64_t lane = j; lane < j + Words::lanes; ++lane) copy_word(i, lane);
   }
@@ -108,7 +111,8 @@ __attribute__((always_inline)) inline void transpose_words(const char* source, i
     for (int64_t i = 0; i < words; ++i) copy_word(i, j);
 }
 
-// Interleaves each pair of rows, `stride` entries apart: out[2 p][j] and [2 p][j + 1] are entry j of the pair's rows.
+// Interleaves each pair of rows, `stride` entries apart: out[2 p][j] and [2 p][j + 1] are entry j of the pair's rows,
+// which are fetched four pairs ahead.
 template <int kBytes>
 __attribute__((always_inline)) inline void interleave_pairs(const BFloat16* rows, int64_t stride, int64_t pairs,
                                                             int64_t columns, BFloat16* out) {
@@ -117,6 +121,8 @@ __attribute__((always_inline)) inline void interleave_pairs(const BFloat16* rows
     const BFloat16 *first = rows + 2 * pair * stride, *second = first + stride;
     int64_t j = 0;
     for (; j + Entries::lanes <= columns; j += Entries::lanes) {
+      __builtin_prefetch(first + j + 8 * stride);
+      __builtin_prefetch(second + j + 8 * stride);
       typename Entries::Register a, b, mixed;
       std::memcpy(&a, first + j, kBytes);
       std::memcpy(&b, second + j, kBytes);
