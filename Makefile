@@ -53,7 +53,7 @@ test-torches: $(VENV)/torch  ## the library's tests in the oldest torch and in t
 
 # A build from source with the headers of the oldest torch, and the tests of its operators there; what takes minutes
 # longer is in test-torches. Where torch is a CUDA build, the CUDA operators are compiled too.
-OPERATOR_TESTS = $(addprefix library/,test_ops.py test_divergence.py test_linear.py test_bad_arguments.py \
+OPERATOR_TESTS = $(addprefix library/,test_ops.py test_products.py test_divergence.py test_linear.py test_bad_arguments.py \
 	test_cuda_build.py::test_operators_compile)
 test-oldest-torch: $(VENV)/torch  ## a build with the oldest torch, and its operators' tests
 	$(BIN)/python tools/release.py test '$(OLDEST_TORCH)' --source-only --tests $(OPERATOR_TESTS)
