@@ -81,7 +81,7 @@ struct Operands {
     pack_block(b, k, n, packed.data());
   }
 
-  // out (+)= a[m, k] @ b[k, n], whose block is packed; at most kTileRows rows at a time.
+  // out (+)= a[m, k] @ the `columns` of b[k] that are packed; at most kTileRows rows at a time.
   void multiply(Range m, Range k, int64_t columns, const T* packed_b, Sum out, std::vector<T>& packed_a) const {
     const int64_t padded = padded_depth<T>(k.size);
     for (int64_t row = m.begin; row < m.end(); row += kTileRows) {

@@ -24,19 +24,14 @@ class Cut:
 
     def steps(self, dz_rows: int) -> ForwardSteps:
         """How often the products are taken where dz of at most `dz_rows` rows is kept."""
-        products = apart = kept = 0
-        for length in self.lengths:
-            if length > dz_rows:  # a long pair, whose sums are its own
-                products += (kept > 0) + ceil_div(length, dz_rows // self.rows * self.rows)
-                apart += len(self.lengths) > 1
-                kept = 0
-            elif dz_rows > self.rows and kept + length <= dz_rows:
-                kept += length
-            else:
-                products += kept > 0
-                kept = length
+        together = kept_together(self.lengths, dz_rows) if dz_rows > self.rows else self.lengths
+        products = apart = 0
+        for rows in filter(None, together):
+            is_long = rows > dz_rows  # one pair, whose dW is its own until it is complete
+            products += ceil_div(rows, dz_rows // self.rows * self.rows) if is_long else 1
+            apart += is_long and len(self.chunks) > 1
         blocks = sum(ceil_div(length, self.rows) for length in self.lengths if length)
-        return ForwardSteps(blocks, products + (kept > 0), apart)
+        return ForwardSteps(blocks, products, apart)
 
 
 @functools.lru_cache(maxsize=1024)
