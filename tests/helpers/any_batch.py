@@ -70,8 +70,7 @@ OBJECTIVES |= UNPAIRED
 
 # Relative errors that rounding explains: of a sequence's dhidden and of dW.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-# What a GradScaler brings the largest of a float16 loss's gradients to, about; and half of what their rounding is at
-# least.
+# Of float16: about what a GradScaler brings the largest entry of the gradients to; and the rounding of the smallest.
 _SCALED_GRADIENT, _LEAST_ROUNDING = 2.0**12, 2.0**-25
 
 

@@ -54,6 +54,13 @@ def test_low_precision_accumulator_is_part_of_the_budget():
     assert "weight gradient" in str(streamed)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, LOW_PRECISION, replace(LOW_PRECISION, is_half=True)])
+def test_nothing_fits_any_budget(sizes):
+    plan = make_plan([0, 0], sizes, 1, can_defer=True)
+    assert isinstance(plan, ChunkedPlan)
+    assert plan.chunks == (WholePairs(0, 2),)
+
+
 @pytest.mark.usefixtures("large_calls")
 def test_few_rows_keep_their_dz():
     kept = make_plan([30, 30], LOW_PRECISION, 60 * LOW_PRECISION.dz_row + 35 * (1000 * 8 + LOW_PRECISION.row))
@@ -162,6 +169,19 @@ def test_row_bytes_by_hand():
     assert SIZES.whole_row == 1000 * (4 + 4) + 4 * (64 + 64 + 64) + 128
     without_grad = replace(LOW_PRECISION, needs_grad=False, needs_weight_grad=False)
     assert without_grad.whole_row == 1000 * (4 + 4) + 2 * (64 + 64 + 64) + 128
+
+
+def test_dz_over_wider_logits_takes_no_bytes():
+    over = replace(LOW_PRECISION, dz_in_place=True)
+    assert over.whole_row == LOW_PRECISION.whole_row - LOW_PRECISION.dz_row == over.row_without_dz
+
+
+def test_padded_slices_keep_to_the_budget():
+    """All 1,100 columns would just fit, but for their padding."""
+    sizes = replace(SIZES, vocab=1100)
+    plan = streaming_plan(55, sizes, 55 * sizes.whole_row - 1000, "")
+    assert plan.columns == 1088
+    assert plan.bytes <= plan.budget
 
 
 def test_padded_rows_by_hand():

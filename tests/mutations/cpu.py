@@ -86,6 +86,13 @@ MUTATIONS = [
         "T(0)",
         PRODUCTS,
     ),
+    (
+        "depths of exchanged operands overwritten",
+        BRGEMM,
+        "height, k > 0, weight.at(n, k)",
+        "height, false, weight.at(n, k)",
+        PRODUCTS,
+    ),
     ("rounded towards zero", PACKING, "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16", PRODUCTS),
     (
         "slices of a row that is overwritten",
